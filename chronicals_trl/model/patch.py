@@ -1,0 +1,290 @@
+"""patch_model and unpatch_model: swap the blocks of one model instance, and say what was swapped.
+
+A patched forward is an instance attribute, a `types.MethodType` over a module-level function that reads everything off
+`self`: a deep copy (PEFT makes them) is bound to the copy, a pickle finds the class's own forward by name, and nothing
+outside the instance changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from chronicals_trl.config import ChronicalsConfig
+from chronicals_trl.kernels import backend as kernel_backend
+from chronicals_trl.kernels import qk_rope
+from chronicals_trl.model import attention, lm_head, match
+from chronicals_trl.model.match import Mismatch
+from chronicals_trl.report import ActivationReport, PartReport
+
+_SPEC = "_chronicals_spec"
+_PATCHED = "_chronicals_patched"
+_PREVIOUS = "_chronicals_previous_forward"
+
+# Verdicts by (part, class, its forward, shape, device, dtype): a spec, or a Mismatch.
+_verdicts: dict[tuple[Any, ...], Any] = {}
+
+
+def patch_model(
+    model: nn.Module,
+    config: ChronicalsConfig | Mapping[str, Any] | str | None = None,
+    *,
+    leave_out: Mapping[str, str] | None = None,
+) -> ActivationReport:
+    """Swap the blocks of `model` for fused ones where they fit.
+
+    Each candidate is recognised by structure and verified by number (`model.match`). Patching twice is patching once.
+    Packing and LoRA+ belong to the trainer and are off in the report until it sets them.
+
+    Args:
+        model: a `PreTrainedModel`, or a PEFT model around one; changed in place.
+        config: which parts (see ChronicalsConfig); `None` takes the environment and the defaults.
+        leave_out: part -> reason, for parts that a setting outside the model rules out.
+
+    Returns:
+        The report: one line a part, on or off and why.
+
+    Raises:
+        ValueError: a parameter holds NaN, or `config` is not valid.
+        RuntimeError: with `strict=True` a part did not fit, or a part that is set to `"on"` did not.
+    """
+    resolved = config if isinstance(config, ChronicalsConfig) else ChronicalsConfig.resolve(config)  # type: ignore[arg-type]
+    unpatch_model(model)
+    require_finite(model)
+    base = base_model(model)
+    device, dtype = placement(model)
+    report = ActivationReport.all_off("not part of patch_model: the trainer decides")
+    skip = dict(leave_out or {})
+
+    def settle(name: str, swap: Callable[[], PartReport]) -> None:
+        if getattr(resolved, name) == "off":
+            report.set(PartReport(name, "off", reason=f"{name}='off' in the configuration"))
+        elif name in skip:
+            report.set(PartReport(name, "off", reason=skip[name], omitted=True))
+        else:
+            report.set(swap())
+
+    backend = kernel_backend(device)
+    settle("rms_norm", lambda: _swap_blocks(model, "rms_norm", device, dtype, backend))
+    settle("gated_mlp", lambda: _swap_blocks(model, "gated_mlp", device, dtype, backend))
+    settle("qk_rope", lambda: _swap_blocks(model, "qk_rope", device, dtype, backend))
+    settle("attention", lambda: _swap_attention(base, resolved, device))
+    settle("head", lambda: _swap_head(base, resolved, device, dtype))
+    settle("lora", lambda: _swap_lora(model, device))
+    try:
+        report.raise_for_omissions(resolved)
+    except RuntimeError:
+        unpatch_model(model)
+        raise
+    return report
+
+
+def unpatch_model(model: nn.Module) -> None:
+    """Give every block of `model` the forward back that it had before `patch_model`; without effect on others."""
+    for module in model.modules():
+        if module.__dict__.pop(_PATCHED, False):
+            module.__dict__.pop("forward", None)
+            module.__dict__.pop(_SPEC, None)
+            previous = module.__dict__.pop(_PREVIOUS, None)
+            if previous is not None:
+                module.forward = previous
+        attention.restore_attention(module)
+
+
+# -- the model as a whole --------------------------------------------------------------------------------------------
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the probes: those of the floating-point parameters, the CPU for a model on meta."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dim() > 0:
+            device = parameter.device if parameter.device.type != "meta" else torch.device("cpu")
+            dtype = parameter.dtype if parameter.dtype in match.TOLERANCE else torch.float32
+            return device, dtype
+    return torch.device("cpu"), torch.float32
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise ValueError naming the first parameters that hold NaN; one device read for the whole model."""
+    names, flags = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.device.type != "meta" and parameter.numel():
+            names.append(name)
+            # A sum is NaN if any element is; it reads the tensor once and needs no mask of its size.
+            flags.append(parameter.detach().sum(dtype=torch.float32).isnan().cpu())
+    if flags and bool(torch.stack(flags).any()):
+        bad = [name for name, flag in zip(names, flags, strict=True) if flag]
+        raise ValueError(
+            f"{len(bad)} parameter(s) of the model hold NaN before training, first: {bad[0]}. Nothing can be learned "
+            "from there: reload the checkpoint, or look for the run that wrote it."
+        )
+
+
+def _install(module: nn.Module, forward: Callable[..., Any], spec: Any = None) -> None:
+    previous = module.__dict__.get("forward")
+    if previous is not None:
+        module.__dict__[_PREVIOUS] = previous
+    module.__dict__[_SPEC] = spec
+    module.__dict__[_PATCHED] = True
+    module.__dict__["forward"] = types.MethodType(forward, module)
+
+
+# -- blocks: norms, MLPs, rotary embeddings --------------------------------------------------------------------------
+
+
+@functools.cache
+def _with_rope(forward: types.FunctionType) -> types.FunctionType:
+    """A copy of an attention block's forward in whose globals `apply_rotary_pos_emb` is ours; one a function."""
+    original = forward.__globals__[match.ROPE_NAME]
+
+    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1, **kwargs: Any) -> Any:
+        if unsqueeze_dim != 1 or kwargs:
+            return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **kwargs)
+        return qk_rope(q, k, cos, sin)
+
+    copied = types.FunctionType(
+        forward.__code__,
+        {**forward.__globals__, match.ROPE_NAME: apply_rotary_pos_emb},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return functools.wraps(forward)(copied)
+
+
+# part -> (looks like one, what the verdict may depend on besides the class, verification, forward)
+_BLOCKS: dict[str, tuple[Callable, Callable, Callable, Callable]] = {
+    "rms_norm": (
+        match.looks_like_rms_norm,
+        lambda module: match.parameter_shape(module.weight),
+        match.verify_rms_norm,
+        lambda module: match.rms_norm_forward,
+    ),
+    "gated_mlp": (
+        match.gated_mlp_layout,
+        lambda module: tuple(type(getattr(module, n, None)) for n in match.ACTIVATION_NAMES),
+        match.verify_gated_mlp,
+        lambda module: match.gated_mlp_forward,
+    ),
+    "qk_rope": (
+        match.looks_like_rope_attention,
+        lambda module: getattr(module, "head_dim", None),
+        match.verify_rope,
+        lambda module: _with_rope(type(module).forward),
+    ),
+}
+_WHAT = {"rms_norm": "RMSNorm", "gated_mlp": "gated MLP", "qk_rope": "attention with rotary position embedding"}
+
+
+def _swap_blocks(
+    model: nn.Module, part: str, device: torch.device, dtype: torch.dtype, backend: str
+) -> PartReport:
+    looks_like, shape, verify, forward = _BLOCKS[part]
+    swapped, left = 0, Counter[str]()
+    for module in model.modules():
+        if not looks_like(module):
+            continue
+        if "forward" in module.__dict__:
+            left[f"{type(module).__name__} already has a forward of another library's"] += 1
+            continue
+        key = (part, type(module), type(module).forward, shape(module), device, dtype)
+        if key not in _verdicts:
+            _verdicts[key] = _verdict(verify, module, device, dtype)
+        verdict = _verdicts[key]
+        if isinstance(verdict, Mismatch):
+            left[f"{type(module).__name__}: {verdict}"] += 1
+        else:
+            _install(module, forward(module), verdict)
+            swapped += 1
+    reason = "; ".join(f"{count} left out, {why}" for why, count in left.items()) or None
+    if swapped:
+        return PartReport(part, "on", modules=swapped, backend=backend, reason=reason)
+    return PartReport(part, "off", reason=reason or f"the model has no {_WHAT[part]}", omitted=True)
+
+
+def _verdict(verify: Callable[..., Any], module: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
+    """The spec under which the replacement holds in fp32 and in the model's own dtype, or the Mismatch."""
+    try:
+        with torch.autocast(device.type, enabled=False):
+            spec = verify(module, device, torch.float32)
+            if dtype != torch.float32 and verify(module, device, dtype) != spec:
+                return Mismatch(f"another variant matches in {dtype} than in float32")
+            return spec
+    except Mismatch as mismatch:
+        return mismatch
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError) as error:
+        # A block that cannot even run on the probe is not one of ours.
+        return Mismatch(f"its forward does not run on a probe ({type(error).__name__}: {error})")
+
+
+# -- attention, head, LoRA -------------------------------------------------------------------------------------------
+
+
+def _swap_attention(base: Any, config: ChronicalsConfig, device: torch.device) -> PartReport:
+    backend, reason = attention.choose_backend(base, config.attention_backend, device)
+    if backend is None:
+        return PartReport("attention", "off", reason=reason, omitted=True)
+    attention.use_backend(base, backend)
+    layers = base.config.get_text_config().num_hidden_layers
+    return PartReport(
+        "attention", "on", modules=layers, backend=attention.BACKEND_LABELS[backend], reason=reason
+    )
+
+
+def _swap_head(base: Any, config: ChronicalsConfig, device: torch.device, dtype: torch.dtype) -> PartReport:
+    linears = lm_head.head_linears(base)
+    if isinstance(linears, str):
+        return PartReport("head", "off", reason=linears, omitted=True)
+    spec = lm_head.head_spec(base, config.logit_budget_mib)
+    key = ("head", type(base), type(base).forward, base.config.get_text_config().hidden_size, spec, device, dtype)
+    if key not in _verdicts:
+        _verdicts[key] = _verdict(
+            lambda model, device, dtype: lm_head.verify_head(model, spec, device, dtype), base, device, dtype
+        )
+    if isinstance(_verdicts[key], Mismatch):
+        return PartReport("head", "off", reason=str(_verdicts[key]), omitted=True)
+    for linear in linears:
+        _install(linear, lm_head.head_forward)
+    _install(base, lm_head.causal_lm_forward(type(base).forward), spec)
+    return PartReport("head", "on", modules=1, backend="torch, chunked")
+
+
+def _swap_lora(model: nn.Module, device: torch.device) -> PartReport:
+    try:
+        from peft.tuners.lora.layer import LoraLayer
+    except ImportError:
+        return PartReport("lora", "off", reason="peft is not installed")
+    candidates = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not candidates:
+        return PartReport("lora", "off", reason="the model has no LoRA adapter")
+    from chronicals_trl.model import lora
+
+    swapped, left = 0, Counter[str]()
+    for module in candidates:
+        why = "another library has patched it" if "forward" in module.__dict__ else lora.fits(module)
+        if why is None:
+            key = ("lora", type(module), type(module).forward, device)
+            if key not in _verdicts:
+                _verdicts[key] = lora.verify(module, device)
+            why = _verdicts[key]
+        if why is None:
+            _install(module, lora.lora_forward)
+            swapped += 1
+        else:
+            left[why] += 1
+    reason = "; ".join(f"{count} left out: {why}" for why, count in left.items()) or None
+    if swapped:
+        return PartReport("lora", "on", modules=swapped, backend="torch", reason=reason)
+    return PartReport("lora", "off", reason=reason, omitted=True)

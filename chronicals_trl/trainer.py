@@ -1,0 +1,325 @@
+"""SFTTrainer: TRL's, with the parts of this package put in at the seams that TRL leaves open. Glue, and nothing else.
+
+The seams, all of them methods that TRL or transformers calls: `_prepare_dataset` (packing), `compute_loss` (the head),
+`create_optimizer` (LoRA+), `get_batch_samples` and `_prepare_inputs` (token counts), `log`. With the flag off each
+returns the parent's result as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
+
+from chronicals_trl import _inputs
+from chronicals_trl._versions import installed, newer_than_tested
+from chronicals_trl.config import PARTS, ChronicalsConfig
+from chronicals_trl.model.attention import verify_isolation
+from chronicals_trl.model.lm_head import HeadCall
+from chronicals_trl.model.patch import base_model, patch_model
+from chronicals_trl.observe.throughput import ThroughputMeter
+from chronicals_trl.optim.lora_plus import apply_lora_plus
+from chronicals_trl.packing.collator import PackedCollator
+from chronicals_trl.packing.dataset import PackStats, pack_dataset
+from chronicals_trl.report import ActivationReport, PartReport
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "chronicals_report.json"
+# cu_seqlens is padded to a multiple of this many entries, so that batches share few shapes.
+CU_SEQLENS_BUCKET = 32
+
+
+class SFTTrainer(TrlSFTTrainer):
+    """TRL's SFTTrainer; with `SFTConfig(use_chronicals=True)` it trains the same, faster and in less memory.
+
+    Takes exactly what TRL's takes. What is on, and what is off and why, is printed at the start, kept in
+    `chronicals_report` and written to `chronicals_report.json` in the output directory.
+
+    Attributes:
+        chronicals_report (ActivationReport): the state of every part.
+
+    Raises:
+        ValueError: no usable text in a data set, an empty data set, packing into fewer than 2 tokens, or NaN weights;
+            each before the first step.
+        RuntimeError: `strict=True`, or a part set to `"on"`, and the part does not fit; packed documents that the
+            model does not keep apart.
+    """
+
+    @functools.wraps(TrlSFTTrainer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(TrlSFTTrainer.__init__).bind(self, *args, **kwargs).arguments
+        arguments = given.get("args")
+        self._chronicals: ChronicalsConfig | None = None
+        self._packing_stats: dict[str, PackStats] = {}
+        self._lora_plus = False
+        if not getattr(arguments, "use_chronicals", False):
+            reason = "use_chronicals=False"
+            if arguments is not None and not hasattr(arguments, "use_chronicals"):
+                reason = f"the arguments are a plain {type(arguments).__module__}.{type(arguments).__qualname__}"
+            self.chronicals_report = ActivationReport.all_off(reason)
+            super().__init__(*args, **kwargs)
+            if self.args.should_log:
+                logger.warning("chronicals-trl is off (%s): this run is stock TRL. Switch it on with "
+                               "use_chronicals=True in chronicals_trl's SFTConfig, or --use_chronicals True.", reason)  # fmt: skip
+            return
+
+        config = ChronicalsConfig.resolve(arguments.chronicals_config)
+        _inputs.check(arguments, given)
+        self._chronicals = config
+        self._packing = _inputs.packing_part(arguments, config)
+        super().__init__(*args, **kwargs)
+        self._meter = ThroughputMeter(device=self.args.device)
+        self._real_tokens: int | Tensor = 0
+        self._token_mask: Tensor | None = None
+        self.chronicals_report = self._activate(config)
+        if self.args.should_log:
+            self.chronicals_report.print()
+            logger.info(self.chronicals_report.log_line())
+        self._save_report()
+
+    # -- activation --------------------------------------------------------------------------------------------------
+
+    def _activate(self, config: ChronicalsConfig) -> ActivationReport:
+        """Patch the model, set the trainer's own parts, and agree with the other ranks on what is on."""
+        leave_out = _inputs.conflicts(self, TrlSFTTrainer, SFTTrainer)
+        report = self._patch(config, leave_out)
+        if self.args.world_size > 1:
+            states = gather_object([{part.name: part.state for part in report.parts}])
+            apart = [name for name in PARTS if len({state[name] for state in states}) > 1]
+            if apart:
+                leave_out |= {name: "off on another rank" for name in apart}
+                report = self._patch(config, leave_out)
+        self._lora_plus = report["lora_plus"].state == "on"
+        self._head = report["head"].state == "on"
+        if self._packing.state == "on":
+            self._use_packed_collator()
+            self._check_isolation()
+        report.notes += self._notes(config)
+        report.raise_for_omissions(config)
+        return report
+
+    def _patch(self, config: ChronicalsConfig, leave_out: dict[str, str]) -> ActivationReport:
+        report = patch_model(self.model, config, leave_out=leave_out)
+        report.set(self._packing)
+        lora_plus = _inputs.lora_plus_part(self, config)
+        if "lora_plus" in leave_out and lora_plus.state == "on":
+            lora_plus = PartReport("lora_plus", "off", reason=leave_out["lora_plus"], omitted=True)
+        report.set(lora_plus)
+        return report
+
+    def _use_packed_collator(self) -> None:
+        stats = self._packing_stats.get("train")
+        text_config = base_model(self.model).config.get_text_config()
+        # Linear-attention and state-space layers start a new state at each entry of cu_seqlens: exact ones for them.
+        hybrid = not set(getattr(text_config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+        whole = stats if stats and len(self._packing_stats) == 1 else None
+        self.data_collator = PackedCollator(
+            pad_token_id=self._tokenizer.pad_token_id,
+            capacity=self.args.max_length,
+            max_segment_length=whole.max_segment_length if whole else None,
+            max_docs_per_bin=whole.max_docs_per_bin if whole else None,
+            cu_seqlens_bucket=None if hybrid else CU_SEQLENS_BUCKET,
+            fallback=self.data_collator,
+            emit_token_mask=self.aux_loss_enabled,
+        )
+
+    def _check_isolation(self) -> None:
+        with self.compute_loss_context_manager():
+            leak = verify_isolation(base_model(self.model), self.args.device)
+        if leak is not None:
+            raise RuntimeError(
+                f"packing=True, but this model lets packed documents attend to each other ({leak}). Set packing=False, "
+                "or load the model with an attn_implementation that keeps them apart, such as 'sdpa'."
+            )
+
+    def _notes(self, config: ChronicalsConfig) -> list[str]:
+        notes = [f"packing {name}: {stats.describe()}" for name, stats in self._packing_stats.items()]
+        if self._lora_plus:
+            notes.append(
+                f"LoRA+: B learns at {config.lora_plus_ratio:g} times the learning rate of A; lora_plus='off' restores "
+                "one rate for both"
+            )
+        for package in ("trl", "transformers"):
+            version = installed(package)
+            if version is not None and newer_than_tested(package, version):
+                notes.append(f"{package} {version} is newer than the newest tested release")
+        if self.args.auto_find_batch_size and self._packing.state == "on":
+            notes.append("auto_find_batch_size: after a change of the batch size the last batch of an epoch may be short")
+        return notes
+
+    def _save_report(self) -> None:
+        if self.args.should_save:
+            self.chronicals_report.save(Path(self.args.output_dir) / REPORT_FILE)
+
+    # -- packing -----------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Dataset | IterableDataset:
+        if self._chronicals is None or not packing or self._packing.state == "off":
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if "seq_lengths" in (dataset.column_names or ()):
+            return dataset  # packed before, and handed over a second time by `evaluate`
+        # Without max_length and packing the parent only tokenises and builds labels: truncating here would lose the
+        # tokens that bfd_split keeps. A data set is shuffled as TRL does it, before and after packing.
+        plain = copy.copy(args)
+        plain.max_length = None
+        plain.shuffle_dataset = False
+        dataset = super()._prepare_dataset(dataset, processing_class, plain, False, formatting_func, dataset_name)
+        dataset = dataset.select_columns(["input_ids", "labels"])
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        with PartialState().local_main_process_first():
+            packed, stats = pack_dataset(
+                dataset,
+                args.max_length,
+                strategy=args.packing_strategy,
+                pad_bins_to_multiple_of=_inputs.bins_per_round(args, training=dataset_name == "train"),
+                window=self._chronicals.packing_window,
+            )
+        self._packing_stats[dataset_name] = stats
+        return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # With outputs asked for (compute_metrics) the parent runs a second forward for the logits: nothing to win.
+        if self._chronicals is None or not self._head or return_outputs:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        mode = "train" if self.model.training else "eval"
+        inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        call = HeadCall(
+            weighting="dft" if self.args.loss_type == "dft" else "none", router_loss=False, token_mask=self._token_mask
+        )
+        if num_items_in_batch is not None:
+            num_items_in_batch = torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1)
+        outputs = model(**inputs, fused_lm_head=True, num_items_in_batch=num_items_in_batch, head_call=call)
+        loss = outputs.loss
+        # The count is of all ranks' tokens, and DDP averages the gradients over the ranks.
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+        self._record(mode, outputs)
+        return loss
+
+    @torch.no_grad()
+    def _record(self, mode: str, outputs: Any) -> None:
+        """TRL's metrics of one micro-batch, over all ranks, kept on the device until they are logged."""
+        sums = torch.stack(
+            [outputs.label_mask.sum().float(), outputs.entropy.detach().sum().float(), outputs.is_top1.sum().float()]
+        )
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        labelled = sums[0].clamp(min=1)
+        self._metrics[mode]["entropy"].append(sums[1] / labelled)
+        self._metrics[mode]["mean_token_accuracy"].append(sums[2] / labelled)
+        self._metrics[mode]["num_tokens"] = [0]  # filled in by `log`
+        if self.aux_loss_enabled:
+            aux_loss = outputs.aux_loss.detach()
+            if self.args.world_size > 1:
+                aux_loss = self.accelerator.reduce(aux_loss, reduction="mean")
+            self._metrics[mode]["aux_loss"].append(aux_loss)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._chronicals is not None and batches:
+            self._count_tokens(batches, device)
+        return batches, num_items
+
+    def _count_tokens(self, batches: list[dict[str, Any]], device: torch.device) -> None:
+        real: int | Tensor = 0
+        slots: int | Tensor = 0
+        for batch in batches:
+            tokens = batch["input_ids"]
+            slots += tokens.numel()
+            if "num_real_tokens" in batch:
+                real += batch["num_real_tokens"]
+            elif "attention_mask" in batch:
+                real += batch["attention_mask"].sum()
+            else:
+                real += tokens.numel()
+        if self.args.world_size > 1:
+            counts = torch.as_tensor([int(real), int(slots)] if not torch.is_tensor(real) else [0, slots], device=device)
+            if torch.is_tensor(real):
+                counts[0] = real
+            real, slots = self.accelerator.reduce(counts, reduction="sum").unbind()
+        self._real_tokens = self._real_tokens + real
+        self._meter.update(real, slots)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if self._chronicals is not None and isinstance(inputs, dict):
+            # What the collator adds for the trainer is not the model's to see.
+            inputs.pop("num_real_tokens", None)
+            self._token_mask = inputs.pop("token_mask", None)
+        return inputs
+
+    # -- optimizer, logging, evaluation, saving ----------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        existed = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._chronicals is not None and self._lora_plus and not existed:
+            self._split_groups(self._chronicals)
+        return optimizer
+
+    def _split_groups(self, config: ChronicalsConfig) -> None:
+        try:
+            apply_lora_plus(
+                self.optimizer, self.model, ratio=config.lora_plus_ratio, embedding_lr=config.lora_plus_embedding_lr
+            )
+        except ValueError as error:
+            self._lora_plus = False
+            self.chronicals_report.set(PartReport("lora_plus", "off", reason=str(error), omitted=True))
+            self.chronicals_report.raise_for_omissions(config)
+            self._save_report()
+            logger.warning("chronicals-trl: lora_plus is off: %s", error)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._chronicals is not None:
+            mode = "train" if self.model.training else "eval"
+            for name, values in self._metrics[mode].items():
+                self._metrics[mode][name] = [float(value) for value in values]
+            # Real tokens, padding left out; TRL counts the slots of a padding-free batch.
+            self._metrics[mode]["num_tokens"] = [int(self._real_tokens)]
+            if "loss" in logs:
+                logs.update(self._meter.read())
+                if self._lora_plus:
+                    logs["learning_rate_lora_b"] = max(group["lr"] for group in self.optimizer.param_groups)
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self._chronicals is not None:
+            self._meter.reset()  # what came before the first step is not training
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self._chronicals is None:
+            return super().evaluate(*args, **kwargs)
+        with self._meter.excluding():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._chronicals is None:
+            return super()._save_checkpoint(*args, **kwargs)
+        with self._meter.excluding():
+            return super()._save_checkpoint(*args, **kwargs)
