@@ -1,0 +1,149 @@
+"""The meter with a clock of its own, and that counting reads nothing back from the device."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from chronicals_trl.observe import ThroughputMeter
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def meter(clock: Clock) -> ThroughputMeter:
+    return ThroughputMeter("cpu", clock=clock)
+
+
+def test_rate_and_fill_of_an_interval(meter: ThroughputMeter, clock: Clock) -> None:
+    for tokens in (300, torch.tensor(500), torch.tensor([200], dtype=torch.int32)):
+        clock.now += 1.0
+        meter.update(tokens, 400)
+    clock.now += 1.0
+    figures = meter.read()
+    assert figures["tokens_per_second"] == 1000 / 4
+    assert figures["packing_fill"] == 1000 / 1200
+
+    # A new interval: nothing of the first is left in it.
+    clock.now += 2.0
+    meter.update(100, 100)
+    figures = meter.read()
+    assert figures["tokens_per_second"] == 50 and figures["packing_fill"] == 1.0
+
+
+def test_excluded_time_does_not_count(meter: ThroughputMeter, clock: Clock) -> None:
+    meter.update(100, 100)
+    clock.now += 1.0
+    with meter.excluding():
+        clock.now += 50.0
+        with meter.excluding():
+            clock.now += 50.0
+        clock.now += 50.0
+    clock.now += 1.0
+    meter.pause()
+    clock.now += 7.0
+    meter.resume()
+    assert meter.read()["tokens_per_second"] == 50
+
+
+def test_excluding_ends_with_an_error(meter: ThroughputMeter, clock: Clock) -> None:
+    with pytest.raises(KeyError), meter.excluding():
+        clock.now += 5.0
+        raise KeyError
+    meter.update(10, 10)
+    clock.now += 1.0
+    assert meter.read()["tokens_per_second"] == 10
+
+
+def test_reading_while_paused(meter: ThroughputMeter, clock: Clock) -> None:
+    meter.update(100, 100)
+    clock.now += 2.0
+    with meter.excluding():
+        clock.now += 9.0
+        assert meter.read()["tokens_per_second"] == 50
+        clock.now += 9.0
+    meter.update(30, 30)
+    clock.now += 3.0
+    assert meter.read()["tokens_per_second"] == 10
+
+
+def test_resume_without_pause(meter: ThroughputMeter) -> None:
+    with pytest.raises(RuntimeError, match="without a pause"):
+        meter.resume()
+
+
+def test_reading_nothing_keeps_the_interval(meter: ThroughputMeter, clock: Clock) -> None:
+    clock.now += 1.0
+    assert meter.read() == {}
+    meter.update(100, 100)
+    clock.now += 1.0
+    assert meter.read()["tokens_per_second"] == 50
+
+
+def test_no_time_no_rate(meter: ThroughputMeter) -> None:
+    meter.update(1, 2)
+    figures = meter.read()
+    assert "tokens_per_second" not in figures and figures["packing_fill"] == 0.5
+
+
+def test_reset_forgets(meter: ThroughputMeter, clock: Clock) -> None:
+    meter.update(1000, 1000)
+    meter.update(torch.tensor(1000), 1000)
+    clock.now += 5.0
+    meter.reset()
+    meter.update(10, 20)
+    clock.now += 1.0
+    figures = meter.read()
+    assert figures["tokens_per_second"] == 10 and figures["packing_fill"] == 0.5
+
+
+def test_update_reads_nothing_and_keeps_the_callers_tensor(meter: ThroughputMeter, clock: Clock) -> None:
+    # A tensor without storage: any read-back raises.
+    meter.update(torch.zeros((), dtype=torch.int64, device="meta"), 8)
+    meter.update(torch.zeros((), dtype=torch.int64, device="meta"), 8)
+    meter.reset()
+    count = torch.tensor(3)
+    meter.update(count, 8)
+    meter.update(count, 8)
+    count += 100
+    assert count.item() == 103
+    clock.now += 1.0
+    assert meter.read()["tokens_per_second"] == 6
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no getrusage")
+def test_peak_memory_of_the_process(meter: ThroughputMeter) -> None:
+    meter.update(1, 1)
+    before = meter.read()["peak_memory_gib"]
+    # torch is loaded, so the process holds some 0.1 GiB at least; a wrong unit is off by 1024.
+    assert 0.05 < before < 200
+    block = torch.ones(2**26)  # 256 MiB, written
+    meter.update(1, 1)
+    after = meter.read()["peak_memory_gib"]
+    del block
+    meter.update(1, 1)
+    assert meter.read()["peak_memory_gib"] >= after >= before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_memory_of_the_gpu(clock: Clock) -> None:
+    meter = ThroughputMeter(clock=clock)
+    torch.cuda.reset_peak_memory_stats()
+    block = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    meter.update(torch.tensor(5, device="cuda"), 10)
+    figures = meter.read()
+    assert figures["packing_fill"] == 0.5
+    assert figures["peak_memory_gib"] >= block.numel() / 2**30
