@@ -34,8 +34,8 @@ def check(args: Any, given: dict[str, Any]) -> None:
         )
     if packs and args.max_length < 2:
         raise ValueError(
-            f"max_length={args.max_length}: a packed row of fewer than 2 tokens has nothing to predict. Set max_length "
-            "to the model's context length, such as 2048."
+            f"max_length={args.max_length}: a packed row of fewer than 2 tokens has nothing to predict. Set "
+            "max_length to the model's context length, such as 2048."
         )
     if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         return
@@ -129,7 +129,7 @@ def lora_plus_part(trainer: SFTTrainer, config: ChronicalsConfig) -> PartReport:
     for key in ("optimizer", "scheduler"):
         if deepspeed is not None and key in deepspeed.config:
             raise ValueError(
-                f"The DeepSpeed configuration has its own {key!r}, which would lose LoRA+'s learning rates. Remove that "
-                f"section (TrainingArguments' optim and lr_scheduler_type take its place), or set lora_plus='off'."
+                f"The DeepSpeed configuration has its own {key!r}, which would lose LoRA+'s learning rates. Remove "
+                f"that section (TrainingArguments' optim and lr_scheduler_type take its place), or set lora_plus='off'."
             )
     return PartReport("lora_plus", "on", modules=adapters, backend=f"ratio {config.lora_plus_ratio:g}")

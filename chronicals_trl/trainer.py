@@ -56,10 +56,10 @@ class SFTTrainer(TrlSFTTrainer):
             model does not keep apart.
     """
 
-    @functools.wraps(TrlSFTTrainer.__init__)
+    @functools.wraps(TrlSFTTrainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(TrlSFTTrainer.__init__).bind(self, *args, **kwargs).arguments
-        arguments = given.get("args")
+        arguments: Any = given.get("args")
         self._chronicals: ChronicalsConfig | None = None
         self._packing_stats: dict[str, PackStats] = {}
         self._lora_plus = False
@@ -70,8 +70,11 @@ class SFTTrainer(TrlSFTTrainer):
             self.chronicals_report = ActivationReport.all_off(reason)
             super().__init__(*args, **kwargs)
             if self.args.should_log:
-                logger.warning("chronicals-trl is off (%s): this run is stock TRL. Switch it on with "
-                               "use_chronicals=True in chronicals_trl's SFTConfig, or --use_chronicals True.", reason)  # fmt: skip
+                logger.warning(
+                    "chronicals-trl is off (%s): this run is stock TRL. To switch it on, set use_chronicals=True in "
+                    "chronicals_trl's SFTConfig, or pass --use_chronicals True.",
+                    reason,
+                )
             return
 
         config = ChronicalsConfig.resolve(arguments.chronicals_config)
@@ -98,7 +101,7 @@ class SFTTrainer(TrlSFTTrainer):
             states = gather_object([{part.name: part.state for part in report.parts}])
             apart = [name for name in PARTS if len({state[name] for state in states}) > 1]
             if apart:
-                leave_out |= {name: "off on another rank" for name in apart}
+                leave_out |= dict.fromkeys(apart, "off on another rank")
                 report = self._patch(config, leave_out)
         self._lora_plus = report["lora_plus"].state == "on"
         self._head = report["head"].state == "on"
@@ -130,7 +133,7 @@ class SFTTrainer(TrlSFTTrainer):
             max_segment_length=whole.max_segment_length if whole else None,
             max_docs_per_bin=whole.max_docs_per_bin if whole else None,
             cu_seqlens_bucket=None if hybrid else CU_SEQLENS_BUCKET,
-            fallback=self.data_collator,
+            fallback=self.data_collator,  # type: ignore[has-type]
             emit_token_mask=self.aux_loss_enabled,
         )
 
@@ -139,23 +142,23 @@ class SFTTrainer(TrlSFTTrainer):
             leak = verify_isolation(base_model(self.model), self.args.device)
         if leak is not None:
             raise RuntimeError(
-                f"packing=True, but this model lets packed documents attend to each other ({leak}). Set packing=False, "
-                "or load the model with an attn_implementation that keeps them apart, such as 'sdpa'."
+                f"packing=True, but this model lets packed documents attend to each other ({leak}). Set "
+                "packing=False, or load the model with an attn_implementation that keeps them apart, such as 'sdpa'."
             )
 
     def _notes(self, config: ChronicalsConfig) -> list[str]:
         notes = [f"packing {name}: {stats.describe()}" for name, stats in self._packing_stats.items()]
         if self._lora_plus:
             notes.append(
-                f"LoRA+: B learns at {config.lora_plus_ratio:g} times the learning rate of A; lora_plus='off' restores "
-                "one rate for both"
+                f"LoRA+: B learns at {config.lora_plus_ratio:g} times the learning rate of A; lora_plus='off' "
+                "restores one rate for both"
             )
         for package in ("trl", "transformers"):
             version = installed(package)
             if version is not None and newer_than_tested(package, version):
                 notes.append(f"{package} {version} is newer than the newest tested release")
         if self.args.auto_find_batch_size and self._packing.state == "on":
-            notes.append("auto_find_batch_size: after a change of the batch size the last batch of an epoch may be short")
+            notes.append("auto_find_batch_size: after a change of the batch size an epoch's last batch may be short")
         return notes
 
     def _save_report(self) -> None:
@@ -246,21 +249,18 @@ class SFTTrainer(TrlSFTTrainer):
         return batches, num_items
 
     def _count_tokens(self, batches: list[dict[str, Any]], device: torch.device) -> None:
+        """Count the step's real tokens and its slots, over all ranks, without reading the device."""
         real: int | Tensor = 0
-        slots: int | Tensor = 0
+        slots: int | Tensor = sum(batch["input_ids"].numel() for batch in batches)
         for batch in batches:
-            tokens = batch["input_ids"]
-            slots += tokens.numel()
             if "num_real_tokens" in batch:
                 real += batch["num_real_tokens"]
             elif "attention_mask" in batch:
                 real += batch["attention_mask"].sum()
             else:
-                real += tokens.numel()
+                real += batch["input_ids"].numel()
         if self.args.world_size > 1:
-            counts = torch.as_tensor([int(real), int(slots)] if not torch.is_tensor(real) else [0, slots], device=device)
-            if torch.is_tensor(real):
-                counts[0] = real
+            counts = torch.stack([torch.as_tensor(count, device=device, dtype=torch.int64) for count in (real, slots)])
             real, slots = self.accelerator.reduce(counts, reduction="sum").unbind()
         self._real_tokens = self._real_tokens + real
         self._meter.update(real, slots)
@@ -303,8 +303,9 @@ class SFTTrainer(TrlSFTTrainer):
             self._metrics[mode]["num_tokens"] = [int(self._real_tokens)]
             if "loss" in logs:
                 logs.update(self._meter.read())
-                if self._lora_plus:
-                    logs["learning_rate_lora_b"] = max(group["lr"] for group in self.optimizer.param_groups)
+                if self._lora_plus and "learning_rate" in logs:
+                    # Schedulers scale all groups alike; the groups themselves are one scheduler step ahead by now.
+                    logs["learning_rate_lora_b"] = logs["learning_rate"] * self._chronicals.lora_plus_ratio
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -42,7 +42,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import decoders
 
     raw.decoder = decoders.Metaspace()
-    raw.train_from_iterator(sentences(300), trainers.BpeTrainer(vocab_size=131, special_tokens=special, show_progress=False))
+    raw.train_from_iterator(
+        sentences(300), trainers.BpeTrainer(vocab_size=131, special_tokens=special, show_progress=False)
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.chat_template = CHAT_TEMPLATE
     return fast

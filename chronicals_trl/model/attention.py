@@ -72,7 +72,7 @@ def cu_seqlens_of_positions(position_ids: Tensor) -> Tensor:
 
 
 @cache
-def _varlen_function() -> Callable[..., Tensor] | None:
+def _varlen_function() -> Callable[..., Any] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -87,10 +87,11 @@ def _varlen(
     function = _varlen_function()
     assert function is not None
     window_size = (-1, 0) if window is None else (window - 1, 0)
-    return function(
+    out: Tensor = function(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
         scale=scale, window_size=window_size, enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
+    return out
 
 
 @cache
@@ -130,7 +131,9 @@ def unavailable(backend: str, device: torch.device) -> str | None:
         return None if _fa4_function() is not None else "flash-attn-4 is not installed"
     if major < 8:
         return "torch's varlen attention needs an Ampere GPU or newer"
-    return None if _varlen_function() is not None else f"torch {torch.__version__} has no varlen attention with windows"
+    return (
+        None if _varlen_function() is not None else f"torch {torch.__version__} has no varlen attention with windows"
+    )
 
 
 # -- the functions that transformers calls ---------------------------------------------------------------------------
@@ -161,23 +164,32 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention contract: q (B, Hq, S, D), k and v (B, Hk, S, D) -> ((B, S, Hq, D), None)."""
-    if attention_mask is not None and attention_mask.numel() == 0:  # PACKED: see _varlen_mask
-        num_tokens = query.shape[2]
+    num_tokens = query.shape[2]
+    marked = attention_mask is not None and attention_mask.numel() == 0  # by _varlen_mask
+    # transformers looks for documents only while there is no cache; `cu_seq_lens_q` says that there are some.
+    told = (
+        attention_mask is None and cu_seq_lens_q is not None and query.shape[0] == 1 and num_tokens == key.shape[2] > 1
+    )
+    if marked or told:
         if cu_seq_lens_q is None:
             if position_ids is None:
-                raise ValueError("A packed row reached the attention without `cu_seq_lens_q` and without `position_ids`.")
+                raise ValueError(
+                    "A packed row reached the attention without `cu_seq_lens_q` and without `position_ids`."
+                )
             cu_seq_lens_q, max_length_q = cu_seqlens_of_positions(position_ids), None
         q, k, v = _autocast(query, key, value)
-        if q.dtype in HALF and dropout == 0.0:
+        if backend in VARLEN_BACKENDS and q.dtype in HALF and dropout == 0.0:
             scale = scaling if scaling is not None else q.shape[-1] ** -0.5
             q_THD, k_THD, v_THD = (tensor.transpose(1, 2)[0] for tensor in (q, k, v))
             out_THD = VARLEN_BACKENDS[backend](
                 q_THD, k_THD, v_THD, cu_seq_lens_q, max_length_q or num_tokens, scale, sliding_window
             )
             return out_THD[None], None
-        # fp32, or attention dropout: no varlen kernel has it.
+        # The CPU, fp32, or attention dropout: no varlen kernel has them.
         attention_mask = block_diagonal_mask(cu_seq_lens_q, num_tokens, sliding_window)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)  # type: ignore[return-value]
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
 
 
 def _fa4_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -304,8 +316,11 @@ def choose_backend(model: PreTrainedModel, requested: str, device: torch.device)
     reasons = []
     if requested == "auto" and device.type != "cuda":
         candidates, reasons = ("blockwise",), [f"no varlen kernel on {device.type}"]
-    elif requested == "auto" and getattr(config, "attention_dropout", 0.0):
-        candidates, reasons = ("blockwise",), [f"attention_dropout={config.attention_dropout:g}: no varlen kernel has it"]
+    elif requested == "auto" and getattr(config, "attention_dropout", None):
+        candidates, reasons = (
+            ("blockwise",),
+            [f"attention_dropout={config.attention_dropout}: no varlen kernel has it"],
+        )
     for backend in candidates:
         reason = unavailable(backend, device)
         for width in {None, window}:
@@ -379,6 +394,8 @@ def verify_isolation(model: PreTrainedModel, device: torch.device) -> str | None
                 module.training = mode
     error = ((packed - alone).float().norm() / alone.float().norm()).item()
     # Rounding differs between the two shapes; a leak is many times this (0.17 in the case that FACTS.md measured).
-    precision = torch.finfo(torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else packed.dtype)
+    precision = torch.finfo(
+        torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else packed.dtype
+    )
     allowed = max(8 * precision.eps, 1e-4)
     return None if error <= allowed else f"hidden states change by a relative {error:.1e} when packed"

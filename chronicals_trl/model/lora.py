@@ -1,12 +1,13 @@
 """Fused LoRA on instances of ``peft.tuners.lora.layer.Linear``.
 
 A fitting layer gets ``lora_forward`` bound to the instance (``types.MethodType(lora_forward, layer)``). It decides on
-every call whether the state of the layer is the plain one (one active adapter, nothing merged, disabled, dropped out or
-hooked); if it is, the layer becomes one ``lora_linear``, else the class's own forward runs. PEFT's parameters and
+every call whether the state of the layer is the plain one (one active adapter, nothing merged, disabled, dropped out
+or hooked); if it is, the layer becomes one ``lora_linear``, else the class's own forward runs. PEFT's parameters and
 attributes stay where they are, so that merging, saving, disabling and deleting adapters are PEFT's own code.
 
-The state that is read (``active_adapters``, ``lora_A``, ``scaling``, ``lora_variant``, ...) and the result for the plain
-state follow ``peft/tuners/lora/layer.py``, 0.18 to 0.21. PEFT is optional and is not imported by importing this module.
+The state that is read (``active_adapters``, ``lora_A``, ``scaling``, ``lora_variant``, ...) and the result for the
+plain state follow ``peft/tuners/lora/layer.py``, 0.18 to 0.21. PEFT is optional: importing this module does not import
+it.
 """
 
 from __future__ import annotations
@@ -107,9 +108,7 @@ def verify(module: nn.Module, device: torch.device | str) -> str | None:
 
     for name, ours, theirs in zip(["output", *names], actual, expected, strict=True):
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            return (
-                f"probe: {name} is {tuple(ours.shape)} {ours.dtype}, PEFT's is {tuple(theirs.shape)} {theirs.dtype}"
-            )
+            return f"probe: {name} is {tuple(ours.shape)} {ours.dtype}, PEFT's is {tuple(theirs.shape)} {theirs.dtype}"
         # The floor: with a scaling of 0 the adapter's gradients are all zero.
         error_rel = ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30)).item()
         if not error_rel <= PROBE_TOLERANCE:  # NaN fails too

@@ -2,9 +2,9 @@
 
 No table of model classes: a block qualifies by the attributes that its forward needs, and then a *twin* of it, a
 shallow copy with small random parameters, runs forward and backward against the replacement on a random probe. The
-twin leaves the model's own values untouched and unread (under ZeRO-3 or meta loading there are none yet), and the probe
-draws from a generator of its own, so that the user's random stream does not move. A verdict is remembered per class,
-shape and dtype: a model of a hundred layers pays for one probe of each kind.
+twin leaves the model's own values untouched and unread (under ZeRO-3 or meta loading there are none yet), and the
+probe draws from a generator of its own, so that the user's random stream does not move. A verdict is remembered per
+class, shape and dtype: a model of a hundred layers pays for one probe of each kind.
 
 Legend: B batch, S sequence, H hidden, I intermediate, D head dimension, R rotary dimension.
 """
@@ -70,7 +70,9 @@ def parameter_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def shallow_twin(module: nn.Module, *, parameters: dict[str, Any] | None = None, modules: dict[str, Any] | None = None):
+def shallow_twin(
+    module: nn.Module, *, parameters: dict[str, Any] | None = None, modules: dict[str, Any] | None = None
+) -> Any:
     """A copy of `module` that shares its settings but neither parameters, children nor an instance-level forward."""
     twin = copy.copy(module)
     twin.__dict__.pop("forward", None)
@@ -144,7 +146,7 @@ def looks_like_rms_norm(module: nn.Module) -> bool:
     )
 
 
-def verify_rms_norm(module: nn.Module, device: torch.device, dtype: torch.dtype) -> NormSpec:
+def verify_rms_norm(module: Any, device: torch.device, dtype: torch.dtype) -> NormSpec:
     """Find the offset with which `rms_norm` computes what `module` computes; Mismatch if there is none."""
     epsilon_name = next(name for name in EPSILON_NAMES if isinstance(getattr(module, name, None), float))
     (width,) = parameter_shape(module.weight)
@@ -285,7 +287,9 @@ def verify_rope(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
             angle_BSR = randn(2, 5, rotary_dim, generator=generator, device=device, dtype=dtype)
             cos_BSR, sin_BSR = angle_BSR.cos(), angle_BSR.flip(-1).sin()
 
-            def run(function: Callable[..., Any], q: Tensor, k: Tensor, c: Tensor = cos_BSR, s: Tensor = sin_BSR) -> Any:
+            def run(
+                function: Callable[..., Any], q: Tensor, k: Tensor, c: Tensor = cos_BSR, s: Tensor = sin_BSR
+            ) -> Any:
                 return tuple(function(q.transpose(1, 2), k.transpose(1, 2), c, s))
 
             if rotary_dim < head_dim:

@@ -54,7 +54,7 @@ def patch_model(
         ValueError: a parameter holds NaN, or `config` is not valid.
         RuntimeError: with `strict=True` a part did not fit, or a part that is set to `"on"` did not.
     """
-    resolved = config if isinstance(config, ChronicalsConfig) else ChronicalsConfig.resolve(config)  # type: ignore[arg-type]
+    resolved = config if isinstance(config, ChronicalsConfig) else ChronicalsConfig.resolve(config)
     unpatch_model(model)
     require_finite(model)
     base = base_model(model)
@@ -102,7 +102,8 @@ def unpatch_model(model: nn.Module) -> None:
 
 def base_model(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -122,8 +123,8 @@ def require_finite(model: nn.Module) -> None:
         if parameter.is_floating_point() and parameter.device.type != "meta" and parameter.numel():
             names.append(name)
             # A sum is NaN if any element is; it reads the tensor once and needs no mask of its size.
-            flags.append(parameter.detach().sum(dtype=torch.float32).isnan().cpu())
-    if flags and bool(torch.stack(flags).any()):
+            flags.append(parameter.detach().sum(dtype=torch.float32).isnan())
+    if flags and bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any()):
         bad = [name for name, flag in zip(names, flags, strict=True) if flag]
         raise ValueError(
             f"{len(bad)} parameter(s) of the model hold NaN before training, first: {bad[0]}. Nothing can be learned "
@@ -144,7 +145,7 @@ def _install(module: nn.Module, forward: Callable[..., Any], spec: Any = None) -
 
 
 @functools.cache
-def _with_rope(forward: types.FunctionType) -> types.FunctionType:
+def _with_rope(forward: types.FunctionType) -> Callable[..., Any]:
     """A copy of an attention block's forward in whose globals `apply_rotary_pos_emb` is ours; one a function."""
     original = forward.__globals__[match.ROPE_NAME]
 
@@ -188,9 +189,7 @@ _BLOCKS: dict[str, tuple[Callable, Callable, Callable, Callable]] = {
 _WHAT = {"rms_norm": "RMSNorm", "gated_mlp": "gated MLP", "qk_rope": "attention with rotary position embedding"}
 
 
-def _swap_blocks(
-    model: nn.Module, part: str, device: torch.device, dtype: torch.dtype, backend: str
-) -> PartReport:
+def _swap_blocks(model: nn.Module, part: str, device: torch.device, dtype: torch.dtype, backend: str) -> PartReport:
     looks_like, shape, verify, forward = _BLOCKS[part]
     swapped, left = 0, Counter[str]()
     for module in model.modules():
@@ -238,9 +237,7 @@ def _swap_attention(base: Any, config: ChronicalsConfig, device: torch.device) -
         return PartReport("attention", "off", reason=reason, omitted=True)
     attention.use_backend(base, backend)
     layers = base.config.get_text_config().num_hidden_layers
-    return PartReport(
-        "attention", "on", modules=layers, backend=attention.BACKEND_LABELS[backend], reason=reason
-    )
+    return PartReport("attention", "on", modules=layers, backend=attention.BACKEND_LABELS[backend], reason=reason)
 
 
 def _swap_head(base: Any, config: ChronicalsConfig, device: torch.device, dtype: torch.dtype) -> PartReport:

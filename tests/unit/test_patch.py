@@ -70,9 +70,7 @@ def test_gradients_equal_the_unpatched_models(family: str) -> None:
     router = getattr(model.config, "router_aux_loss_coef", 0.0) if outputs.aux_loss is not None else 0.0
     assert router == 0.0
     outputs.loss.backward()
-    require_same_gradients(
-        {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, gradients
-    )
+    require_same_gradients({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, gradients)
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
@@ -247,7 +245,9 @@ def test_tied_head_and_embedding_share_one_gradient() -> None:
 
 def _lora(model, **options):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"], **options)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"], **options
+    )
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = peft.get_peft_model(model, config)

@@ -1,0 +1,357 @@
+"""What the trainer adds: packing, the report, throughput, LoRA+, errors, settings side by side."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tiny_data
+import tiny_models
+import torch
+import trl
+from datasets import Dataset, IterableDataset
+from test_parity import SETTINGS, logged, run
+from transformers import TrainingArguments
+
+from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer
+
+
+def make(tmp_path: Path, *, data=None, config_class: type = SFTConfig, family: str = "llama", **options):
+    trainer_options = {key: options.pop(key) for key in list(options) if key in _TRAINER_ARGUMENTS}
+    flag = {"use_chronicals": True} if config_class is SFTConfig else {}
+    settings = {**SETTINGS, **flag, "output_dir": str(tmp_path / "out"), **options}
+    return SFTTrainer(
+        model=trainer_options.pop("model", None) or tiny_models.build(family),
+        args=config_class(**settings),
+        train_dataset=tiny_data.text() if data is None else data,
+        processing_class=tiny_data.tokenizer(),
+        **trainer_options,
+    )
+
+
+_TRAINER_ARGUMENTS = {
+    "model", "eval_dataset", "peft_config", "compute_loss_func", "formatting_func", "optimizers", "data_collator",
+}  # fmt: skip
+
+
+def documents(rows) -> Counter:
+    """The multiset of documents of packed rows."""
+    found: Counter = Counter()
+    for row in rows:
+        start = 0
+        for length in row["seq_lengths"]:
+            found[tuple(row["input_ids"][start : start + length])] += 1
+            start += length
+    return found
+
+
+# -- packing ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_document_once(tmp_path: Path) -> None:
+    trainer = make(tmp_path, packing=True)
+    source = Counter(tuple(ids) for ids in tiny_data.tokenized()["input_ids"])
+    assert documents(trainer.train_dataset) == source
+    assert trainer.chronicals_report["packing"].state == "on"
+
+
+def test_bfd_split_keeps_every_token(tmp_path: Path) -> None:
+    trainer = make(tmp_path, packing=True, packing_strategy="bfd_split", max_length=16)
+    packed = Counter(token for row in trainer.train_dataset for token in row["input_ids"])
+    assert packed == Counter(token for ids in tiny_data.tokenized()["input_ids"] for token in ids)
+    assert all(len(row["input_ids"]) <= 16 for row in trainer.train_dataset)
+    assert any("split" in note for note in trainer.chronicals_report.notes)
+
+
+def test_bfd_truncates_and_counts(tmp_path: Path) -> None:
+    trainer = make(tmp_path, packing=True, max_length=16)
+    lengths = [len(ids) for ids in tiny_data.tokenized()["input_ids"]]
+    lost = sum(max(0, length - 16) for length in lengths)
+    count = sum(length > 16 for length in lengths)
+    assert documents(trainer.train_dataset) == Counter(tuple(ids[:16]) for ids in tiny_data.tokenized()["input_ids"])
+    assert any(f"{count:,} truncated ({lost:,} tokens lost)" in note for note in trainer.chronicals_report.notes)
+
+
+def test_batches_have_one_shape_and_no_trainer_keys_reach_the_model(tmp_path: Path) -> None:
+    trainer = make(tmp_path, packing=True, dataloader_drop_last=True)
+    batches = list(trainer.get_train_dataloader())
+    assert len(batches) > 3
+    assert {batch["input_ids"].shape for batch in batches} == {(1, 2 * 96)}
+    assert {batch["cu_seq_lens_q"].shape for batch in batches} == {batches[0]["cu_seq_lens_q"].shape}
+    prepared = trainer._prepare_inputs(dict(batches[0]))
+    assert set(prepared) == {
+        "input_ids", "labels", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("packing", "eval_packing"), [(True, None), (True, False), (False, True)])
+def test_eval_packing(tmp_path: Path, packing: bool, eval_packing: bool | None) -> None:
+    """The loss over the evaluation set is that of each document alone, whichever side is packed."""
+    data = tiny_data.text(12, seed=9)
+    trainer = make(
+        tmp_path, packing=packing, eval_packing=eval_packing, eval_dataset=data, per_device_eval_batch_size=64
+    )
+    alone = make(tmp_path, eval_dataset=data, per_device_eval_batch_size=64)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(alone.evaluate()["eval_loss"], rel=1e-5)
+    # Handed over again, packed rows are not packed a second time.
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == pytest.approx(
+        alone.evaluate(data)["eval_loss"], rel=1e-5
+    )
+
+
+def test_streaming_is_packed_in_windows_and_says_so(tmp_path: Path) -> None:
+    stream = tiny_data.text().to_iterable_dataset()
+    trainer = make(tmp_path, data=stream, packing=True, chronicals_config={"packing_window": 20})
+    assert isinstance(trainer.train_dataset, IterableDataset)
+    assert any("windows of 20 documents" in note for note in trainer.chronicals_report.notes)
+    assert documents(trainer.train_dataset) == Counter(tuple(ids) for ids in tiny_data.tokenized()["input_ids"])
+    trainer.train()
+    assert len(logged(trainer, "loss")) == SETTINGS["max_steps"]
+
+
+def test_wrapped_is_left_to_trl(tmp_path: Path) -> None:
+    trainer = make(tmp_path, packing=True, packing_strategy="wrapped")
+    part = trainer.chronicals_report["packing"]
+    assert part.state == "off" and part.omitted and "wrapped" in part.reason
+    trainer.train()
+
+
+def test_spawned_data_loader_workers(tmp_path: Path) -> None:
+    trainer = make(
+        tmp_path, packing=True, dataloader_num_workers=1, dataloader_multiprocessing_context="spawn", max_steps=2
+    )
+    reference = make(tmp_path, packing=True, max_steps=2)
+    trainer.train()
+    reference.train()
+    assert logged(trainer, "loss") == logged(reference, "loss")
+
+
+def test_resume_continues_the_same_curve(tmp_path: Path) -> None:
+    options = {"packing": True, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = make(tmp_path, **options)
+    whole.train()
+    again = make(tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert logged(again, "loss")[3:] == logged(whole, "loss")[3:]
+    assert logged(again, "loss") == logged(whole, "loss")
+    saved = torch.load(tmp_path / "out" / "checkpoint-3" / "training_args.bin", weights_only=False)
+    assert type(saved) is SFTConfig and saved.use_chronicals
+
+
+# -- the report and the logs -----------------------------------------------------------------------------------------
+
+
+def test_report_is_shown_kept_and_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    trainer = make(tmp_path, packing=True)
+    written = json.loads((tmp_path / "out" / "chronicals_report.json").read_text())
+    assert written == trainer.chronicals_report.to_dict()
+    assert [part["name"] for part in written["parts"]] == [
+        "rms_norm", "gated_mlp", "qk_rope", "attention", "head", "packing", "lora", "lora_plus",
+    ]  # fmt: skip
+    assert "rms_norm" in capsys.readouterr().out
+
+
+def test_throughput_in_the_logs(tmp_path: Path) -> None:
+    trainer = make(tmp_path, packing=True)
+    trainer.train()
+    rows = sum(len(ids) for ids in trainer.train_dataset["input_ids"])
+    tokens = logged(trainer, "num_tokens")
+    fills = logged(trainer, "packing_fill")
+    assert len(fills) == len(logged(trainer, "tokens_per_second")) == SETTINGS["max_steps"]
+    assert tokens[-1] <= rows
+    counts = [tokens[0], *(b - a for a, b in zip(tokens, tokens[1:], strict=False))]
+    assert fills == pytest.approx([count / (2 * 96) for count in counts])
+    assert min(logged(trainer, "tokens_per_second")) > 0 and min(logged(trainer, "peak_memory_gib")) > 0
+
+
+def test_a_plain_config_counts_as_off_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for config_class in (trl.SFTConfig, TrainingArguments):
+        options = {key: value for key, value in SETTINGS.items() if key != "max_length"}
+        trainer = SFTTrainer(
+            model=tiny_models.build("llama"),
+            args=config_class(**{**options, "output_dir": str(tmp_path)}),
+            train_dataset=tiny_data.text(),
+            processing_class=tiny_data.tokenizer(),
+        )
+        assert {part.state for part in trainer.chronicals_report.parts} == {"off"}
+        assert config_class.__name__ in trainer.chronicals_report["head"].reason
+    assert "chronicals-trl is off" in caplog.text
+
+
+def test_strict(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="rms_norm is off"):
+        make(tmp_path, family="gpt2", chronicals_config={"strict": True})
+    make(tmp_path, chronicals_config={"strict": True})  # nothing is omitted here
+    with pytest.raises(RuntimeError, match="lora_plus"):
+        make(tmp_path, chronicals_config={"lora_plus": "on"})
+
+
+# -- LoRA+ -----------------------------------------------------------------------------------------------------------
+
+
+def test_lora_plus_groups_through_training(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    trainer = make(
+        tmp_path, packing=True, peft_config=peft.LoraConfig(r=4, target_modules="all-linear"), warmup_steps=2,
+        weight_decay=0.1, chronicals_config={"lora_plus_ratio": 8.0},
+    )  # fmt: skip
+    assert trainer.chronicals_report["lora_plus"].state == "on"
+    trainer.train()
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    initial = {id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trained.items():
+        assert initial[id(parameter)] == pytest.approx(SETTINGS["learning_rate"] * (8 if "lora_B" in name else 1))
+        assert id(parameter) in rates
+    assert logged(trainer, "learning_rate_lora_b") == pytest.approx([8 * r for r in logged(trainer, "learning_rate")])
+    assert any("8 times" in note for note in trainer.chronicals_report.notes)
+
+
+def test_lora_plus_leaves_a_given_optimizer_alone(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_models.build("llama"), peft.LoraConfig(r=4, target_modules="all-linear"))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    trainer = make(tmp_path, model=model, optimizers=(optimizer, None))
+    part = trainer.chronicals_report["lora_plus"]
+    assert part.state == "off" and "passed in" in part.reason
+    trainer.train()
+    assert len(trainer.optimizer.param_groups) == 1
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": Dataset.from_dict({"text": []})}, "`train_dataset` is empty"),
+        ({"data": Dataset.from_dict({"txt": ["a"], "id": [1]})}, r"no text: its columns are \['id', 'txt'\]"),
+        ({"eval_dataset": Dataset.from_dict({"txt": ["a"]})}, "`eval_dataset` has no text"),
+        ({"eval_dataset": {"a": Dataset.from_dict({"text": []})}}, r"`eval_dataset\['a'\]` is empty"),
+        ({"packing": True, "max_length": 1}, "max_length=1: a packed row of fewer than 2 tokens"),
+        ({"packing": True, "max_length": None}, "packing=True needs max_length"),
+        ({"chronicals_config": {"atention": "off"}}, "unknown key 'atention'.*'attention'"),
+    ],
+)
+def test_bad_input(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **options)
+
+
+def test_empty_stream(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`train_dataset` is empty"):
+        make(tmp_path, data=IterableDataset.from_generator(lambda: iter(())))
+
+
+def test_nan_weights(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"hold NaN before training, first: lm_head\.weight"):
+        make(tmp_path, model=model)
+
+
+def test_a_model_that_mixes_documents_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with a mask of its own that knows no documents, as remote code may have."""
+    model = tiny_models.build("llama", attn_implementation="eager")
+    monkeypatch.setattr(
+        "transformers.models.llama.modeling_llama.create_causal_mask",
+        lambda *, inputs_embeds, **_: torch.full((1, 1, *[inputs_embeds.shape[1]] * 2), -1e9).triu(1),
+    )
+    with pytest.raises(RuntimeError, match="attend to each other"):
+        make(tmp_path, model=model, packing=True)
+    make(tmp_path, model=model, packing=False)
+
+
+# -- side by side with other settings --------------------------------------------------------------------------------
+
+
+def test_a_subclass_that_overrides_compute_loss(tmp_path: Path) -> None:
+    class Mine(SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            return 2 * loss
+
+    ours, gradients = run(Mine, SFTConfig, tmp_path, options={"use_chronicals": True})
+    theirs, reference = run(SFTTrainer, SFTConfig, tmp_path)
+    part = ours.chronicals_report["head"]
+    assert part.state == "off" and "Mine overrides compute_loss" in part.reason
+    assert logged(ours, "loss")[0] == pytest.approx(2 * logged(theirs, "loss")[0], rel=1e-5)
+    for name, gradient in reference.items():
+        assert torch.allclose(gradients[name], 2 * gradient, rtol=1e-4, atol=1e-7)
+    assert logged(ours, "tokens_per_second")
+
+
+def test_compute_loss_func(tmp_path: Path) -> None:
+    def loss_func(outputs, labels, num_items_in_batch=None):
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+    trainer = make(tmp_path, compute_loss_func=loss_func)
+    reference = make(tmp_path)
+    assert trainer.chronicals_report["head"].reason == "compute_loss_func needs the logits"
+    trainer.train()
+    reference.train()
+    assert logged(trainer, "loss") == pytest.approx(logged(reference, "loss"), rel=1e-4)
+
+
+def test_use_liger_kernel_turns_the_same_blocks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Liger itself needs a GPU driver: what is tested is that we step aside before it is applied.
+    monkeypatch.setattr("transformers.training_args.is_liger_kernel_available", lambda *_: True, raising=False)
+    trainer = make(tmp_path, use_liger_kernel=True)
+    for name in ("rms_norm", "gated_mlp", "qk_rope"):
+        part = trainer.chronicals_report[name]
+        assert part.state == "off" and "use_liger_kernel" in part.reason
+    assert trainer.chronicals_report["head"].state == "on"
+
+
+def test_auto_find_batch_size(tmp_path: Path) -> None:
+    class OutOfMemoryOnce(SFTTrainer):
+        failed = False
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if not OutOfMemoryOnce.failed:
+                OutOfMemoryOnce.failed = True
+                raise RuntimeError("CUDA out of memory. (planted)")
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    settings = {**SETTINGS, "output_dir": str(tmp_path), "auto_find_batch_size": True, "packing": True}
+    trainer = OutOfMemoryOnce(
+        model=tiny_models.build("llama"),
+        args=SFTConfig(**{**settings, "use_chronicals": True}),
+        train_dataset=tiny_data.text(),
+        processing_class=tiny_data.tokenizer(),
+    )
+    trainer.train()
+    assert OutOfMemoryOnce.failed and len(logged(trainer, "loss")) == SETTINGS["max_steps"]
+    assert any("auto_find_batch_size" in note for note in trainer.chronicals_report.notes)
+
+
+def test_a_newer_trl_than_tested_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chronicals_trl.trainer.installed", lambda name: "99.0" if name == "trl" else "5.20.0")
+    notes = make(tmp_path).chronicals_report.notes
+    assert "trl 99.0 is newer than the newest tested release" in notes
+
+
+def test_arguments_pickle(tmp_path: Path) -> None:
+    args = SFTConfig(
+        **{**SETTINGS, "output_dir": str(tmp_path), "use_chronicals": True}, chronicals_config={"head": "off"}
+    )
+    again = pickle.loads(pickle.dumps(args))
+    assert again.use_chronicals and again.chronicals_config == {"head": "off"}
+    assert ChronicalsConfig.resolve(again.chronicals_config).head == "off"
+
+
+def test_saved_checkpoint_equals_an_unpatched_save(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    trainer = make(tmp_path, packing=True)
+    trainer.save_model(str(tmp_path / "ours"))
+    tiny_models.build("llama").save_pretrained(tmp_path / "stock")
+    ours, stock = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "stock"))
+    assert ours.keys() == stock.keys() and all(torch.equal(ours[name], stock[name]) for name in stock)
+    assert "chronicals" not in (tmp_path / "ours" / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").config._attn_implementation == "sdpa"
