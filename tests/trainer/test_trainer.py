@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from collections import Counter
@@ -13,7 +14,7 @@ import tiny_models
 import torch
 import trl
 from datasets import Dataset, IterableDataset
-from test_parity import SETTINGS, logged, run
+from training_runs import SETTINGS, logged, run
 from transformers import TrainingArguments
 
 from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer
@@ -83,7 +84,8 @@ def test_batches_have_one_shape_and_no_trainer_keys_reach_the_model(tmp_path: Pa
     assert {batch["cu_seq_lens_q"].shape for batch in batches} == {batches[0]["cu_seq_lens_q"].shape}
     prepared = trainer._prepare_inputs(dict(batches[0]))
     assert set(prepared) == {
-        "input_ids", "labels", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
+        "input_ids", "labels", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+        "seq_idx",
     }  # fmt: skip
 
 
@@ -162,7 +164,7 @@ def test_throughput_in_the_logs(tmp_path: Path) -> None:
     fills = logged(trainer, "packing_fill")
     assert len(fills) == len(logged(trainer, "tokens_per_second")) == SETTINGS["max_steps"]
     assert tokens[-1] <= rows
-    counts = [tokens[0], *(b - a for a, b in zip(tokens, tokens[1:], strict=False))]
+    counts = [tokens[0], *(b - a for a, b in itertools.pairwise(tokens))]
     assert fills == pytest.approx([count / (2 * 96) for count in counts])
     assert min(logged(trainer, "tokens_per_second")) > 0 and min(logged(trainer, "peak_memory_gib")) > 0
 

@@ -71,7 +71,7 @@ def test_lora_plus_needs_the_optimizer_in_the_same_call() -> None:
 
 
 def test_documents_are_apart_even_with_a_cache() -> None:
-    """`model(**batch)` creates a cache, for which transformers leaves packing alone; `cu_seq_lens_q` is enough for us."""
+    """`model(**batch)` makes a cache; transformers then looks for no documents, but `cu_seq_lens_q` tells of them."""
     batch = tiny_models.packed_batch()
     reference = tiny_models.build("llama")(**batch, use_cache=False).loss
     model = tiny_models.build("llama")

@@ -1,0 +1,192 @@
+"""`chronicals-trl sft`: what `trl sft` does, with the flag on; `chronicals-trl doctor`: what this machine can do."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from chronicals_trl import __version__
+from chronicals_trl._versions import (
+    FLOORS,
+    REQUIRED,
+    TESTED,
+    check_floors,
+    installed,
+    meets_floor,
+    newer_than_tested,
+)
+
+_EPILOG = "`chronicals-trl sft --help` lists the arguments: TRL's, and --use_chronicals and --chronicals_config."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Everything after `sft` belongs to TRL's parser, --help included.
+    if arguments[:1] == ["sft"]:
+        return _sft(arguments[1:])
+    parser = argparse.ArgumentParser(prog="chronicals-trl", description=__doc__, epilog=_EPILOG, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="{sft,doctor}")
+    commands.add_parser("sft", help="fine-tune, as `trl sft` does, with use_chronicals on", add_help=False)
+    doctor = commands.add_parser("doctor", help="versions, GPUs and back ends; with --model, what would be on")
+    doctor.add_argument("--model", help="a model's folder or hub id; only its config is read, never its weights")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    namespace = parser.parse_args(arguments)
+    if namespace.command is None:
+        parser.print_help()
+        return 0
+    return _doctor(namespace.model, namespace.json)
+
+
+def _sft(arguments: list[str]) -> int:
+    """Parse as `trl sft` does (it sorts out what is accelerate's), then launch TRL's script through our runner."""
+    check_floors()
+    from chronicals_trl._register import register
+
+    register()
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+    from trl.scripts import sft
+
+    from chronicals_trl.config import ENV_FLAG
+
+    parser = sft.make_parser(prog="chronicals-trl sft")
+    *_, from_config, from_command_line = parser.parse_args_and_config(
+        arguments, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    launch_arguments = resolve_accelerate_config_argument(from_config + from_command_line)
+    script_arguments = _without(arguments, from_command_line)
+    # The YAML file's value has become the parser's default, and its `env:` section is in os.environ by now.
+    if not isinstance(parser.get_default("use_chronicals"), bool) and ENV_FLAG not in os.environ:
+        # In front: of two values the last one counts, so one that the user gave still wins.
+        script_arguments = ["--use_chronicals", "True", *script_arguments]
+    launch = launch_command_parser().parse_args(
+        [*launch_arguments, "-m", "chronicals_trl", str(sft.__file__), *script_arguments]
+    )
+    launch_command(launch)
+    return 0
+
+
+def _without(items: list[str], taken: list[str]) -> list[str]:
+    """`items` less `taken`, which is a subsequence of it: the earliest match of each goes."""
+    left, queue = [], list(taken)
+    for item in items:
+        if queue and item == queue[0]:
+            queue.pop(0)
+        else:
+            left.append(item)
+    return left
+
+
+def _doctor(model: str | None, as_json: bool) -> int:
+    """Print the findings; 1 when a needed library is missing or too old, else 0."""
+    packages = {name: _package(name) for name in FLOORS}
+    findings: dict[str, Any] = {
+        "chronicals-trl": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+    }
+    sound = all(packages[name]["state"] in ("ok", "newer than tested") for name in REQUIRED)
+    # Without torch, or with one too old, the rest could only fail.
+    report = None
+    if sound:
+        findings["gpus"] = _gpus()
+        findings["backends"] = _backends()
+        if model is not None:
+            report = _what_would_be_on(model)
+            findings["model"] = {"name": model, **report.to_dict()}
+    if as_json:
+        print(json.dumps(findings, indent=2))
+    else:
+        print(_as_text(findings))
+        if report is not None:
+            print(f"\nOn {model} (structure only, from its config; weights and quantisation not looked at):")
+            report.print()
+    return 0 if sound else 1
+
+
+def _package(name: str) -> dict[str, str | None]:
+    found = installed(name)
+    if found is None:
+        state = "missing" if name in REQUIRED else "not installed"
+    elif not meets_floor(name, found):
+        state = f"too old: pip install -U '{name}>={FLOORS[name]}'"
+    elif newer_than_tested(name, found):
+        state = "newer than tested"
+    else:
+        state = "ok"
+    return {"installed": found, "floor": FLOORS[name], "tested": TESTED[name], "state": state}
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": properties.name,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "capability": f"{properties.major}.{properties.minor}",
+            }
+        )
+    return found
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:  # a parent package that is not there, or is broken
+        return False
+
+
+def _backends() -> dict[str, bool]:
+    """Which optional libraries are there. Found, not imported: some take seconds or need a GPU to import."""
+    modules = {
+        "triton": "triton",
+        "torch varlen attention": "torch.nn.attention.varlen",
+        "flash-attn-4": "flash_attn.cute",
+        "flash-attn": "flash_attn_2_cuda",
+        "peft": "peft",
+        "deepspeed": "deepspeed",
+        "bitsandbytes": "bitsandbytes",
+    }
+    return {label: _importable(module) for label, module in modules.items()}
+
+
+def _what_would_be_on(model: str) -> Any:
+    """The report of `patch_model` on the model's structure, without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from chronicals_trl.model.patch import patch_model
+
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        structure = AutoModelForCausalLM.from_config(config)
+    return patch_model(structure)
+
+
+def _as_text(findings: dict[str, Any]) -> str:
+    lines = [f"chronicals-trl {findings['chronicals-trl']}, Python {findings['python']}, {findings['platform']}", ""]
+    lines.append(f"{'package':<14}{'installed':<16}{'floor':<8}{'tested':<10}state")
+    for name, package in findings["packages"].items():
+        found = package["installed"] or "-"
+        lines.append(f"{name:<14}{found:<16}{package['floor']:<8}{package['tested']:<10}{package['state']}")
+    if "gpus" in findings:
+        described = [f"{g['name']}, {g['memory_gib']} GiB, capability {g['capability']}" for g in findings["gpus"]]
+        lines += ["", "GPU: " + ("; ".join(described) or "none: the plain-torch reference of each kernel runs")]
+        lines += ["", "back ends:"]
+        lines += [f"  {label:<24}{'found' if found else '-'}" for label, found in findings["backends"].items()]
+    return "\n".join(lines)

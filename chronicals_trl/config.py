@@ -1,0 +1,303 @@
+"""What the user can set: `ChronicalsConfig` (the parts) and `SFTConfig` (TRL's, with the flag).
+
+A part is "auto" (on where it fits), "on" (the user insists: leaving it out is an error) or "off". Values come from
+the explicit argument, then the environment (`CHRONICALS_<FIELD>`), then the defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+from trl.trainer.sft_config import SFTConfig as TrlSFTConfig
+
+from chronicals_trl._versions import check_floors
+
+PARTS = ("rms_norm", "gated_mlp", "qk_rope", "attention", "head", "packing", "lora", "lora_plus")
+PART_STATES = ("auto", "on", "off")
+ATTENTION_BACKENDS = ("auto", "flash_attn_4", "varlen", "sdpa")
+ENV_PREFIX = "CHRONICALS_"
+ENV_FLAG = ENV_PREFIX + "USE_CHRONICALS"
+
+_TRUE = ("true", "yes", "on", "1")
+_FALSE = ("false", "no", "off", "0")
+
+
+def _nearest(value: object, allowed: Iterable[str]) -> str:
+    """ " Did you mean 'x'?" for the closest of `allowed`, or nothing when none is close."""
+    close = difflib.get_close_matches(str(value).lower(), list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _choice(where: str, value: object, allowed: tuple[str, ...]) -> str:
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{where} must be one of {', '.join(map(repr, allowed))}, got {value!r} of type {type(value).__name__}."
+        )
+    if value.lower() not in allowed:
+        raise ValueError(
+            f"{where} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{_nearest(value, allowed)}"
+        )
+    return value.lower()
+
+
+def _part(where: str, value: object) -> str:
+    # YAML 1.1 reads a bare `on` or `off` as a boolean, and so does transformers with "true" and "false" in JSON.
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return _choice(where, value, PART_STATES)
+
+
+def _boolean(where: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{where} must be true or false, got {value!r} of type {type(value).__name__}.")
+    return value
+
+
+def _positive_int(where: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{where} must be an integer of at least 1, got {value!r} of type {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"{where} must be an integer of at least 1, got {value!r}.")
+    return value
+
+
+def _positive_float(where: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where} must be a finite number above 0, got {value!r} of type {type(value).__name__}.")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond float's range
+        number = math.inf
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{where} must be a finite number above 0, got {value!r}.")
+    return number
+
+
+def _optional_positive_float(where: str, value: object) -> float | None:
+    return None if value is None else _positive_float(where, value)
+
+
+_CHECKS: dict[str, Any] = {
+    **dict.fromkeys(PARTS, _part),
+    "strict": _boolean,
+    "attention_backend": lambda where, value: _choice(where, value, ATTENTION_BACKENDS),
+    "logit_budget_mib": _positive_int,
+    "packing_window": _positive_int,
+    "lora_plus_ratio": _positive_float,
+    "lora_plus_embedding_lr": _optional_positive_float,
+}
+
+
+def _check_all(values: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """`values`, each one checked and normalised; `label` is put before the key in an error."""
+    return {key: _CHECKS[key](f"{label}{key}", value) for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class ChronicalsConfig:
+    """The settings of chronicals-trl; `chronicals_config` on the arguments holds the ones that the user gave.
+
+    Args:
+        rms_norm, gated_mlp, qk_rope, attention, head, packing, lora, lora_plus: "auto" (on where it fits), "on"
+            (leaving it out is an error) or "off". Booleans are taken as "on" and "off".
+        strict: Every part that is left out of its own accord is an error.
+        attention_backend: "auto" takes the first that works of "flash_attn_4", "varlen" and "sdpa".
+        logit_budget_mib: Memory for logits in the head, in MiB; at least 1.
+        packing_window: Documents that are packed together when the data set is streamed; at least 1.
+        lora_plus_ratio: Learning rate of LoRA's B matrices over that of A; above 0.
+        lora_plus_embedding_lr: Learning rate of LoRA's embedding matrices; None leaves the optimizer's.
+
+    Raises:
+        TypeError: A value is of the wrong type.
+        ValueError: A value is impossible. Both name the key, the value, what is allowed, and the nearest match.
+    """
+
+    rms_norm: str = "auto"
+    gated_mlp: str = "auto"
+    qk_rope: str = "auto"
+    attention: str = "auto"
+    head: str = "auto"
+    packing: str = "auto"
+    lora: str = "auto"
+    lora_plus: str = "auto"
+    strict: bool = False
+    attention_backend: str = "auto"
+    logit_budget_mib: int = 1024
+    packing_window: int = 10_000
+    lora_plus_ratio: float = 16.0
+    lora_plus_embedding_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        for key, value in _check_all(self.to_dict(), "").items():
+            object.__setattr__(self, key, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a flat dict that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def resolve(
+        cls,
+        explicit: ChronicalsConfig | Mapping[str, Any] | str | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> ChronicalsConfig:
+        """The configuration in force: `explicit` over `CHRONICALS_<FIELD>` variables over the defaults.
+
+        Args:
+            explicit: A dict, JSON text of one, a whole ChronicalsConfig (then the environment adds nothing), or None.
+            environ: The environment to read; None for the process's own. `CHRONICALS_USE_CHRONICALS` belongs to
+                `SFTConfig` and is left out.
+
+        Raises:
+            TypeError, ValueError: An unknown key, a wrong type or an impossible value, naming where it came from.
+        """
+        if isinstance(explicit, ChronicalsConfig):
+            return explicit
+        from_env = _read_environment(os.environ if environ is None else environ)
+        return cls(**{**from_env, **_read_explicit(explicit)})
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(ChronicalsConfig))
+
+
+def _read_explicit(explicit: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """The keys that the user gave, checked; errors name `chronicals_config`."""
+    if explicit is None:
+        return {}
+    if isinstance(explicit, str):
+        try:
+            explicit = json.loads(explicit)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"chronicals_config is not valid JSON ({error}): got {explicit!r}. Pass an object such as "
+                '\'{"attention": "off"}\', in quotes on the command line.'
+            ) from error
+    if not isinstance(explicit, Mapping):
+        raise TypeError(
+            f"chronicals_config must be a dict or the JSON text of one, got {explicit!r} of type "
+            f"{type(explicit).__name__}."
+        )
+    for key in explicit:
+        if key not in _FIELDS:
+            raise ValueError(
+                f"chronicals_config has an unknown key {key!r}.{_nearest(key, _FIELDS)} Allowed: {', '.join(_FIELDS)}."
+            )
+    return _check_all(explicit, "chronicals_config: ")
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that the environment holds, checked; errors name the variable."""
+    values = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable == ENV_FLAG:
+            continue
+        key = variable[len(ENV_PREFIX) :].lower()
+        if key not in _FIELDS:
+            allowed = [ENV_PREFIX + name.upper() for name in _FIELDS]
+            near = difflib.get_close_matches(variable, [*allowed, ENV_FLAG], n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"Environment variable {variable!r} (value {text!r}) names no setting.{hint} Unset it, or use one of: "
+                f"{', '.join([*allowed, ENV_FLAG])}."
+            )
+        values[key] = _CHECKS[key](f"environment variable {variable}", _parse_text(key, text))
+    return values
+
+
+def _parse_text(key: str, text: str) -> object:
+    """An environment variable's text as the type that its field has; text that does not fit is left for the check."""
+    word = text.strip()
+    if key in PARTS or key == "strict":
+        # "on" and "off" are a part's own words; for `strict` they mean true and false.
+        return True if word.lower() in _TRUE else False if word.lower() in _FALSE else word
+    if key == "lora_plus_embedding_lr" and word.lower() in ("none", "null", ""):
+        return None
+    for number in (int, float):
+        try:
+            return number(word)
+        except ValueError:
+            continue
+    return word
+
+
+class _FromEnvironment:
+    """Default of `use_chronicals`: "look at the environment when an instance is made".
+
+    A default factory would be the natural way, but HfArgumentParser takes a boolean field with a factory for
+    `False` and passes that on as if the user had given it. False in a boolean sense, so that arguments that stock TRL
+    pickled (they have no such field of their own and fall back to the class) count as off.
+    """
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return f"${ENV_FLAG}, else False"
+
+
+_FROM_ENVIRONMENT = cast(bool, _FromEnvironment())
+
+
+def _flag_from_environment() -> bool:
+    text = os.environ.get(ENV_FLAG, "").strip()
+    if text == "" or text.lower() in _FALSE:
+        return False
+    if text.lower() in _TRUE:
+        return True
+    raise ValueError(f"Environment variable {ENV_FLAG} must be one of {', '.join(_TRUE + _FALSE)}, got {text!r}.")
+
+
+@dataclass
+class SFTConfig(TrlSFTConfig):
+    """TRL's SFTConfig with the flag and its settings; with the flag off it means what TRL's means.
+
+    Args:
+        use_chronicals: Whether training goes through chronicals-trl. Default: the environment's
+            `CHRONICALS_USE_CHRONICALS`, else False.
+        chronicals_config: A dict, or JSON text on the command line, of `ChronicalsConfig`'s fields; kept as a plain
+            dict of the keys that were given.
+
+    Raises:
+        ImportError: The flag is on and trl, transformers, torch or accelerate is older than its floor.
+        TypeError, ValueError: As `ChronicalsConfig.resolve` does.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrlSFTConfig._VALID_DICT_FIELDS, "chronicals_config"]
+
+    use_chronicals: bool = field(
+        default=_FROM_ENVIRONMENT,
+        metadata={
+            "help": "Whether to train through chronicals-trl: packed, fused, the same result. Each part that does not "
+            "fit is left out and reported."
+        },
+    )
+    chronicals_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Settings of chronicals-trl as JSON, for example \'{"attention": "off", "strict": true}\'. '
+            f"Keys: {', '.join(_FIELDS)}."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.use_chronicals, _FromEnvironment):
+            self.use_chronicals = _flag_from_environment()
+        if self.use_chronicals:
+            # Before TRL's own checks: an old version below us could fail there with a less telling error.
+            check_floors()
+        given: Any = self.chronicals_config
+        if isinstance(given, ChronicalsConfig):
+            given = given.to_dict()
+        if given is not None:
+            self.chronicals_config = _read_explicit(given)
+        if self.use_chronicals:
+            # A wrong CHRONICALS_* variable has to show here, not after the model was loaded.
+            ChronicalsConfig.resolve(self.chronicals_config)
+        super().__post_init__()

@@ -1,0 +1,7 @@
+"""Learning rates per kind of parameter: LoRA+ on top of whatever optimizer the Trainer made."""
+
+from __future__ import annotations
+
+from chronicals_trl.optim.lora_plus import apply_lora_plus, split_lora_plus_groups
+
+__all__ = ["apply_lora_plus", "split_lora_plus_groups"]

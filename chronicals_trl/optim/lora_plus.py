@@ -1,0 +1,203 @@
+"""LoRA+: the B matrices of LoRA adapters learn at a multiple of the learning rate of the A matrices.
+
+Source: Hayou, Ghosh and Yu 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models" (arXiv 2402.12354). With width
+n the paper has the rate of A scale as 1/n and that of B as 1; the ratio itself depends on the model and the task, and
+16 is a value that the authors found good, not one that follows.
+
+Existing parameter groups are split and nothing else about them changes, so that the optimizer, its weight-decay rule
+and the sharding of its parameters stay those of the code that made them. Which parameter is which is read off the
+module tree (PEFT keeps A below ``lora_A``, B below ``lora_B``), not guessed from names or from the number of
+dimensions, which sharding changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# The attributes of PEFT's LoRA layers that hold adapter matrices. Everything else (modules_to_save, norms, biases of
+# base layers, DoRA's magnitudes) learns at the group's own rate.
+_KIND_BELOW = {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "embedding", "lora_embedding_B": "embedding"}
+_KINDS = ("A", "B", "embedding", "other")
+
+
+def split_lora_plus_groups(
+    model: nn.Module,
+    param_groups: Sequence[dict[str, Any]],
+    *,
+    ratio: float = 16.0,
+    embedding_lr: float | None = None,
+) -> list[dict[str, Any]]:
+    """Split optimizer parameter groups so that LoRA's B matrices learn at ``ratio`` times their group's rate.
+
+    Each group gives up to three, in this order: everything else at the group's ``lr``; ``lora_B`` (weights and biases)
+    at ``lr * ratio``; and, if ``embedding_lr`` is given, ``lora_embedding_A`` and ``lora_embedding_B`` at that rate
+    (the paper gives embeddings a rate of their own; without it they stay at the group's). All other options are kept,
+    also ``initial_lr``, scaled like ``lr``. Parameters keep their order, empty groups are dropped, the arguments are
+    not modified.
+
+    Args:
+        model: the model whose modules hold the parameters, wrapped or not.
+        param_groups: dicts with ``params`` (tensors or (name, tensor) pairs, in an ordered collection) and ``lr``, as
+            passed to an optimizer or as in ``optimizer.param_groups`` (``param_names`` is split along).
+        ratio: rate of B over rate of A, above 0 and finite.
+        embedding_lr: rate of LoRA on embeddings, above 0 and finite, or None.
+
+    Raises:
+        TypeError: ``ratio`` or ``embedding_lr`` is not a number, or ``params`` is a set.
+        ValueError: a value out of range, a group without ``lr``, a parameter given twice, or nothing in the groups
+            whose rate LoRA+ would set.
+    """
+    _check_positive("ratio", ratio)
+    if embedding_lr is not None:
+        _check_positive("embedding_lr", embedding_lr)
+
+    kinds = _lora_kinds(model)
+    split: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    found: set[str] = set()
+    for index, group in enumerate(param_groups):
+        if group.get("lr") is None:
+            raise ValueError(
+                f"param_groups[{index}] has no lr (got {group.get('lr')!r}): LoRA+ multiplies it. Give the group a "
+                "learning rate (an optimizer that chooses its own cannot be combined with LoRA+), or set "
+                "lora_plus='off'"
+            )
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        parts: dict[str, list[int]] = {"base": [], "B": [], "embedding": []}
+        params = _as_list(group["params"], index)
+        for position, item in enumerate(params):
+            parameter = _tensor_of(item)
+            if id(parameter) in seen:
+                raise ValueError(
+                    f"param_groups[{index}] has a parameter that is in the groups already: list each once"
+                )
+            seen.add(id(parameter))
+            kind = kinds.get(id(parameter), "other")
+            if parameter.requires_grad:
+                found.add(kind)
+            own_group = kind == "B" or (kind == "embedding" and embedding_lr is not None)
+            parts[kind if own_group else "base"].append(position)
+
+        for part, positions in parts.items():
+            if not positions:
+                continue
+            new_group: dict[str, Any] = {"params": [params[p] for p in positions]}
+            if "param_names" in group:
+                new_group["param_names"] = [group["param_names"][p] for p in positions]
+            new_group.update(options)
+            for key in ("lr", "initial_lr"):
+                if key in options and part == "B":
+                    new_group[key] = options[key] * ratio
+                elif key in options and part == "embedding":
+                    new_group[key] = embedding_lr
+            split.append(new_group)
+
+    _check_effect(found, embedding_lr)
+    return split
+
+
+def apply_lora_plus(
+    optimizer: Optimizer, model: nn.Module, *, ratio: float = 16.0, embedding_lr: float | None = None
+) -> dict[str, Any]:
+    """Split the groups of an optimizer that has not stepped yet, in place. See ``split_lora_plus_groups``.
+
+    Call it before a learning-rate scheduler is made: schedulers scale each group's rate at that moment, and so keep
+    the ratio from then on. On an error the optimizer is as it was.
+
+    Returns:
+        ``{"ratio", "embedding_lr", "tensors": {"A", "B", "embedding", "other"}, "groups": [{"lr", "tensors"}]}``, all
+        plain numbers.
+
+    Raises:
+        ValueError: the optimizer has state already, a scheduler is attached to it, or as ``split_lora_plus_groups``.
+        TypeError: as ``split_lora_plus_groups``.
+    """
+    if optimizer.state:
+        raise ValueError(
+            f"the optimizer holds state for {len(optimizer.state)} parameters: LoRA+ regroups them, which a loaded or "
+            "stepped optimizer does not survive. Apply it right after the optimizer is made, before load_state_dict()"
+        )
+    if any("initial_lr" in group for group in optimizer.param_groups):
+        raise ValueError(
+            "a learning-rate scheduler is attached to the optimizer (its groups have initial_lr): it would go on with "
+            "the old groups. Apply LoRA+ before the scheduler is made, or set lora_plus='off'"
+        )
+    groups = split_lora_plus_groups(model, optimizer.param_groups, ratio=ratio, embedding_lr=embedding_lr)
+    before = list(optimizer.param_groups)
+    # Through add_param_group, for optimizers that complete or check a group there; the list object stays, since
+    # wrappers hold on to it.
+    optimizer.param_groups.clear()
+    try:
+        for group in groups:
+            optimizer.add_param_group(group)
+    except Exception:
+        optimizer.param_groups[:] = before
+        raise
+
+    kinds = _lora_kinds(model)
+    counts = dict.fromkeys(_KINDS, 0)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            counts[kinds.get(id(parameter), "other")] += 1
+    return {
+        "ratio": float(ratio),
+        "embedding_lr": None if embedding_lr is None else float(embedding_lr),
+        "tensors": counts,
+        "groups": [{"lr": float(g["lr"]), "tensors": len(g["params"])} for g in optimizer.param_groups],
+    }
+
+
+def _lora_kinds(model: nn.Module) -> dict[int, str]:
+    """id of parameter -> "A", "B" or "embedding", for the parameters of LoRA adapters."""
+    kinds: dict[int, str] = {}
+    for module in model.modules():  # parents come first: an adapter that is itself called "lora_B" changes nothing
+        for name, child in module.named_children():
+            kind = _KIND_BELOW.get(name)
+            if kind is not None:
+                for parameter in child.parameters():
+                    kinds.setdefault(id(parameter), kind)
+    return kinds
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number above 0, got {value!r} ({type(value).__name__})")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and above 0, got {value!r}")
+
+
+def _check_effect(found: set[str], embedding_lr: float | None) -> None:
+    if "B" in found or ("embedding" in found and embedding_lr is not None):
+        return
+    if "A" in found:
+        raise ValueError(
+            "LoRA+ found trainable lora_A matrices but no lora_B in the optimizer: make lora_B trainable, or set "
+            "lora_plus='off'"
+        )
+    if "embedding" in found:
+        raise ValueError(
+            "LoRA+ found LoRA on embeddings alone, which has no rate of its own by default: set "
+            "lora_plus_embedding_lr (embedding_lr), or lora_plus='off'"
+        )
+    raise ValueError(
+        "LoRA+ without any adapter: no trainable LoRA parameter of the model is in the optimizer. Pass peft_config "
+        "(a LoraConfig) to the trainer, or set lora_plus='off'"
+    )
+
+
+def _as_list(params: Tensor | Iterable[Any], index: int) -> list[Any]:
+    if isinstance(params, Tensor):
+        return [params]
+    if isinstance(params, (set, frozenset)):
+        raise TypeError(f"param_groups[{index}]['params'] is a set, whose order changes between runs: pass a list")
+    return list(params)
+
+
+def _tensor_of(item: Any) -> Tensor:
+    tensor: Tensor = item[1] if isinstance(item, tuple) else item
+    return tensor

@@ -1,0 +1,111 @@
+"""Whole tiny models on a GPU: every part on with its GPU back end, gradients in fp32 and bf16, documents apart."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny_models
+import torch
+from trl.trainer.utils import add_fused_lm_head
+
+from chronicals_trl import patch_model
+from chronicals_trl.model import attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+DOCUMENTS = (97, 61, 33, 5, 60)
+# Head dimensions that the varlen kernels take; the tiny models' default of 8 is one too, 16 for those with their own.
+FAMILIES = [family for family in tiny_models.FAMILIES if family != "gpt2"]
+
+
+def prepared(family: str, dtype: torch.dtype, *, patched: bool, **config):
+    model = tiny_models.build(family).to("cuda", dtype)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    report = patch_model(model, config or None) if patched else None
+    return model, report
+
+
+def step(model, batch):
+    model.zero_grad(set_to_none=True)
+    outputs = model(**copy.copy(batch), fused_lm_head=True)
+    loss = -outputs.log_probs.float().sum() / outputs.label_mask.sum()
+    loss.backward()
+    return loss.detach(), {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def cuda_batch(documents=DOCUMENTS):
+    return {
+        key: value.to("cuda") if torch.is_tensor(value) else value
+        for key, value in tiny_models.packed_batch(documents).items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp32_gradients(family: str) -> None:
+    batch = cuda_batch()
+    loss, gradients = step(prepared(family, torch.float32, patched=False)[0], batch)
+    model, report = prepared(family, torch.float32, patched=True)
+    for name in ("rms_norm", "gated_mlp", "qk_rope"):
+        assert report[name].backend == "triton", report.render()
+    ours, patched = step(model, batch)
+    assert torch.allclose(ours, loss, rtol=1e-5)
+    for name, gradient in gradients.items():
+        assert (patched[name] - gradient).norm() / gradient.norm() < 2e-5, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_gradients_within_twice_eagers_own_error(family: str) -> None:
+    batch = cuda_batch()
+    _, exact = step(prepared(family, torch.float32, patched=False)[0], batch)
+    _, eager = step(prepared(family, torch.bfloat16, patched=False)[0], batch)
+    model, report = prepared(family, torch.bfloat16, patched=True)
+    if family != "gemma2":
+        assert report["attention"].backend in ("varlen", "flash_attn_4"), report.render()
+    _, ours = step(model, batch)
+    for name, reference in exact.items():
+        allowed = 2 * (eager[name] - reference).norm() + torch.finfo(torch.bfloat16).eps * reference.norm()
+        assert (ours[name] - reference).norm() <= allowed, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_alone_in_bf16(family: str) -> None:
+    model, _ = prepared(family, torch.bfloat16, patched=True)
+    batch = cuda_batch()
+    with torch.no_grad():
+        packed = model(**copy.copy(batch), fused_lm_head=True).log_probs
+        start = 0
+        for length in DOCUMENTS:
+            ids, labels = (batch[key][:, start : start + length] for key in ("input_ids", "labels"))
+            alone = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+            error = (packed[:, start : start + length - 1] - alone).abs().max()
+            assert error < 0.15, f"document of {length} at {start}: {error}"  # bf16 hidden states, logits of some 5
+            start += length
+
+
+@pytest.mark.parametrize("backend", ["varlen", "fa4"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(14, 2, 64), (32, 8, 128), (4, 4, 96)])
+@pytest.mark.parametrize("window", [None, 16])
+def test_backends_verify(backend: str, heads: int, kv_heads: int, head_dim: int, window: int | None) -> None:
+    device = torch.device("cuda", 0)
+    if (reason := attention.unavailable(backend, device)) is not None:
+        pytest.skip(reason)
+    result = attention.verify_backend(
+        backend, heads=heads, kv_heads=kv_heads, head_dim=head_dim, window=window, device=device
+    )
+    assert result is None
+
+
+def test_a_wrong_cu_seqlens_is_caught_by_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verification above can fail: an off-by-one in cu_seqlens does not pass it."""
+    original = attention.VARLEN_BACKENDS["varlen"]
+
+    def shifted(q, k, v, cu_seqlens, *rest):
+        wrong = cu_seqlens.clone()
+        wrong[1] += 1
+        return original(q, k, v, wrong, *rest)
+
+    monkeypatch.setitem(attention.VARLEN_BACKENDS, "varlen", shifted)
+    monkeypatch.setattr(attention, "_verified", {})
+    options = {"heads": 4, "kv_heads": 2, "head_dim": 64, "window": None, "device": torch.device("cuda", 0)}
+    assert attention.verify_backend("varlen", **options) is not None

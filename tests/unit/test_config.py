@@ -1,0 +1,257 @@
+"""ChronicalsConfig and SFTConfig: precedence, validation, errors, parsers, pickling."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl.trainer.sft_config
+from transformers import HfArgumentParser
+from trl import TrlParser
+
+from chronicals_trl import _versions
+from chronicals_trl.config import PARTS, ChronicalsConfig, SFTConfig
+
+
+def make_args(tmp_path: Path, **settings: Any) -> SFTConfig:
+    return SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **settings)
+
+
+def test_defaults() -> None:
+    config = ChronicalsConfig()
+    assert {getattr(config, part) for part in PARTS} == {"auto"}
+    assert (config.strict, config.attention_backend, config.logit_budget_mib) == (False, "auto", 1024)
+    assert (config.packing_window, config.lora_plus_ratio, config.lora_plus_embedding_lr) == (10_000, 16.0, None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.strict = True  # type: ignore[misc]
+
+
+def test_precedence_is_explicit_then_environment_then_default() -> None:
+    environ = {"CHRONICALS_HEAD": "off", "CHRONICALS_LOGIT_BUDGET_MIB": "64", "CHRONICALS_USE_CHRONICALS": "1"}
+    config = ChronicalsConfig.resolve({"head": "on"}, environ)
+    assert (config.head, config.logit_budget_mib, config.lora) == ("on", 64, "auto")
+
+
+def test_resolve_takes_dict_json_config_and_none() -> None:
+    expected = ChronicalsConfig(attention="off", lora_plus_ratio=4)
+    settings = {"attention": "off", "lora_plus_ratio": 4}
+    assert ChronicalsConfig.resolve(settings, {}) == expected
+    assert ChronicalsConfig.resolve(json.dumps(settings), {}) == expected
+    assert ChronicalsConfig.resolve(expected, {"CHRONICALS_ATTENTION": "on"}) is expected
+    assert ChronicalsConfig.resolve(None, {}) == ChronicalsConfig()
+    assert ChronicalsConfig.resolve(expected.to_dict(), {}) == expected
+
+
+def test_resolve_reads_the_process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHRONICALS_PACKING", "off")
+    assert ChronicalsConfig.resolve().packing == "off"
+
+
+def test_booleans_and_case_of_parts() -> None:
+    config = ChronicalsConfig.resolve({"head": False, "lora": True, "qk_rope": "OFF"}, {})
+    assert (config.head, config.lora, config.qk_rope) == ("off", "on", "off")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("HEAD", "on", "on"),
+        ("HEAD", "0", "off"),
+        ("HEAD", "Auto", "auto"),
+        ("STRICT", "yes", True),
+        ("STRICT", "off", False),
+        ("LOGIT_BUDGET_MIB", " 135 ", 135),
+        ("LORA_PLUS_RATIO", "8", 8.0),
+        ("LORA_PLUS_EMBEDDING_LR", "1e-4", 1e-4),
+        ("LORA_PLUS_EMBEDDING_LR", "none", None),
+        ("ATTENTION_BACKEND", "sdpa", "sdpa"),
+    ],
+)
+def test_environment_values(key: str, text: str, value: Any) -> None:
+    config = ChronicalsConfig.resolve(None, {f"CHRONICALS_{key}": text})
+    found = getattr(config, key.lower())
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"atention": "off"}, ValueError, ["'atention'", "'attention'", "Allowed:", "lora_plus_ratio"]),
+        ({"head": "onn"}, ValueError, ["head", "'onn'", "'auto', 'on', 'off'", "Did you mean 'on'"]),
+        ({"head": 3}, TypeError, ["head", "3", "int", "'auto', 'on', 'off'"]),
+        ({"head": None}, TypeError, ["head", "None"]),
+        ({"strict": "true"}, TypeError, ["strict", "'true'", "true or false"]),
+        ({"attention_backend": "flash"}, ValueError, ["attention_backend", "'flash'", "'varlen'", "flash_attn_4"]),
+        ({"logit_budget_mib": 0}, ValueError, ["logit_budget_mib", "0", "at least 1"]),
+        ({"logit_budget_mib": True}, TypeError, ["logit_budget_mib", "True"]),
+        ({"packing_window": 1.5}, TypeError, ["packing_window", "1.5", "integer"]),
+        ({"lora_plus_ratio": -1}, ValueError, ["lora_plus_ratio", "-1", "above 0"]),
+        ({"lora_plus_ratio": float("nan")}, ValueError, ["lora_plus_ratio", "nan"]),
+        ({"lora_plus_ratio": 10**400}, ValueError, ["lora_plus_ratio", "finite"]),
+        ({"lora_plus_embedding_lr": "fast"}, TypeError, ["lora_plus_embedding_lr", "'fast'"]),
+        ("{head: off}", ValueError, ["chronicals_config", "JSON", "{head: off}"]),
+        ("[1]", TypeError, ["chronicals_config", "dict", "list"]),
+        (7, TypeError, ["chronicals_config", "7", "int"]),
+    ],
+)
+def test_bad_settings_name_key_value_and_remedy(settings: Any, error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        ChronicalsConfig.resolve(settings, {})
+    for word in ["chronicals_config", *words]:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "error", "words"),
+    [
+        ("CHRONICALS_HAED", "on", ValueError, ["CHRONICALS_HAED", "CHRONICALS_HEAD"]),
+        ("CHRONICALS_STRICT", "maybe", TypeError, ["CHRONICALS_STRICT", "'maybe'"]),
+        ("CHRONICALS_LOGIT_BUDGET_MIB", "1.5", TypeError, ["CHRONICALS_LOGIT_BUDGET_MIB", "1.5"]),
+        ("CHRONICALS_LORA", "of", ValueError, ["CHRONICALS_LORA", "'of'", "'off'"]),
+    ],
+)
+def test_bad_environment_names_the_variable(
+    variable: str, text: str, error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as caught:
+        ChronicalsConfig.resolve({}, {variable: text})
+    for word in ["environment variable", *words]:
+        assert word.lower() in str(caught.value).lower()
+
+
+def test_direct_construction_is_checked_too() -> None:
+    with pytest.raises(ValueError, match="logit_budget_mib"):
+        ChronicalsConfig(logit_budget_mib=-5)
+    assert ChronicalsConfig(head=False).head == "off"  # type: ignore[arg-type]
+
+
+def test_sft_config_keeps_a_plain_dict_of_what_was_given(tmp_path: Path) -> None:
+    for given in (
+        {"head": False, "logit_budget_mib": 8},
+        '{"head": "off", "logit_budget_mib": 8}',
+    ):
+        args = make_args(tmp_path, chronicals_config=given)
+        assert args.chronicals_config == {"head": "off", "logit_budget_mib": 8}
+        assert type(args.chronicals_config) is dict
+    json.dumps(args.to_dict())
+    whole = ChronicalsConfig(head="off")
+    assert make_args(tmp_path, chronicals_config=whole).chronicals_config == whole.to_dict()
+    assert make_args(tmp_path).chronicals_config is None
+
+
+def test_sft_config_refuses_bad_settings_even_with_the_flag_off(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'atention'"):
+        make_args(tmp_path, chronicals_config={"atention": "off"})
+
+
+def test_sft_config_reports_a_bad_environment_when_the_flag_is_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHRONICALS_HAED", "off")
+    make_args(tmp_path)
+    with pytest.raises(ValueError, match="CHRONICALS_HAED"):
+        make_args(tmp_path, use_chronicals=True)
+
+
+@pytest.mark.parametrize(("text", "expected"), [(None, False), ("1", True), ("True", True), ("off", False)])
+def test_flag_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, expected: bool
+) -> None:
+    if text is not None:
+        monkeypatch.setenv("CHRONICALS_USE_CHRONICALS", text)
+    assert make_args(tmp_path).use_chronicals is expected
+    assert make_args(tmp_path, use_chronicals=False).use_chronicals is False
+    assert make_args(tmp_path, use_chronicals=True).use_chronicals is True
+
+
+def test_flag_in_the_environment_must_be_a_truth_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHRONICALS_USE_CHRONICALS", "perhaps")
+    with pytest.raises(ValueError, match=r"CHRONICALS_USE_CHRONICALS.*perhaps"):
+        make_args(tmp_path)
+
+
+@pytest.mark.parametrize("parser_class", [HfArgumentParser, TrlParser])
+def test_parsers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parser_class: type) -> None:
+    parser = parser_class(SFTConfig)
+    common = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "False", "--report_to", "none"]
+
+    def parse(*extra: str) -> SFTConfig:
+        return parser.parse_args_into_dataclasses(args=[*common, *extra])[0]
+
+    assert parse().use_chronicals is False
+    assert parse("--use_chronicals").use_chronicals is True
+    on = parse("--use_chronicals", "True", "--chronicals_config", '{"strict": true, "head": "off"}')
+    assert (on.use_chronicals, on.chronicals_config) == (True, {"strict": True, "head": "off"})
+    # The parser must not turn "not given" into an explicit False, which would beat the environment.
+    monkeypatch.setenv("CHRONICALS_USE_CHRONICALS", "1")
+    assert parse().use_chronicals is True
+    assert parse("--use_chronicals", "False").use_chronicals is False
+    assert "--use_chronicals" in parser.format_help()
+
+
+def test_yaml_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CHRONICALS_LORA", raising=False)
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nreport_to: none\nuse_chronicals: true\n"
+        "chronicals_config:\n  attention: off\n  head: on\n  logit_budget_mib: 32\n"
+    )
+    (args,) = TrlParser(SFTConfig).parse_args_and_config(["--config", str(path)])
+    assert args.use_chronicals is True
+    assert args.chronicals_config == {"attention": "off", "head": "on", "logit_budget_mib": 32}
+    (args,) = TrlParser(SFTConfig).parse_args_and_config(["--config", str(path), "--use_chronicals", "False"])
+    assert args.use_chronicals is False
+
+
+def test_arguments_pickle_copy_and_survive_torch_save(tmp_path: Path) -> None:
+    args = make_args(tmp_path, use_chronicals=True, chronicals_config={"head": "off"})
+    for copy in (pickle.loads(pickle.dumps(args)), dataclasses.replace(args)):
+        assert copy.use_chronicals is True
+        assert copy.chronicals_config == {"head": "off"}
+    torch.save(args, tmp_path / "training_args.bin")
+    loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert loaded.to_dict() == args.to_dict()
+
+
+def test_fields_added_to_trls_are_only_the_two() -> None:
+    stock = {field.name for field in dataclasses.fields(trl.trainer.sft_config.SFTConfig)}
+    assert {field.name for field in dataclasses.fields(SFTConfig)} - stock == {"use_chronicals", "chronicals_config"}
+
+
+def test_arguments_without_the_field_count_as_off() -> None:
+    # What stock TRL pickled has no such attribute on the instance; the class's default must not read as "on".
+    assert not SFTConfig.use_chronicals
+
+
+def test_too_old_library_is_an_error_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = _versions.installed
+    monkeypatch.setattr(_versions, "installed", lambda name: "1.14.0" if name == "trl" else real(name))
+    with pytest.raises(ImportError, match=r"trl>=1\.15 \(found 1\.14\.0\).*pip install -U 'trl>=1\.15'"):
+        make_args(tmp_path, use_chronicals=True)
+    assert make_args(tmp_path).use_chronicals is False
+
+
+def test_missing_library_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_versions, "installed", lambda name: None if name == "accelerate" else "99.0")
+    with pytest.raises(ImportError, match=r"accelerate>=1\.12 \(found none\)"):
+        _versions.check_floors()
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "enough"),
+    [("torch", "2.11.0", True), ("torch", "2.11.0a0+nv26.1", True), ("torch", "2.10.1", False), ("trl", "2.0", True)],
+)
+def test_floor_comparison(name: str, version: str, enough: bool) -> None:
+    assert _versions.meets_floor(name, version) is enough
+
+
+def test_newer_than_tested_goes_by_minor_release() -> None:
+    assert not _versions.newer_than_tested("trl", "1.16.3")
+    assert _versions.newer_than_tested("trl", "1.17.0")
+    assert not _versions.newer_than_tested("trl", "1.15.0")
