@@ -57,8 +57,8 @@ class _Head(NamedTuple):
         buffer_CV = shifted_CV.exp()
         total_C = buffer_CV.sum(-1)
         log_total_C = total_C.log()
-        # entropy = log total - sum(p * shifted), from smaller terms than -sum(p log p). The sum of products is a batched
-        # GEMM, which needs no buffer for the products.
+        # entropy = log total - sum(p * shifted), of smaller terms than -sum(p log p). The sum of products is a
+        # batched GEMM, which needs no buffer for the products.
         mean_C = torch.bmm(buffer_CV[:, None, :], shifted_CV[:, :, None]).flatten() / total_C
         log_probs_CV = shifted_CV.sub_(log_total_C[:, None])
         probs_CV = torch.exp(log_probs_CV, out=buffer_CV)

@@ -52,8 +52,11 @@ def patch_model(
 
     Raises:
         ValueError: a parameter holds NaN, or `config` is not valid.
+        TypeError: `model` is not a module.
         RuntimeError: with `strict=True` a part did not fit, or a part that is set to `"on"` did not.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     resolved = config if isinstance(config, ChronicalsConfig) else ChronicalsConfig.resolve(config)
     unpatch_model(model)
     require_finite(model)
@@ -68,7 +71,11 @@ def patch_model(
         elif name in skip:
             report.set(PartReport(name, "off", reason=skip[name], omitted=True))
         else:
-            report.set(swap())
+            try:
+                report.set(swap())
+            except Exception as error:  # an unknown kind of model must cost this part alone; the table shows why
+                reason = f"cannot be judged on this model ({type(error).__name__}: {error})"
+                report.set(PartReport(name, "off", reason=reason, omitted=True))
 
     backend = kernel_backend(device)
     settle("rms_norm", lambda: _swap_blocks(model, "rms_norm", device, dtype, backend))
@@ -196,7 +203,7 @@ def _swap_blocks(model: nn.Module, part: str, device: torch.device, dtype: torch
         if not looks_like(module):
             continue
         if "forward" in module.__dict__:
-            left[f"{type(module).__name__} already has a forward of another library's"] += 1
+            left[f"{type(module).__name__} already has the forward of another library"] += 1
             continue
         key = (part, type(module), type(module).forward, shape(module), device, dtype)
         if key not in _verdicts:
@@ -223,8 +230,7 @@ def _verdict(verify: Callable[..., Any], module: nn.Module, device: torch.device
             return spec
     except Mismatch as mismatch:
         return mismatch
-    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError) as error:
-        # A block that cannot even run on the probe is not one of ours.
+    except Exception as error:  # a block that cannot even run on the probe is not one of ours
         return Mismatch(f"its forward does not run on a probe ({type(error).__name__}: {error})")
 
 

@@ -17,7 +17,7 @@ from datasets import Dataset, IterableDataset
 from training_runs import SETTINGS, logged, run
 from transformers import TrainingArguments
 
-from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer
+from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer, _inputs
 
 
 def make(tmp_path: Path, *, data=None, config_class: type = SFTConfig, family: str = "llama", **options):
@@ -307,6 +307,23 @@ def test_use_liger_kernel_turns_the_same_blocks_off(tmp_path: Path, monkeypatch:
         part = trainer.chronicals_report[name]
         assert part.state == "off" and "use_liger_kernel" in part.reason
     assert trainer.chronicals_report["head"].state == "on"
+
+
+def test_hub_kernels_turn_the_same_blocks_off(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    model._use_kernels = True  # what `use_kernels=True` leaves behind; the kernels themselves come from a hub
+    report = make(tmp_path, model=model).chronicals_report
+    assert {report[name].state for name in ("rms_norm", "gated_mlp", "qk_rope")} == {"off"}
+    assert "hub kernels" in report["rms_norm"].reason and report["head"].state == "on"
+
+
+def test_a_deepspeed_optimizer_section_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    trainer = make(tmp_path, peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer.args.hf_deepspeed_config = type("Config", (), {"config": {"optimizer": {"type": "AdamW"}}})()
+    with pytest.raises(ValueError, match="own 'optimizer'.*lora_plus='off'"):
+        _inputs.lora_plus_part(trainer, ChronicalsConfig())
+    assert _inputs.lora_plus_part(trainer, ChronicalsConfig(lora_plus="off")).state == "off"
 
 
 def test_auto_find_batch_size(tmp_path: Path) -> None:

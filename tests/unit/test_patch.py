@@ -358,3 +358,22 @@ def test_model_on_meta() -> None:
 def test_base_model_of_a_wrapped_one() -> None:
     model = tiny_models.build("llama")
     assert base_model(_lora(model)) is model and base_model(model) is model
+
+
+def test_a_module_of_no_known_kind() -> None:
+    """A plain torch module: nothing fits, each part says why, nothing crashes."""
+    report = patch_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+    assert {part.state for part in report.parts} == {"off"}
+    assert all(part.reason for part in report.parts)
+    with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+        patch_model("Qwen/Qwen2.5-0.5B")
+
+
+def test_parts_that_another_library_has_patched_are_left_alone() -> None:
+    model = tiny_models.build("llama")
+    norm = model.model.layers[0].input_layernorm
+    norm.forward = lambda hidden_states: hidden_states
+    report = patch_model(model)
+    assert report["rms_norm"].modules == 4 and "another library" in report["rms_norm"].reason
+    unpatch_model(model)
+    assert norm.forward(1) == 1
