@@ -130,6 +130,6 @@ def lora_plus_part(trainer: SFTTrainer, config: ChronicalsConfig) -> PartReport:
         if deepspeed is not None and key in deepspeed.config:
             raise ValueError(
                 f"The DeepSpeed configuration has its own {key!r}, which would lose LoRA+'s learning rates. Remove "
-                f"that section (TrainingArguments' optim and lr_scheduler_type take its place), or set lora_plus='off'."
+                "that section (optim and lr_scheduler_type of the arguments take its place), or set lora_plus='off'."
             )
     return PartReport("lora_plus", "on", modules=adapters, backend=f"ratio {config.lora_plus_ratio:g}")

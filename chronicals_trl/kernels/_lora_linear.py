@@ -53,7 +53,7 @@ def lora_linear(
         - or ``a`` and ``b`` share a wider one (fp32 adapters on a bf16 or fp16 model, PEFT's default). The adapter's
           GEMMs then run in the wider dtype, as PEFT's do. Rounding A and B to bf16 instead was tried: the gradients of
           A and B, which PEFT has exact to fp32, lose four digits, and that of x leaves the bf16 rounding of eager's.
-          Wide copies of x, y and dy exist for the duration of one GEMM; none is saved.
+          Wide copies of x and dy and a wide product exist while they are used; none is saved.
 
     Returns:
         (..., O) in the autocast dtype under autocast, else in the dtype of ``x``. Gradients of ``x``, ``a``, ``b`` and
@@ -113,7 +113,7 @@ class _LoraLinear(torch.autograd.Function):
         weight_IO = weight.to(dtype).t()
         h_NR = x_NI.to(adapter_dtype) @ a.to(adapter_dtype).t()
         y_NO = x_NI @ weight_IO if bias is None else torch.addmm(bias.to(dtype), x_NI, weight_IO)
-        y_NO = _add_scaled_mm(y_NO, h_NR, b.to(adapter_dtype).t(), scale)
+        _add_scaled_mm_(y_NO, h_NR, b.to(adapter_dtype).t(), scale)
 
         ctx.save_for_backward(x_NI, h_NR, weight, a, b)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
@@ -132,25 +132,27 @@ class _LoraLinear(torch.autograd.Function):
         # loss.backward() may run inside an autocast region that the forward pass was not in.
         with _autocast_off(grad_y.device.type):
             dy_NO = grad_y.reshape(-1, grad_y.shape[-1])
+            wide_dy_NO = dy_NO.to(adapter_dtype)  # dy itself, but for fp32 adapters on a half-precision model
+            if need_b:
+                grad_b = _scaled_mm(wide_dy_NO.t(), h_NR, scale).to(b_OR.dtype)
             if need_x or need_a:
-                g_NR = dy_NO.to(adapter_dtype) @ b_OR.to(adapter_dtype)
-            if need_x:
-                dx_NI = _add_scaled_mm(dy_NO @ weight_OI.to(dtype), g_NR, a_RI.to(adapter_dtype), scale)
-                grad_x = dx_NI.view(ctx.x_shape).to(ctx.x_dtype)
+                g_NR = wide_dy_NO @ b_OR.to(adapter_dtype)
+            del wide_dy_NO
             if need_a:
                 grad_a = _scaled_mm(g_NR.t(), x_NI.to(adapter_dtype), scale).to(a_RI.dtype)
-            if need_b:
-                grad_b = _scaled_mm(dy_NO.to(adapter_dtype).t(), h_NR, scale).to(b_OR.dtype)
+            if need_x:
+                dx_NI = _add_scaled_mm_(dy_NO @ weight_OI.to(dtype), g_NR, a_RI.to(adapter_dtype), scale)
+                grad_x = dx_NI.view(ctx.x_shape).to(ctx.x_dtype)
             if need_bias:
                 grad_bias = dy_NO.sum(0, dtype=ctx.bias_dtype)
         return grad_x, None, grad_a, grad_b, grad_bias, None, None, None
 
 
-def _add_scaled_mm(y: Tensor, p: Tensor, q: Tensor, scale: float) -> Tensor:
-    """y + scale (p q) in y's dtype, into y itself unless the GEMM runs in a wider dtype."""
+def _add_scaled_mm_(y: Tensor, p: Tensor, q: Tensor, scale: float) -> Tensor:
+    """y += scale (p q). A product in a wider dtype is added in that dtype and rounded once."""
     if p.dtype == y.dtype:
         return y.addmm_(p, q, alpha=scale)
-    return torch.addmm(y.to(p.dtype), p, q, alpha=scale).to(y.dtype)
+    return y.add_(p @ q, alpha=scale)
 
 
 def _scaled_mm(p: Tensor, q: Tensor, scale: float) -> Tensor:

@@ -191,7 +191,6 @@ def _twin(module: Any, draw: Any) -> Any:
     bias = None if module.base_layer.bias is None else draw(6)
     twin = copy.copy(module)
     # copy.copy shares the containers of nn.Module: assigning a submodule would reach into the original.
-    twin.__dict__.pop("forward", None)
     twin._modules = {}
     twin._parameters = {}
     twin._buffers = {}

@@ -321,7 +321,7 @@ def test_a_deepspeed_optimizer_section_is_refused(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     trainer = make(tmp_path, peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"]))
     trainer.args.hf_deepspeed_config = type("Config", (), {"config": {"optimizer": {"type": "AdamW"}}})()
-    with pytest.raises(ValueError, match="own 'optimizer'.*lora_plus='off'"):
+    with pytest.raises(ValueError, match=r"own 'optimizer'.*lora_plus='off'"):
         _inputs.lora_plus_part(trainer, ChronicalsConfig())
     assert _inputs.lora_plus_part(trainer, ChronicalsConfig(lora_plus="off")).state == "off"
 
