@@ -16,6 +16,7 @@ Legend: B batch, H heads, S sequence, D head dimension, T tokens of a packed row
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from functools import cache
@@ -77,8 +78,12 @@ def _varlen_function() -> Callable[..., Any] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    parameters = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"window_size", "scale", "enable_gqa"} <= set(parameters) else None
+    parameters = set(inspect.signature(varlen_attn).parameters)
+    if not {"window_size", "scale"} <= parameters:
+        return None
+    if "enable_gqa" in parameters:  # from torch 2.12 on; before, fewer key-value heads are simply taken
+        return functools.partial(varlen_attn, enable_gqa=True)
+    return varlen_attn
 
 
 def _varlen(
@@ -89,7 +94,7 @@ def _varlen(
     window_size = (-1, 0) if window is None else (window - 1, 0)
     out: Tensor = function(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-        scale=scale, window_size=window_size, enable_gqa=q.shape[1] != k.shape[1],
+        scale=scale, window_size=window_size,
     )  # fmt: skip
     return out
 

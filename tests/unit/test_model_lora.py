@@ -94,31 +94,28 @@ IDS = torch.arange(2 * 9).remainder(64).view(2, 9)
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"bias": "all"}, {"r": 1}], ids=str)
 def test_a_model_learns_the_same(config, calls):
-    model = lora_llama(**config)
+    model = lora_llama(**config).double()  # in fp32 the small gradients of q and k are near their own rounding
     expected_loss, expected = loss_and_gradients(model, IDS)
     assert calls.count == 0
     assert fuse(model) == 14
     loss, gradients = loss_and_gradients(model, IDS)
     assert calls.count == 14
     assert gradients.keys() == expected.keys()
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
     for name, reference in expected.items():
         assert reference.abs().max() > 0, name
-        assert (gradients[name] - reference).abs().max() <= 1e-5 * reference.abs().max(), name
+        assert (gradients[name] - reference).abs().max() <= 1e-10 * reference.abs().max(), name
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_half_precision(weights, autocast, calls):
-    """PEFT keeps the adapters in fp32 here; ours is no further from fp64 than PEFT is."""
+def test_precision(weights, autocast, calls):
+    """PEFT keeps the adapters in fp32 here; ours is about as close to fp64 as PEFT is."""
     model = lora_llama()
-    exact_loss, exact = loss_and_gradients(copy.deepcopy(model).double(), IDS)
-    for layer in model.modules():
-        if isinstance(layer, LoraLinear):
-            layer.base_layer.to(weights)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             parameter.data = parameter.data.to(weights)
+    exact_loss, exact = loss_and_gradients(copy.deepcopy(model).double(), IDS)
 
     def run():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -138,7 +135,7 @@ def test_half_precision(weights, autocast, calls):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(use_reentrant, calls):
-    model = lora_llama()
+    model = lora_llama().double()
     _, expected = loss_and_gradients(model, IDS)
     fuse(model)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -146,7 +143,7 @@ def test_gradient_checkpointing(use_reentrant, calls):
     _, gradients = loss_and_gradients(model, IDS)
     assert calls.count == 28  # each layer again in the backward pass
     for name, reference in expected.items():
-        assert (gradients[name] - reference).abs().max() <= 1e-5 * reference.abs().max(), name
+        assert (gradients[name] - reference).abs().max() <= 1e-10 * reference.abs().max(), name
 
 
 def test_compiles_without_a_break():

@@ -73,12 +73,12 @@ def models_table() -> str:
     for family in tiny_models.FAMILIES:
         states, reasons = part_states(family)
         lines.append(f"| {FAMILY_LABELS[family]} | {' | '.join(states.values())} | {'; '.join(reasons)} |")
-    return "\n".join(lines)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def marked(name: str) -> re.Match[str]:
     """The block of README.md between `<!-- name:start -->` and `<!-- name:end -->`."""
-    found = re.search(rf"<!-- {name}:start -->\n(.*?)\n?<!-- {name}:end -->", README.read_text("utf-8"), re.DOTALL)
+    found = re.search(rf"<!-- {name}:start -->\n(.*?)<!-- {name}:end -->", README.read_text("utf-8"), re.DOTALL)
     assert found is not None, f"README.md has no block {name}"
     return found
 
@@ -101,7 +101,7 @@ def table_rows(block: str) -> list[list[str]]:
 
 def test_configuration_table() -> None:
     """Names, order, defaults and allowed values of the table are those of ChronicalsConfig."""
-    rows = [row for row in table_rows(marked("config").group(1))]
+    rows = table_rows(marked("config").group(1))
     documented = [(key.strip("` "), row[1], row[2]) for row in rows for key in row[0].split(",")]
     fields = dataclasses.fields(ChronicalsConfig)
     assert [key for key, _, _ in documented] == [field.name for field in fields]
@@ -131,8 +131,8 @@ def test_every_part_and_log_key_is_explained() -> None:
 def code_blocks(language: str) -> list[Any]:
     blocks = []
     for page in PAGES:
-        for number, block in enumerate(re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)):
-            blocks.append(pytest.param(block, id=f"{page.name}-{number}"))
+        found = re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+        blocks += [pytest.param(block, id=f"{page.name}-{number}") for number, block in enumerate(found)]
     return blocks
 
 

@@ -1,0 +1,240 @@
+"""RMSNorm, gated activations and QK-RoPE on the CPU (the reference path, or the kernels if they are interpreted)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels import kernel_checks as check
+from torch.utils.checkpoint import checkpoint
+
+from chronicals_trl import kernels
+from chronicals_trl.kernels import _common
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SCALES = [1e-3, 1.0, 1e3]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+scales = pytest.mark.parametrize("scale", SCALES)
+
+
+@dtypes
+@scales
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(dtype, scale, offset, residual):
+    check.check_rms_norm("cpu", dtype, (2, 9, 37), scale=scale, offset=offset, residual=residual)
+
+
+@dtypes
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms_norm_of_transposed_heads(dtype, residual):
+    check.check_rms_norm("cpu", dtype, (2, 5, 3, 24), transposed=True, residual=residual)
+
+
+def test_rms_norm_weight_in_another_dtype():
+    x, weight = torch.randn(6, 10, dtype=torch.bfloat16), torch.randn(10, requires_grad=True)
+    y = kernels.rms_norm(x, weight, 1e-6)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert weight.grad.dtype == torch.float32
+    unit = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(weight.grad.double(), unit.sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_rms_norm_promotes_a_wider_residual():
+    y, h = kernels.rms_norm(torch.randn(4, 8).half(), torch.ones(8), 1e-6, residual=torch.randn(4, 8))
+    assert y.dtype == h.dtype == torch.float32
+
+
+@dtypes
+@scales
+@pytest.mark.parametrize("gelu", [False, True], ids=["swiglu", "geglu"])
+def test_gated_mlp(dtype, scale, gelu):
+    check.check_gated_mlp("cpu", dtype, (2, 5, 67), gelu=gelu, scale=scale)
+    if scale == 1.0:
+        check.check_gated_mlp("cpu", dtype, (2, 5, 67), gelu=gelu, fused=True)
+
+
+@dtypes
+@scales
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 5, 2, 7, 16), {}),
+        ((2, 3, 3, 6, 24), {"table_batch": 2}),
+        ((1, 4, 1, 5, 20), {"rotary_dim": 12}),
+        ((1, 2, 1, 5, 8), {"uneven": True}),
+    ],
+    ids=str,
+)
+def test_qk_rope(dtype, scale, shape, options):
+    check.check_qk_rope("cpu", dtype, shape, scale=scale, **options)
+
+
+def test_qk_rope_keeps_its_own_dtype_under_float32_tables():
+    cos, sin = check.rope_tables(1, 5, 8, "cpu")
+    q, k = (torch.randn(1, 2, 5, 8, dtype=torch.bfloat16) for _ in range(2))
+    assert {t.dtype for t in kernels.qk_rope(q, k, cos, sin)} == {torch.bfloat16}
+
+
+def test_qk_rope_tables_that_require_a_gradient_get_one():
+    cos, sin = (t.requires_grad_() for t in check.rope_tables(1, 5, 8, "cpu"))
+    q, k = (torch.randn(1, 2, 5, 8) for _ in range(2))
+    ours = torch.autograd.grad(sum(t.square().sum() for t in kernels.qk_rope(q, k, cos, sin * 2)), (cos, sin))
+    eager = torch.autograd.grad(sum(t.square().sum() for t in check.eager_rope(q, k, cos, sin * 2)), (cos, sin))
+    torch.testing.assert_close(ours, eager)
+
+
+def test_float64_gradients():
+    x, r, w = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 5), (3, 5), (5,)))
+    assert torch.autograd.gradcheck(lambda x, w, r: kernels.rms_norm(x, w, 1e-3, offset=1.0, residual=r), (x, w, r))
+    assert torch.autograd.gradcheck(kernels.swiglu, (x, r))
+    assert torch.autograd.gradcheck(kernels.geglu, (x, r))
+    q, k = (torch.randn(2, n, 3, 6, dtype=torch.float64, requires_grad=True) for n in (2, 1))
+    cos, sin = (torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(kernels.qk_rope, (q, k, cos, sin))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    width=st.integers(1, 70),
+    stride=st.sampled_from([1, 2]),
+    residual=st.booleans(),
+)
+def test_rms_norm_any_shape(shape, width, stride, residual):
+    torch.manual_seed(0)
+    x, r = (torch.randn(*shape, width, stride, requires_grad=True) for _ in range(2))
+    w = torch.randn(width, requires_grad=True)
+
+    def run(fn):
+        out = fn(x[..., 0], w, 1e-6, r[..., 0] if residual else None)
+        out = out if isinstance(out, tuple) else (out,)
+        return (*out, *torch.autograd.grad(sum((o * torch.arange(width)).sum() for o in out), (x, w)))
+
+    ours = run(lambda x, w, eps, r: kernels.rms_norm(x, w, eps, residual=r))
+    eager = run(lambda x, w, eps, r: check.eager_rms_norm(x, w, eps, 0.0, r))
+    torch.testing.assert_close(ours, eager, rtol=2e-5, atol=2e-5 * width)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.tuples(st.integers(1, 5), st.integers(1, 3)),
+    batch=st.integers(1, 2),
+    seq_len=st.integers(1, 6),
+    half=st.integers(1, 9),
+    rest=st.integers(0, 5),
+)
+def test_qk_rope_any_shape(heads, batch, seq_len, half, rest):
+    check.check_qk_rope("cpu", torch.float32, (batch, *heads, seq_len, 2 * half + rest), rotary_dim=2 * half)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=4), fused=st.booleans(), gelu=st.booleans())
+def test_gated_mlp_any_shape(shape, fused, gelu):
+    check.check_gated_mlp("cpu", torch.float32, shape, gelu=gelu, fused=fused)
+
+
+def test_empty_input():
+    x = torch.randn(0, 3, 8, requires_grad=True)
+    w = torch.ones(8, requires_grad=True)
+    kernels.swiglu(kernels.rms_norm(x, w, 1e-6), x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert torch.equal(w.grad, torch.zeros(8))
+    q = torch.randn(1, 2, 0, 8, requires_grad=True)
+    sum(t.sum() for t in kernels.qk_rope(q, q, torch.ones(1, 0, 8), torch.ones(1, 0, 8))).backward()
+    assert q.grad.shape == q.shape
+
+
+def block(x, residual, weight, cos, sin):
+    """The three ops in a row, one feeding the next."""
+    y, h = kernels.rms_norm(x, weight, 1e-6, residual=residual)
+    heads = kernels.swiglu(y, h).view(2, 4, 2, 8).transpose(1, 2)
+    q, k = kernels.qk_rope(heads, kernels.geglu(heads, heads), cos, sin)
+    return q.sum() + k.square().sum() + h.sum()
+
+
+def block_inputs():
+    torch.manual_seed(0)
+    x, residual = (torch.randn(2, 4, 16, requires_grad=True) for _ in range(2))
+    return x, residual, torch.randn(16, requires_grad=True), *check.rope_tables(1, 4, 8, "cpu")
+
+
+def eager_block(x, residual, weight, cos, sin):
+    y, h = check.eager_rms_norm(x, weight, 1e-6, 0.0, residual)
+    heads = (torch.nn.functional.silu(y) * h).view(2, 4, 2, 8).transpose(1, 2)
+    q, k = check.eager_rope(heads, torch.nn.functional.gelu(heads, approximate="tanh") * heads, cos, sin)
+    return q.sum() + k.square().sum() + h.sum()
+
+
+def wrapped_blocks():
+    def reentrant(*inputs):
+        return checkpoint(block, *inputs, use_reentrant=True)
+
+    def non_reentrant(*inputs):
+        return checkpoint(block, *inputs, use_reentrant=False)
+
+    def autocast(*inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return block(*inputs)
+
+    # inductor needs a C++ compiler, which CI may not have; the graph is the same
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    dynamic = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    return [block, reentrant, non_reentrant, autocast, compiled, dynamic]
+
+
+@pytest.mark.parametrize(
+    "index", range(6), ids=["plain", "reentrant", "non_reentrant", "autocast", "compiled", "dynamic"]
+)
+def test_wrapped(index):
+    torch._dynamo.reset()
+    inputs = block_inputs()
+    ours = wrapped_blocks()[index](*inputs)
+    eager = eager_block(*inputs)
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+    ours.backward()  # reentrant checkpoints refuse torch.autograd.grad
+    for tensor, grad in zip(inputs[:3], torch.autograd.grad(eager, inputs[:3]), strict=True):
+        torch.testing.assert_close(tensor.grad, grad, rtol=1e-4, atol=1e-4)
+
+
+def test_saved_tensors_survive_a_backward():
+    inputs = block_inputs()
+    loss = block(*inputs)
+    first = torch.autograd.grad(loss, inputs[:3], retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, inputs[:3]), strict=True))
+
+
+def test_frozen_weight():
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8)
+    kernels.rms_norm(x, weight, 1e-6).sum().backward()
+    assert weight.grad is None
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kernels.rms_norm(torch.ones(2, 4), torch.ones(3), 1e-6), r"weight has shape \(3,\)"),
+        (
+            lambda: kernels.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6, residual=torch.ones(4)),
+            r"residual has shape \(4,\).*\(2, 4\)",
+        ),
+        (lambda: kernels.swiglu(torch.ones(2, 4), torch.ones(2, 3)), r"swiglu: gate.*\(2, 4\).*\(2, 3\)"),
+        (lambda: kernels.geglu(torch.ones(4), torch.ones(1)), "geglu: gate"),
+        (lambda: kernels.qk_rope(*[torch.ones(1, 2, 4, 6)] * 2, *[torch.ones(1, 4, 8)] * 2), "is 8.*at most.*6"),
+        (lambda: kernels.qk_rope(*[torch.ones(1, 2, 4, 6)] * 2, *[torch.ones(1, 4, 3)] * 2), "is 3; it must be even"),
+        (lambda: kernels.qk_rope(*[torch.ones(1, 2, 4, 6)] * 2, *[torch.ones(4, 6)] * 2), r"cos has shape \(4, 6\)"),
+        (lambda: kernels.qk_rope(*[torch.ones(2, 4, 6)] * 2, *[torch.ones(1, 4, 6)] * 2), r"q has shape \(2, 4, 6\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_backend():
+    assert kernels.backend(torch.device("cpu")) == ("triton" if _common.INTERPRET else "torch")
+    assert kernels.backend("cuda") == ("triton" if _common.HAS_TRITON else "torch")
+    assert kernels.backend("meta") == "torch"

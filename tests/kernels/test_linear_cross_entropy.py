@@ -1,0 +1,263 @@
+"""The chunked linear cross-entropy against its definition on full logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels import kernel_checks as check
+
+from chronicals_trl.kernels import _cross_entropy_chunks as chunks
+from chronicals_trl.kernels import linear_cross_entropy, linear_cross_entropy_reference
+
+SHAPE = (23, 17, 101)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=[5, 64], ids=["chunks", "one_chunk"], autouse=True)
+def chunk(request, monkeypatch):
+    """Small vocabularies fit any budget of a whole MiB, so that chunks have to be forced: 5 does not divide 23."""
+    from chronicals_trl.kernels import _linear_cross_entropy as module
+
+    monkeypatch.setattr(module, "chunk_rows", lambda n, *_: min(n, request.param))
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("ignored", [0.0, 0.2, 1.0])
+def test_accuracy(dtype, scale, ignored):
+    check.check_linear_cross_entropy("cpu", dtype, SHAPE, scale=scale, ignored=ignored)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"huge": True},
+        {"bias": True},
+        {"logit_scale": 0.25, "softcap": 3.0, "bias": True},
+        {"weighting": "dft", "softcap": 2.0},
+        {"reduction": "sum"},
+        {"reduction": "none", "weighting": "dft"},
+        {"num_items": 5},
+        {"num_items": torch.tensor(7)},
+        {"num_items": 0},
+        {"parts": ["log_probs"]},
+        {"parts": ["entropy"], "softcap": 3.0, "logit_scale": 2.0},
+        {"parts": ["loss", "log_probs", "entropy"], "bias": True},
+        {"parts": ["loss", "log_probs"], "weighting": "dft"},
+        {"parts": ["loss", "entropy"], "reduction": "none"},
+        {"differentiate": "loss", "weighting": "dft"},
+        {"differentiate": "loss", "reduction": "none"},
+        {"differentiate": "tokens", "weighting": "dft"},
+        {"differentiate": "tokens", "parts": ["loss", "log_probs", "entropy"]},
+    ],
+    ids=str,
+)
+def test_options(dtype, options):
+    check.check_linear_cross_entropy("cpu", dtype, SHAPE, **options)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(2, 40)),
+    ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+    softcap=st.sampled_from([None, 5.0]),
+)
+def test_any_shape(shape, ignored, scale, softcap):
+    hidden, weight, bias, labels = check.ce_inputs("cpu", torch.float64, *shape, ignored=ignored, scale=scale)
+    outs = [
+        op(hidden, weight, labels, bias=bias, softcap=softcap)
+        for op in (linear_cross_entropy, linear_cross_entropy_reference)
+    ]
+    for ours, full in zip(*outs, strict=True):
+        torch.testing.assert_close(ours, full)
+    for pick in (lambda out: out.loss, lambda out: out.loss + (out.log_probs * out.entropy).sum()):
+        grads = [torch.autograd.grad(pick(out), (hidden, weight, bias), retain_graph=True) for out in outs]
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("differentiate", ["all", "tokens"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_float64_gradients(differentiate, reduction):
+    hidden, weight, bias, labels = check.ce_inputs("cpu", torch.float64, 7, 4, 6)
+
+    def fn(h, w, b):
+        return linear_cross_entropy(
+            h, w, labels, bias=b, softcap=2.0, logit_scale=1.5, reduction=reduction, differentiate=differentiate
+        )[:3]
+
+    assert torch.autograd.gradcheck(fn, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("all_labelled", [False, True])
+def test_rows(reduction, all_labelled):
+    hidden, weight, _, labels = check.ce_inputs("cpu", torch.float32, *SHAPE, ignored=0.0 if all_labelled else 0.4)
+    labelled = (labels != -100).nonzero().flatten()
+    padding = (
+        torch.tensor([-1, -1]) if all_labelled else torch.cat([torch.tensor([-1]), (labels == -100).nonzero()[0]])
+    )
+    rows = torch.cat([labelled.flip(0), padding, padding])
+    ours = linear_cross_entropy(hidden, weight, labels, rows=rows, reduction=reduction)
+    full = linear_cross_entropy_reference(hidden, weight, labels, reduction=reduction)
+    for o, f in zip(ours, full, strict=True):
+        torch.testing.assert_close(o, f)
+    for pick in (lambda out: out.loss.sum(), lambda out: (out.entropy * torch.arange(SHAPE[0])).sum()):
+        grads = [torch.autograd.grad(pick(out), (hidden, weight), retain_graph=True) for out in (ours, full)]
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("differentiate", ["all", "loss", "tokens"])
+@pytest.mark.parametrize("n_rows", [0, 6])
+def test_nothing_labelled_gives_zeros_not_none(differentiate, n_rows):
+    hidden, weight = torch.randn(n_rows, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    out = linear_cross_entropy(hidden, weight, torch.full((n_rows,), -100), differentiate=differentiate)
+    out.loss.backward()
+    assert out.loss == 0
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_nan_in_an_ignored_row_stays_there():
+    hidden, weight, _, labels = check.ce_inputs("cpu", torch.float32, *SHAPE, ignored=0.0)
+    labels[4] = -100
+    with torch.no_grad():
+        hidden[4] = float("nan")
+    out = linear_cross_entropy(hidden, weight, labels)
+    (grad,) = torch.autograd.grad(out.loss, hidden)
+    assert out.loss.isfinite()
+    assert torch.equal(grad[4], torch.zeros(SHAPE[1]))
+    assert grad.isfinite().all()
+    assert out.log_probs[4] == out.entropy[4] == 0
+
+
+def test_gradients_add_to_those_of_the_loss_and_may_be_asked_for_twice():
+    hidden, weight, _, labels = check.ce_inputs("cpu", torch.float32, *SHAPE)
+    out = linear_cross_entropy(hidden, weight, labels)
+    loss = out.loss * 3 + (out.log_probs * torch.arange(SHAPE[0])).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    torch.testing.assert_close(first, torch.autograd.grad(loss, (hidden, weight)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+@pytest.mark.parametrize("part", ["loss", "log_probs"])
+def test_what_is_frozen_gets_and_costs_nothing(frozen, part, monkeypatch):
+    hidden, weight, _, labels = check.ce_inputs("cpu", torch.float32, *SHAPE)
+    (hidden if frozen == "hidden" else weight).requires_grad_(False)
+    made = []
+    init = chunks._Sums.__init__
+
+    def spy(self, *args):
+        init(self, *args)
+        made.append({"hidden": self.hidden_MH, "weight": self.weight_VH})
+
+    monkeypatch.setattr(chunks._Sums, "__init__", spy)
+    getattr(linear_cross_entropy(hidden, weight, labels), part).sum().backward()
+    assert made
+    assert all(sums[frozen] is None for sums in made)
+    assert (weight if frozen == "hidden" else hidden).grad is not None
+
+
+@pytest.mark.parametrize("how", ["no_grad", "inference", "nothing requires one"])
+def test_evaluation_forms_no_gradients(how, monkeypatch):
+    hidden, weight, _, labels = check.ce_inputs("cpu", torch.float32, *SHAPE)
+    monkeypatch.setattr(chunks._Sums, "add", lambda *_: pytest.fail("a gradient was formed"))
+    if how == "nothing requires one":
+        out = linear_cross_entropy(hidden.detach(), weight.detach(), labels)
+    else:
+        with torch.no_grad() if how == "no_grad" else torch.inference_mode():
+            out = linear_cross_entropy(hidden, weight, labels)
+    assert not out.loss.requires_grad
+    torch.testing.assert_close(out.loss, linear_cross_entropy_reference(hidden, weight, labels).loss.detach())
+
+
+def test_differentiate_loss_detaches_the_rest():
+    hidden, weight, _, labels = check.ce_inputs("cpu", torch.float32, *SHAPE)
+    out = linear_cross_entropy(hidden, weight, labels, differentiate="loss")
+    assert out.loss.requires_grad
+    assert not out.log_probs.requires_grad
+    assert not out.entropy.requires_grad
+
+
+def test_autocast_with_float32_parameters():
+    hidden, weight, bias, labels = check.ce_inputs("cpu", torch.float32, *SHAPE)
+    low = [t.detach().bfloat16().requires_grad_() for t in (hidden, weight, bias)]
+    for part in ("loss", "log_probs"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = getattr(linear_cross_entropy(hidden, weight, labels, bias=bias), part).sum()
+        same = getattr(linear_cross_entropy(*low[:2], labels, bias=low[2]), part).sum()
+        assert out.dtype == torch.float32
+        assert torch.equal(out, same)
+        for ours, rounded in zip(
+            torch.autograd.grad(out, (hidden, weight, bias)), torch.autograd.grad(same, low), strict=True
+        ):
+            assert ours.dtype == torch.float32  # and not by way of bfloat16: the sums were float32
+            torch.testing.assert_close(ours.bfloat16(), rounded, rtol=2**-7, atol=0)
+
+
+def test_weight_gradient_is_summed_in_float32(chunk):
+    """Ten chunks of one bfloat16 term each: a bfloat16 sum would stick at 256."""
+    hidden = torch.ones(640, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    linear_cross_entropy(hidden, weight, torch.zeros(640, dtype=torch.long), reduction="sum").loss.backward()
+    assert weight.grad.flatten().tolist() == [-320.0, 320.0]
+
+
+@pytest.mark.parametrize("differentiate", ["all", "loss", "tokens"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(differentiate, dynamic):
+    torch._dynamo.reset()
+    hidden, weight, _, labels = check.ce_inputs("cpu", torch.float32, *SHAPE)
+
+    def fn(op, h, w, y, **options):
+        out = op(h * 2.0, w, y, **options)
+        return out.loss + (0 if differentiate == "loss" else out.log_probs.square().sum()), out.entropy, out.is_top1
+
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    ours = compiled(linear_cross_entropy, hidden, weight, labels, differentiate=differentiate)
+    full = fn(linear_cross_entropy_reference, hidden, weight, labels)
+    torch.testing.assert_close(ours, full)
+    grads = [torch.autograd.grad(out[0], (hidden, weight)) for out in (ours, full)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_of_equal_maxima_is_top1():
+    out = linear_cross_entropy(torch.ones(2, 1), torch.ones(3, 1), torch.tensor([0, 1]))
+    assert out.is_top1.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": torch.ones(1, 2, 3)}, r"hidden has shape \(1, 2, 3\)"),
+        ({"labels": torch.zeros(3).long()}, r"labels has shape \(3,\).*\(2,\)"),
+        ({"rows": torch.zeros(1, 2).long()}, r"rows has shape \(1, 2\)"),
+        ({"bias": torch.ones(3)}, r"bias has shape \(3,\).*\(5,\)"),
+        ({"softcap": 0.0}, "softcap is 0.0; it must be positive"),
+        ({"logit_budget_mib": 0}, "logit_budget_mib is 0"),
+        ({"reduction": "avg"}, "reduction is 'avg'.*'mean', 'sum', 'none'"),
+        ({"weighting": "x"}, "weighting is 'x'.*'none', 'dft'"),
+        ({"differentiate": "x"}, "differentiate is 'x'"),
+        ({"reduction": "sum", "num_items": 3}, "num_items.*reduction='mean', not 'sum'"),
+        ({"hidden": torch.ones(2, 3).half()}, r"float16.*float32.*autocast"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(changes, message):
+    arguments = {"hidden": torch.ones(2, 3), "weight": torch.ones(5, 3), "labels": torch.zeros(2).long()}
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("budget", [1, 135, 1024])
+def test_chunks_stay_within_the_budget(itemsize, budget):
+    vocab = 151936
+    rows = chunks.chunk_rows(10**6, vocab, itemsize, budget)
+    buffers = 2 * max(4, itemsize) + (itemsize if itemsize == 2 else 0)
+    assert rows == 1 or rows * vocab * buffers <= budget * 2**20
+    assert rows == 1 or (rows + 128) * vocab * buffers > budget * 2**20
+    assert chunks.chunk_rows(3, 10, itemsize, budget) == 3
