@@ -23,19 +23,22 @@ from typing import Any
 import torch
 import trl
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chronicals_trl import SFTConfig, SFTTrainer
 from chronicals_trl._versions import versions
 
 
 def load_model(gguf: Path) -> tuple[Any, Any]:
-    kwargs = {"gguf_file": gguf.name}
+    kwargs: dict[str, Any] = {"gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **kwargs)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, **kwargs, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    return model, tokenizer
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # an older transformers always dequantises
+        pass
+    else:
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(gguf.parent, **kwargs, dtype=torch.float32), tokenizer
 
 
 def settings(steps: int, output: Path, length: int) -> dict[str, Any]:
@@ -50,6 +53,7 @@ def settings(steps: int, output: Path, length: int) -> dict[str, Any]:
         "max_length": length,
         "bf16": False,
         "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
         "report_to": "none",
         "save_strategy": "no",
         "seed": 1,
@@ -124,7 +128,7 @@ def main() -> int:
         "report": report,
         "versions": versions(),
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "device": str(on.args.device),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(figures, indent=2) + "\n")
