@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with Hugging Face TRL: faster and lighter, with the same script and the same result.
+"""Supervised fine-tuning with Hugging Face TRL, packed and fused, with the same script and the same result.
 
 Importing this package changes nothing and imports neither torch nor trl: each public name is loaded when it is first
 used (PEP 562).

@@ -41,7 +41,7 @@ CU_SEQLENS_BUCKET = 32
 
 
 class SFTTrainer(TrlSFTTrainer):
-    """TRL's SFTTrainer; with `SFTConfig(use_chronicals=True)` it trains the same, faster and in less memory.
+    """TRL's SFTTrainer; with `SFTConfig(use_chronicals=True)` it trains the same model from packed, fused steps.
 
     Takes exactly what TRL's takes. What is on, and what is off and why, is printed at the start, kept in
     `chronicals_report` and written to `chronicals_report.json` in the output directory.

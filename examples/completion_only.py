@@ -3,8 +3,8 @@
     python examples/completion_only.py --model DIR_OR_NAME --data train.jsonl
 
 `--data` is a JSON Lines file of {"prompt": ..., "completion": ...}, both texts or both lists of messages. Tokens of
-the prompt are labelled -100: the head skips them, so the loss costs only as much as the completions are long. For
-whole chats, {"messages": [...]}, the setting is `assistant_only_loss=True`.
+the prompt are labelled -100, and the mean is over the completions' tokens. For whole chats, {"messages": [...]}, the
+setting is `assistant_only_loss=True`.
 """
 
 import argparse

@@ -24,9 +24,9 @@ def assert_as_accurate(
 
     The last term is one rounding; its mean is of the element's row, or of the tensor if that is larger.
 
-    Where an element is a sum of many terms as rounded as itself (all of float32, and GEMMs: `summed`), eager's error in
-    it is chance and often 0: held against ours as the exact one's rival, eager fails that test as often as ours. There
-    the same is asked of the root mean square over the tensor, and no element may be off by more than chance gives,
+    Where an element is a sum of many terms as rounded as itself (all of float32, and GEMMs: `summed`), eager's error
+    in it is chance and often 0: held against ours as the exact one's rival, eager fails that test as often as ours.
+    There the same is asked of the root mean square over the tensor, and no element may be off by more than chance gives,
     which is four times eager's worst and one rounding.
     """
     assert ours.shape == exact.shape, (name, ours.shape, exact.shape)
