@@ -26,8 +26,8 @@ def assert_as_accurate(
 
     Where an element is a sum of many terms as rounded as itself (all of float32, and GEMMs: `summed`), eager's error
     in it is chance and often 0: held against ours as the exact one's rival, eager fails that test as often as ours.
-    There the same is asked of the root mean square over the tensor, and no element may be off by more than chance gives,
-    which is four times eager's worst and one rounding.
+    There the same is asked of the root mean square over the tensor, and no element may be off by more than chance
+    gives, which is four times eager's worst and one rounding.
     """
     assert ours.shape == exact.shape, (name, ours.shape, exact.shape)
     if exact.numel() == 0:
