@@ -211,8 +211,6 @@ class SFTTrainer(TrlSFTTrainer):
         call = HeadCall(
             weighting="dft" if self.args.loss_type == "dft" else "none", router_loss=False, token_mask=self._token_mask
         )
-        if num_items_in_batch is not None:
-            num_items_in_batch = torch.as_tensor(num_items_in_batch, device=self.args.device).clamp(min=1)
         outputs = model(**inputs, fused_lm_head=True, num_items_in_batch=num_items_in_batch, head_call=call)
         loss = outputs.loss
         # The count is of all ranks' tokens, and DDP averages the gradients over the ranks.

@@ -114,6 +114,17 @@ def test_streaming_is_packed_in_windows_and_says_so(tmp_path: Path) -> None:
     assert len(logged(trainer, "loss")) == SETTINGS["max_steps"]
 
 
+def test_a_step_without_a_label_is_a_finite_zero(tmp_path: Path) -> None:
+    """Every label ignored: loss 0 and gradients 0, not 0/0; the weights stay as they are."""
+    ids = tiny_data.tokenized(8)["input_ids"]
+    data = Dataset.from_dict({"input_ids": ids, "labels": [[-100] * len(row) for row in ids]})
+    trainer = make(tmp_path, data=data, packing=True, max_steps=1)
+    before = trainer.model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert logged(trainer, "loss") == [0.0] and logged(trainer, "grad_norm") == [0.0]
+    assert torch.equal(trainer.model.lm_head.weight, before)
+
+
 def test_wrapped_is_left_to_trl(tmp_path: Path) -> None:
     trainer = make(tmp_path, packing=True, packing_strategy="wrapped")
     part = trainer.chronicals_report["packing"]
