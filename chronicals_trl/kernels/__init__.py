@@ -9,30 +9,35 @@ run the kernels too, through Triton's interpreter.
 from __future__ import annotations
 
 from ._common import LAUNCHES, backend
-from ._gated_mlp import geglu, geglu_reference, swiglu, swiglu_reference
+from ._gated_mlp import gated_mlp, geglu, geglu_reference, swiglu, swiglu_reference
 from ._linear_cross_entropy import (
     LinearCrossEntropyOutput,
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
 from ._lora_linear import lora_linear, lora_linear_reference
-from ._qk_rope import qk_rope, qk_rope_reference
+from ._qk_rope import qk_norm_rope, qk_norm_rope_reference, qk_rope, qk_rope_reference
 from ._rms_norm import rms_norm, rms_norm_reference
+from ._shared_linear import shared_linear
 
 __all__ = [
     "LAUNCHES",
     "LinearCrossEntropyOutput",
     "backend",
+    "gated_mlp",
     "geglu",
     "geglu_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "lora_linear",
     "lora_linear_reference",
+    "qk_norm_rope",
+    "qk_norm_rope_reference",
     "qk_rope",
     "qk_rope_reference",
     "rms_norm",
     "rms_norm_reference",
+    "shared_linear",
     "swiglu",
     "swiglu_reference",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,8 +23,11 @@ __all__ = [
     "backend",
     "empty_rows_like",
     "jit",
+    "kernel_op",
     "math_dtype",
-    "num_warps",
+    "multiprocessors",
+    "row_stride",
+    "shared_memory",
     "tl",
     "triton",
     "unit_last_stride",
@@ -83,6 +87,103 @@ def empty_rows_like(x: torch.Tensor) -> torch.Tensor:
     return out if out.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def num_warps(elements: int) -> int:
-    """Warps for a program that holds `elements` values: 8 to 16 values a thread, within what one block allows."""
-    return min(16, max(4, triton.next_power_of_2(elements) // 512))
+def row_stride(x: torch.Tensor) -> int | None:
+    """The distance between consecutive rows (last dimensions) of `x`, in elements; None if no single one fits all."""
+    if x.is_contiguous():
+        return x.shape[-1]
+    found: int | None = None
+    following = 0
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if found is None:
+            found = stride
+        elif stride != following:
+            return None
+        following = stride * size
+    return x.shape[-1] if found is None else found
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; a few under the interpreter, so that persistent loops loop there too."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block of a GPU may use, less a little for the kernel's own reductions."""
+    if device.type == "cpu":
+        return 64 * 2**10
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin) - 8 * 2**10
+
+
+def kernel_op(
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    aside: tuple[int, ...] = (),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: a function that launches kernels, as an op for torch.compile and at little cost for eager code.
+
+    A `torch.library.custom_op` is opaque to torch.compile, as a launch has to be, but costs some tens of microseconds
+    a call in Python. Eager calls therefore go to the function itself, or through a `torch.autograd.Function` where it
+    has a backward. Both ways share the formulas.
+
+    Args:
+        schema: name and signature, without the namespace.
+        fake: outputs without values, for tracing.
+        setup_context, backward: as `torch.library.CustomOpDef.register_autograd` takes them; `backward` may be given
+            None for an output that nobody used.
+        aside: indices of outputs that are kept for the backward pass alone and have no gradient.
+    """
+
+    def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
+        name, _, signature = schema.partition("(")
+        definition = torch.library.custom_op(
+            f"chronicals_trl::{name}", launch, mutates_args=(), schema=f"({signature}"
+        )
+        definition.register_fake(fake)
+        eager: Callable[..., Any] = launch
+        if backward is not None:
+            assert setup_context is not None
+            definition.register_autograd(backward, setup_context=setup_context)
+            eager = _eager_function(name, launch, setup_context, backward, aside)
+        traced = getattr(torch.ops.chronicals_trl, name).default
+
+        def call(*args: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return traced(*args)
+            return eager(*args) if torch.is_grad_enabled() else launch(*args)
+
+        return call
+
+    return decorate
+
+
+def _eager_function(
+    name: str,
+    launch: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward_formula: Callable[..., Any],
+    aside: tuple[int, ...],
+) -> Callable[..., Any]:
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            outputs = launch(*args)
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, args, outputs)
+            if aside:
+                ctx.mark_non_differentiable(*(outputs[i] for i in aside))
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+            return backward_formula(ctx, *grads)
+
+    Function.__name__ = Function.__qualname__ = name
+    return Function.apply

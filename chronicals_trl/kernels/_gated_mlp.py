@@ -1,11 +1,15 @@
-"""The gated activations of transformer MLPs: silu(gate) * up (SwiGLU) and gelu_tanh(gate) * up (GeGLU).
+"""The gated activations of transformer MLPs, silu(gate) * up (SwiGLU) and gelu_tanh(gate) * up (GeGLU), and the MLP.
 
 Source: Shazeer 2020, https://arxiv.org/abs/2002.05202; the tanh approximation is Hendrycks and Gimpel 2016,
 https://arxiv.org/abs/1606.08415. Computed in float32, rounded once; the backward pass recomputes the activation, so
 only gate and up are kept.
 
+`gated_mlp` is the whole block, down_proj(act(gate_proj(x)) * up_proj(x)), as one autograd node. It keeps x, gate and
+up: the product that down_proj's weight gradient needs is made again by the kernel that reads gate and up anyway, in
+the buffer of its own gradient. The two halves of the input gradient meet inside the second GEMM, not in an addition.
+
 Shapes: gate, up (..., I), which inside the kernels are R rows of I columns with a row stride each, so that the two
-halves of one fused projection (Phi-3) are read in place.
+halves of one fused projection (Phi-3) are read, and their gradients written, in place. M tokens, H hidden size.
 """
 
 from __future__ import annotations
@@ -17,25 +21,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ._common import LAUNCHES, jit, math_dtype, tl, triton, unit_last_stride, use_triton
+from ._common import LAUNCHES, jit, kernel_op, math_dtype, tl, triton, unit_last_stride, use_triton
 
-_BLOCK = 1024
+# Elements and warps of a program. At the memory wall all sensible choices are within one percent (H100).
+_BLOCK, _WARPS = 1024, 8
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def _gated_reference(gate: torch.Tensor, up: torch.Tensor | None, gelu: bool) -> torch.Tensor:
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    compute = math_dtype(gate.dtype)
+    activation = _gelu_tanh if gelu else F.silu
+    return (activation(gate.to(compute)) * up.to(compute)).to(gate.dtype)
+
+
+def swiglu_reference(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     """`swiglu` in differentiable torch code, for any device and floating dtype."""
-    compute = math_dtype(gate.dtype)
-    return (F.silu(gate.to(compute)) * up.to(compute)).to(gate.dtype)
+    return _gated_reference(gate, up, gelu=False)
 
 
-def geglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def geglu_reference(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     """`geglu` in differentiable torch code, for any device and floating dtype."""
-    compute = math_dtype(gate.dtype)
-    return (_gelu_tanh(gate.to(compute)) * up.to(compute)).to(gate.dtype)
+    return _gated_reference(gate, up, gelu=True)
+
+
+# -- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -56,9 +70,16 @@ def _activation(x, GELU: tl.constexpr):
 
 
 @jit
+def _tile(n_cols, BLOCK: tl.constexpr):
+    """Row and columns of this program. One grid axis: the others end at 65,535."""
+    per_row = tl.cdiv(n_cols, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    return program // per_row, (program % per_row) * BLOCK + tl.arange(0, BLOCK)
+
+
+@jit
 def _forward_kernel(gate_ptr, up_ptr, out_ptr, gs, us, n_cols, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, col = _tile(n_cols, BLOCK)
     mask = col < n_cols
     gate = tl.load(gate_ptr + row * gs + col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * us + col, mask=mask, other=0.0).to(tl.float32)
@@ -68,56 +89,83 @@ def _forward_kernel(gate_ptr, up_ptr, out_ptr, gs, us, n_cols, GELU: tl.constexp
 
 @jit
 def _backward_kernel(
-    grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rs, gs, us, n_cols, GELU: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, rs, gs, us, ds, n_cols,
+    GELU: tl.constexpr, HAS_OUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, col = _tile(n_cols, BLOCK)
     mask = col < n_cols
     grad = tl.load(grad_ptr + row * rs + col, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gs + col, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * us + col, mask=mask, other=0.0).to(tl.float32)
     value, slope = _activation(gate, GELU)
-    out = row * n_cols + col
-    tl.store(dgate_ptr + out, (grad * up * slope).to(dgate_ptr.dtype.element_ty), mask=mask)
-    tl.store(dup_ptr + out, (grad * value).to(dup_ptr.dtype.element_ty), mask=mask)
+    tl.store(dgate_ptr + row * ds + col, (grad * up * slope).to(dgate_ptr.dtype.element_ty), mask=mask)
+    tl.store(dup_ptr + row * ds + col, (grad * value).to(dup_ptr.dtype.element_ty), mask=mask)
+    if HAS_OUT:  # over the gradient, each element of which this thread alone has read
+        tl.store(out_ptr + row * rs + col, (value * up).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op(
-    "chronicals_trl::gated_activation", mutates_args=(), schema="(Tensor gate, Tensor up, bool gelu) -> Tensor"
-)
-def _op(gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
-    n_rows, n_cols = gate.shape
-    out = gate.new_empty(n_rows, n_cols)
+# -- launches: gate, up (R, I), or one gate (R, 2I) that holds both halves and no up ----------------------------------
+
+
+def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return gate.chunk(2, dim=-1) if up is None else (gate, up)  # type: ignore[return-value]
+
+
+def _flat(*tensors: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns to launch over: one long row where all lie without gaps, so that no block is cut short."""
+    n_rows, n_cols = tensors[0].shape
+    if all(t.stride(0) == n_cols for t in tensors):
+        return 1, n_rows * n_cols
+    return n_rows, n_cols
+
+
+def _launch_forward(gate: torch.Tensor, up: torch.Tensor | None, gelu: bool) -> torch.Tensor:
+    gate, up = _halves(gate, up)
+    out = gate.new_empty(gate.shape)
+    n_rows, n_cols = _flat(gate, up)
     LAUNCHES["gated_mlp"] += 1
-    _forward_kernel[(n_rows, triton.cdiv(n_cols, _BLOCK))](
-        gate, up, out, gate.stride(0), up.stride(0), n_cols, GELU=gelu, BLOCK=_BLOCK
+    _forward_kernel[(n_rows * triton.cdiv(n_cols, _BLOCK),)](
+        gate, up, out, gate.stride(0), up.stride(0), n_cols, GELU=gelu, BLOCK=_BLOCK, num_warps=_WARPS
     )
     return out
 
 
-@_op.register_fake
-def _(gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
-    return gate.new_empty(gate.shape)
+def _launch_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, gelu: bool, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and up, or of both halves in one (R, 2I) and an empty tensor.
 
-
-@torch.library.custom_op(
-    "chronicals_trl::gated_activation_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor gate, Tensor up, bool gelu) -> (Tensor, Tensor)",
-)
-def _backward_op(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> Any:
-    n_rows, n_cols = gate.shape
-    dgate, dup = gate.new_empty(n_rows, n_cols), up.new_empty(n_rows, n_cols)
+    `out`, if given, is `grad` itself, and is overwritten with the forward pass's result.
+    """
+    assert out is None or out is grad
+    joint = up is None
+    d_gate, d_up = gate.new_empty(gate.shape), gate.new_empty(0) if up is None else up.new_empty(up.shape)
+    gate, up = _halves(gate, up)
+    left, right = _halves(d_gate, None if joint else d_up)
+    n_rows, n_cols = _flat(grad, gate, up, left, right)
     LAUNCHES["gated_mlp_backward"] += 1
-    _backward_kernel[(n_rows, triton.cdiv(n_cols, _BLOCK))](
-        grad, gate, up, dgate, dup, grad.stride(0), gate.stride(0), up.stride(0), n_cols, GELU=gelu, BLOCK=_BLOCK
-    )
-    return dgate, dup
+    _backward_kernel[(n_rows * triton.cdiv(n_cols, _BLOCK),)](
+        grad, gate, up, left, right, out, grad.stride(0), gate.stride(0), up.stride(0), left.stride(0), n_cols,
+        GELU=gelu, HAS_OUT=out is not None, BLOCK=_BLOCK, num_warps=_WARPS,
+    )  # fmt: skip
+    return d_gate, d_up
 
 
-@_backward_op.register_fake
-def _(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> Any:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+# -- the activation as an op -----------------------------------------------------------------------------------------
+
+
+def _fake(gate: torch.Tensor, up: torch.Tensor | None, gelu: bool) -> torch.Tensor:
+    return gate.new_empty(gate.shape[0], gate.shape[1] // 2) if up is None else gate.new_empty(gate.shape)
+
+
+def _backward_fake(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, gelu: bool) -> Any:
+    return gate.new_empty(gate.shape), gate.new_empty(0) if up is None else up.new_empty(up.shape)
+
+
+@kernel_op("gated_activation_backward(Tensor grad, Tensor gate, Tensor? up, bool gelu) -> (Tensor, Tensor)",
+           _backward_fake)  # fmt: skip
+def _backward_op(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, gelu: bool) -> Any:
+    return _launch_backward(grad, gate, up, gelu)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -127,39 +175,133 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     gate, up = ctx.saved_tensors
-    return (*_backward_op(unit_last_stride(grad), gate, up, ctx.gelu), None)
+    d_gate, d_up = _backward_op(unit_last_stride(grad), gate, up, ctx.gelu)
+    return d_gate, None if up is None else d_up, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+@kernel_op("gated_activation(Tensor gate, Tensor? up, bool gelu) -> Tensor", _fake,
+           setup_context=_setup_context, backward=_backward)  # fmt: skip
+def _op(gate: torch.Tensor, up: torch.Tensor | None, gelu: bool) -> torch.Tensor:
+    return _launch_forward(gate, up, gelu)
 
 
-def _gated(name: str, gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
-    if gate.shape != up.shape:
+def _gated(name: str, gate: torch.Tensor, up: torch.Tensor | None, gelu: bool) -> torch.Tensor:
+    if up is None and (gate.dim() == 0 or gate.shape[-1] % 2):
+        raise ValueError(
+            f"{name}: gate has shape {tuple(gate.shape)}; without up its last dimension holds both halves and must be "
+            "even."
+        )
+    if up is not None and gate.shape != up.shape:
         raise ValueError(f"{name}: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}; they must be equal.")
     if not use_triton(gate, up) or gate.dim() == 0 or gate.numel() == 0:
-        return geglu_reference(gate, up) if gelu else swiglu_reference(gate, up)
-    width = gate.shape[-1]
+        return _gated_reference(gate, up, gelu)
+    shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
     # Views wherever the rows lie at one stride, as in both halves of a fused projection.
-    gate_RI = unit_last_stride(gate.reshape(-1, width))
-    up_RI = unit_last_stride(up.reshape(-1, width))
-    return _op(gate_RI, up_RI, gelu).view(gate.shape)
+    gate_RI = unit_last_stride(gate.reshape(-1, gate.shape[-1]))
+    up_RI = None if up is None else unit_last_stride(up.reshape(-1, up.shape[-1]))
+    return _op(gate_RI, up_RI, gelu).view(shape)
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     """``silu(gate) * up``.
 
     Args:
-        gate, up: (..., I), equal shapes, bf16, fp16, fp32 (or fp64: reference), any strides.
+        gate, up: (..., I), equal shapes, bf16, fp16, fp32 (or fp64: reference), any strides. Without `up`, `gate` is
+            (..., 2I) and holds gate and up side by side, as one fused projection gives them.
 
     Returns:
-        (..., I) in gate's dtype, contiguous. Gradients come in gate's and up's own dtypes.
+        (..., I) in gate's dtype, contiguous. Gradients come in gate's and up's own dtypes and shapes.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or a joint `gate` has an odd width.
     """
     return _gated("swiglu", gate, up, gelu=False)
 
 
-def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def geglu(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     """``gelu(gate, approximate="tanh") * up``; arguments, result and errors as for `swiglu`."""
     return _gated("geglu", gate, up, gelu=True)
+
+
+# -- the MLP as one autograd node ------------------------------------------------------------------------------------
+
+
+class _GatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_MH: torch.Tensor,
+        gate_IH: torch.Tensor,
+        up_IH: torch.Tensor | None,
+        down_HI: torch.Tensor,
+        gelu: bool,
+    ) -> torch.Tensor:
+        gate_MI = x_MH @ gate_IH.t()
+        up_MI = None if up_IH is None else x_MH @ up_IH.t()
+        ctx.save_for_backward(x_MH, gate_MI, up_MI, gate_IH, up_IH, down_HI)
+        ctx.gelu = gelu
+        return _launch_forward(gate_MI, up_MI, gelu) @ down_HI.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad_MH: torch.Tensor) -> Any:
+        x_MH, gate_MI, up_MI, gate_IH, up_IH, down_HI = ctx.saved_tensors
+        need_x, need_gate, need_up, need_down, _ = ctx.needs_input_grad
+        product_MI = grad_MH @ down_HI  # the product's gradient, then the product
+        d_gate_MI, d_up_MI = _launch_backward(
+            product_MI, gate_MI, up_MI, ctx.gelu, out=product_MI if need_down else None
+        )
+        d_down = grad_MH.t() @ product_MI if need_down else None
+        del product_MI
+        d_x = d_gate_MI @ gate_IH if need_x else None
+        if d_x is not None and up_IH is not None:
+            d_x.addmm_(d_up_MI, up_IH)
+        d_gate = d_gate_MI.t() @ x_MH if need_gate else None
+        d_up = d_up_MI.t() @ x_MH if need_up else None
+        return d_x, d_gate, d_up, d_down, None
+
+
+def gated_mlp(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    *,
+    activation: str = "swiglu",
+) -> torch.Tensor:
+    """``down(act(gate(x)) * up(x))`` for projections without bias, as one autograd node that keeps x, gate and up.
+
+    Under autocast the GEMMs run in the autocast dtype, as `torch.nn.functional.linear` does. Where the kernels do not
+    run, and under torch.compile, the same formula runs as separate ops.
+
+    Args:
+        x: (..., H), bf16, fp16 or fp32.
+        gate_weight, up_weight: (I, H); or `gate_weight` (2I, H) with both, gate first, and `up_weight` None.
+        down_weight: (H, I).
+        activation: ``"swiglu"`` or ``"geglu"``.
+
+    Returns:
+        (..., H).
+
+    Raises:
+        ValueError: an unknown activation, or shapes that do not fit together.
+    """
+    ops = {"swiglu": swiglu, "geglu": geglu}
+    if activation not in ops:
+        raise ValueError(f"gated_mlp: activation is {activation!r}; it must be one of {sorted(ops)}.")
+    width, inner = x.shape[-1] if x.dim() else 0, down_weight.shape[-1]
+    given = [tuple(w.shape) for w in (gate_weight, up_weight, down_weight) if w is not None]
+    wanted = [(2 * inner, width)] if up_weight is None else [(inner, width), (inner, width)]
+    if given != [*wanted, (width, inner)]:
+        raise ValueError(f"gated_mlp: weights of shapes {given} do not fit x of shape {tuple(x.shape)}.")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, gate_weight, down_weight = x.to(dtype), gate_weight.to(dtype), down_weight.to(dtype)
+        up_weight = None if up_weight is None else up_weight.to(dtype)
+    one_dtype = x.dtype == gate_weight.dtype == down_weight.dtype
+    by_kernels = one_dtype and use_triton(x, gate_weight, up_weight, down_weight) and x.numel() > 0
+    if torch.compiler.is_compiling() or not by_kernels:
+        gate = F.linear(x, gate_weight)
+        up = None if up_weight is None else F.linear(x, up_weight)
+        return F.linear(ops[activation](gate, up), down_weight)
+    out = _GatedMLP.apply(x.reshape(-1, width), gate_weight, up_weight, down_weight, activation == "geglu")
+    return out.view(x.shape)

@@ -5,25 +5,35 @@
 Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467; `offset` 1.0 is Gemma's parametrisation. Statistics
 and product are float32 and y is rounded once. (transformers' Llama norm rounds once more, before the weight.)
 
-Shapes: x (..., W), weight (W,). R rows are all leading dimensions together. Rows are addressed by up to three strides,
-so that a q/k norm on a transposed (B, S, heads, D) view needs no copy and keeps that layout for the attention.
+Both passes read and write each element once and hold a row in registers. With u = h / rms and w = offset + weight,
+
+    dh = (gy w - u mean(gy w u)) / rms + gh,    dw = sum over rows of gy u,
+
+where gh is the gradient of the sum h. The backward kernel runs a fixed number of programs, each of which walks over
+many rows and keeps its share of dw in registers; a second, tiny kernel adds the shares up, always in the same order.
+
+Shapes: x (..., W), weight (W,). R rows are all leading dimensions together. Rows lie at one stride, or are addressed
+by three, so that a q/k norm on a transposed (B, S, heads, D) view needs no copy and keeps that layout.
 """
 
 from __future__ import annotations
 
 # mypy: disable-error-code="no-untyped-def"
 # (Triton kernels: a pointer has no Python type.)
-from typing import Any, overload
+from functools import cache
+from typing import Any, NamedTuple, overload
 
 import torch
 
 from ._common import (
-    INTERPRET,
     LAUNCHES,
     empty_rows_like,
     jit,
+    kernel_op,
     math_dtype,
-    num_warps,
+    multiprocessors,
+    row_stride,
+    shared_memory,
     tl,
     triton,
     unit_last_stride,
@@ -46,9 +56,14 @@ def rms_norm_reference(
     return y if residual is None else (y, h)
 
 
+# -- kernels ---------------------------------------------------------------------------------------------------------
+
+
 @jit
-def _row_offsets(row, n1, n2, s0, s1, s2):
+def _row_offsets(row, n1, n2, s0, s1, s2, FLAT: tl.constexpr):
     # Rows are 64-bit: rows times stride passes 2^31 elements at 16k tokens of a 128k-wide fused projection.
+    if FLAT:
+        return row * s2
     i2 = row % n2
     i1 = (row // n2) % n1
     i0 = row // (n1 * n2)
@@ -56,23 +71,29 @@ def _row_offsets(row, n1, n2, s0, s1, s2):
 
 
 @jit
+def _inverse_rms(h, eps, WIDTH: tl.constexpr):
+    # Correctly rounded: it is once a row, and the approximate instructions show in float32.
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(h * h, axis=1) / WIDTH + eps))
+
+
+@jit
 def _forward_kernel(
-    x_ptr, res_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, n_rows, n1, n2, width, xs0, xs1, xs2, ys0, ys1, ys2,
-    eps, offset, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    x_ptr, res_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, n_rows, n1, n2, xs0, xs1, xs2, ys0, ys1, ys2, eps, offset,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.arange(0, BLOCK_W)
-    mask = (row < n_rows)[:, None] & (col < width)[None, :]
-    x_at = _row_offsets(row, n1, n2, xs0, xs1, xs2)[:, None] + col[None, :]
-    y_at = _row_offsets(row, n1, n2, ys0, ys1, ys2)[:, None] + col[None, :]
+    mask = (row < n_rows)[:, None] & (col < WIDTH)[None, :]
+    x_at = _row_offsets(row, n1, n2, xs0, xs1, xs2, FLAT)[:, None] + col[None, :]
+    y_at = _row_offsets(row, n1, n2, ys0, ys1, ys2, FLAT)[:, None] + col[None, :]
     h = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         h += tl.load(res_ptr + y_at, mask=mask, other=0.0).to(tl.float32)
         stored = h.to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + y_at, stored, mask=mask)
         h = stored.to(tl.float32)  # the norm is of the sum as the next block will read it, rounded
-    rstd = 1.0 / tl.sqrt(tl.sum(h * h, axis=1) / width + eps)
-    weight = tl.load(weight_ptr + col, mask=col < width, other=0.0).to(tl.float32) + offset
+    rstd = _inverse_rms(h, eps, WIDTH)
+    weight = tl.load(weight_ptr + col, mask=col < WIDTH, other=0.0).to(tl.float32) + offset
     y = h * rstd[:, None] * weight[None, :]
     tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(rstd_ptr + row, rstd, mask=row < n_rows)
@@ -80,81 +101,119 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    gy_ptr, gh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr, n_rows, n1, n2, width,
+    gy_ptr, gh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, share_ptr, n_rows, n1, n2,
     gs0, gs1, gs2, hs0, hs1, hs2, ds0, ds1, ds2, offset,
-    BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, HAS_GH: tl.constexpr, NEED_DW: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, HAS_GH: tl.constexpr, NEED_DW: tl.constexpr,
+    FLAT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     col = tl.arange(0, BLOCK_W)
-    weight = tl.load(weight_ptr + col, mask=col < width, other=0.0).to(tl.float32) + offset
-    dw = tl.zeros([BLOCK_W], dtype=tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_R), tl.num_programs(0)):
+    weight = tl.load(weight_ptr + col, mask=col < WIDTH, other=0.0).to(tl.float32) + offset
+    # Kept apart by row of the tile until the end: a sum over threads in every turn would cost a barrier each.
+    dw = tl.zeros([BLOCK_R, BLOCK_W], dtype=tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_R), tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
         live = row < n_rows
-        mask = live[:, None] & (col < width)[None, :]
-        g_at = _row_offsets(row, n1, n2, gs0, gs1, gs2)[:, None] + col[None, :]
-        h_at = _row_offsets(row, n1, n2, hs0, hs1, hs2)[:, None] + col[None, :]
-        d_at = _row_offsets(row, n1, n2, ds0, ds1, ds2)[:, None] + col[None, :]
+        mask = live[:, None] & (col < WIDTH)[None, :]
+        g_at = _row_offsets(row, n1, n2, gs0, gs1, gs2, FLAT)[:, None] + col[None, :]
+        h_at = _row_offsets(row, n1, n2, hs0, hs1, hs2, FLAT)[:, None] + col[None, :]
+        d_at = _row_offsets(row, n1, n2, ds0, ds1, ds2, FLAT)[:, None] + col[None, :]
         gy = tl.load(gy_ptr + g_at, mask=mask, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + h_at, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)
-        unit = tl.load(h_ptr + h_at, mask=mask, other=0.0).to(tl.float32) * rstd[:, None]
+        unit = h * rstd[:, None]
         gw = gy * weight[None, :]
-        dx = (gw - unit * (tl.sum(gw * unit, axis=1) / width)[:, None]) * rstd[:, None]
+        dx = (gw - unit * (tl.sum(gw * unit, axis=1) / WIDTH)[:, None]) * rstd[:, None]
         if HAS_GH:
             dx += tl.load(gh_ptr + d_at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + d_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if NEED_DW:
-            dw += tl.sum(gy * unit, axis=0)
+            dw += gy * unit
     if NEED_DW:
-        tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * width + col, dw, mask=col < width)
+        share = tl.program_id(0).to(tl.int64) * WIDTH + col
+        tl.store(share_ptr + share, tl.sum(dw, axis=0), mask=col < WIDTH)
 
 
-def _rows(x: torch.Tensor) -> tuple[int, int, tuple[int, int, int]]:
-    """Sizes of the two inner row dimensions and the strides of all three, `x` having at most four dimensions."""
-    pad = 4 - x.dim()
-    sizes = (1,) * pad + tuple(x.shape)
-    strides = (0,) * pad + x.stride()
-    return sizes[1], sizes[2], (strides[0], strides[1], strides[2])
+@jit
+def _sum_shares_kernel(share_ptr, dw_ptr, n_shares, width, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.float32)
+    for first in range(0, n_shares, BLOCK_S):
+        share = first + tl.arange(0, BLOCK_S)
+        mask = (share < n_shares)[:, None] & (col < width)[None, :]
+        total += tl.load(share_ptr + share[:, None] * width + col[None, :], mask=mask, other=0.0)
+    tl.store(dw_ptr + col, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=col < width)
 
 
-def _blocks(width: int) -> tuple[int, int, int]:
+# -- launches --------------------------------------------------------------------------------------------------------
+
+
+class _Config(NamedTuple):
+    """How a kernel is launched for rows of one width."""
+
+    block_r: int
+    block_w: int
+    warps: int
+    programs: int = 0  # for each multiprocessor; of the backward kernel
+    stages: int = 1  # tiles in flight and in use
+
+
+# Chosen on an H100 from some 300 combinations a shape; the best five or so lie within two percent of each other.
+
+
+@cache
+def _forward_config(width: int) -> _Config:
     block_w = triton.next_power_of_2(width)
-    block_r = max(1, 2048 // block_w)  # narrow rows (q/k norms) share a program
-    return block_r, block_w, num_warps(block_r * block_w)
+    block_r = max(1, 4096 // block_w)  # narrow rows (q/k norms) share a program
+    return _Config(block_r, block_w, 4 if block_w <= 1024 else min(32, max(8, block_w // 1024)))
 
 
-@torch.library.custom_op(
-    "chronicals_trl::rms_norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? residual, Tensor weight, float eps, float offset) -> (Tensor, Tensor, Tensor)",
-)
-def _op(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float) -> Any:
-    width = x.shape[-1]
-    n_rows = x.numel() // width
-    y = empty_rows_like(x)
-    h = empty_rows_like(x) if residual is not None else x.new_empty(0)
-    rstd = torch.empty(n_rows, device=x.device, dtype=torch.float32)
-    n1, n2, x_strides = _rows(x)
-    block_r, block_w, warps = _blocks(width)
-    LAUNCHES["rms_norm"] += 1
-    _forward_kernel[(triton.cdiv(n_rows, block_r),)](
-        x, residual if residual is not None else x, weight, y, h, rstd, n_rows, n1, n2, width,
-        *x_strides, *_rows(y)[2], eps, offset,
-        BLOCK_R=block_r, BLOCK_W=block_w, HAS_RESIDUAL=residual is not None, num_warps=warps,
-    )  # fmt: skip
-    return y, h, rstd
+@cache
+def _backward_config(width: int, bytes_per_element: int, device: torch.device) -> _Config:
+    """`bytes_per_element`: of all tensors that a tile is loaded from, together."""
+    block_w = triton.next_power_of_2(width)
+    tile, programs = (4096, 2) if block_w <= 2048 else (8192, 1)
+    block_r = max(1, tile // block_w)
+    # All stages but the one in use wait in shared memory, which other GPUs have less of.
+    room = shared_memory(device) // (programs * block_r * block_w * bytes_per_element)
+    return _Config(
+        block_r, block_w, 4 if block_w <= 1024 else min(32, max(8, block_w // 1024)), programs, min(3, 1 + room)
+    )
 
 
-@_op.register_fake
-def _(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float) -> Any:
-    h = empty_rows_like(x) if residual is not None else x.new_empty(0)
-    return empty_rows_like(x), h, torch.empty(x.shape[:-1].numel(), device=x.device, dtype=torch.float32)
+def _strides(x: torch.Tensor, flat: int | None) -> tuple[int, int, int]:
+    """Strides of the three dimensions in front of the last, `x` having at most four."""
+    if flat is not None:
+        return 0, 0, flat
+    outer = x.stride()[:-1]
+    return (0,) * (3 - len(outer)) + tuple(outer)  # type: ignore[return-value]
 
 
-@torch.library.custom_op(
-    "chronicals_trl::rms_norm_backward",
-    mutates_args=(),
-    schema="(Tensor gy, Tensor? gh, Tensor h, Tensor weight, Tensor rstd, float offset, bool need_dw)"
+def sum_shares(shares: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Column sums of `shares` (P, W) float32 into `out` (W,) of any dtype, in a fixed order."""
+    n_shares, width = shares.shape
+    block_s = min(256, triton.next_power_of_2(n_shares))
+    _sum_shares_kernel[(triton.cdiv(width, 32),)](
+        shares, out, n_shares, width, BLOCK_S=block_s, BLOCK_C=32, num_warps=8
+    )
+    return out
+
+
+def _backward_fake(
+    gy: torch.Tensor,
+    gh: torch.Tensor | None,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    offset: float,
+    need_dw: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return empty_rows_like(h), torch.empty_like(weight) if need_dw else weight.new_empty(0)
+
+
+@kernel_op(
+    "rms_norm_backward(Tensor gy, Tensor? gh, Tensor h, Tensor weight, Tensor rstd, float offset, bool need_dw)"
     " -> (Tensor, Tensor)",
+    _backward_fake,
 )
 def _backward_op(
     gy: torch.Tensor,
@@ -168,32 +227,21 @@ def _backward_op(
     width = h.shape[-1]
     n_rows = h.numel() // width
     dx = empty_rows_like(h)
-    block_r, block_w, warps = _blocks(width)
-    # Each program keeps its share of the weight gradient in registers; a tiny sum then joins them, in a fixed order.
-    cores = 4 if INTERPRET else 2 * torch.cuda.get_device_properties(h.device).multi_processor_count
-    programs = min(triton.cdiv(n_rows, block_r), cores)
-    dw = torch.empty(programs if need_dw else 0, width, device=h.device, dtype=torch.float32)
-    n1, n2, h_strides = _rows(h)
+    loaded = gy.element_size() + h.element_size() + (gh.element_size() if gh is not None else 0)
+    config = _backward_config(width, loaded, h.device)
+    programs = min(triton.cdiv(n_rows, config.block_r), config.programs * multiprocessors(h.device))
+    shares = torch.empty(programs if need_dw else 0, width, device=h.device, dtype=torch.float32)
+    rows = [row_stride(t) for t in (gy, h, dx)]
+    flat = None not in rows
+    gs, hs, ds = (_strides(t, r if flat else None) for t, r in zip((gy, h, dx), rows, strict=True))
+    n1, n2 = (1, 1) if flat else ((1, 1, *h.shape)[-3], h.shape[-2])
     LAUNCHES["rms_norm_backward"] += 1
     _backward_kernel[(programs,)](
-        gy, gh if gh is not None else gy, h, weight, rstd, dx, dw, n_rows, n1, n2, width,
-        *_rows(gy)[2], *h_strides, *_rows(dx)[2], offset,
-        BLOCK_R=block_r, BLOCK_W=block_w, HAS_GH=gh is not None, NEED_DW=need_dw, num_warps=warps,
+        gy, gh if gh is not None else gy, h, weight, rstd, dx, shares, n_rows, n1, n2, *gs, *hs, *ds, offset,
+        WIDTH=width, BLOCK_R=config.block_r, BLOCK_W=config.block_w, HAS_GH=gh is not None, NEED_DW=need_dw,
+        FLAT=flat, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
-    return dx, dw.sum(0).to(weight.dtype) if need_dw else weight.new_empty(0)
-
-
-@_backward_op.register_fake
-def _(
-    gy: torch.Tensor,
-    gh: torch.Tensor | None,
-    h: torch.Tensor,
-    weight: torch.Tensor,
-    rstd: torch.Tensor,
-    offset: float,
-    need_dw: bool,
-) -> Any:
-    return empty_rows_like(h), torch.empty_like(weight) if need_dw else weight.new_empty(0)
+    return dx, sum_shares(shares, torch.empty_like(weight)) if need_dw else weight.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -212,7 +260,36 @@ def _backward(ctx: Any, gy: torch.Tensor | None, gh: torch.Tensor | None, _: Any
     return dx, dx if ctx.has_residual else None, dw if need_dw else None, None, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+def _fake(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float) -> Any:
+    h = empty_rows_like(x) if residual is not None else x.new_empty(0)
+    return empty_rows_like(x), h, torch.empty(x.shape[:-1].numel(), device=x.device, dtype=torch.float32)
+
+
+@kernel_op(
+    "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, float offset) -> (Tensor, Tensor, Tensor)",
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    aside=(2,),
+)
+def _op(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float) -> Any:
+    width = x.shape[-1]
+    n_rows = x.numel() // width
+    y = empty_rows_like(x)
+    h = empty_rows_like(x) if residual is not None else x.new_empty(0)
+    rstd = torch.empty(n_rows, device=x.device, dtype=torch.float32)
+    x_row, y_row = row_stride(x), row_stride(y)
+    flat = x_row is not None and y_row is not None
+    n1, n2 = (1, 1) if flat else ((1, 1, *x.shape)[-3], x.shape[-2])
+    config = _forward_config(width)
+    LAUNCHES["rms_norm"] += 1
+    _forward_kernel[(triton.cdiv(n_rows, config.block_r),)](
+        x, residual if residual is not None else x, weight, y, h, rstd, n_rows, n1, n2,
+        *_strides(x, x_row if flat else None), *_strides(y, y_row if flat else None), eps, offset,
+        WIDTH=width, BLOCK_R=config.block_r, BLOCK_W=config.block_w, HAS_RESIDUAL=residual is not None, FLAT=flat,
+        num_warps=config.warps,
+    )  # fmt: skip
+    return y, h, rstd
 
 
 @overload
@@ -269,4 +346,6 @@ def rms_norm(
         x = x.reshape(-1, shape[-1])
         residual = residual.reshape(-1, shape[-1]) if residual is not None else None
     y, h, _ = _op(x, residual, weight.contiguous(), eps, offset)
-    return y.view(shape) if residual is None else (y.view(shape), h.view(shape))
+    if y.shape != shape:
+        y, h = y.view(shape), h.view(shape) if residual is not None else h
+    return y if residual is None else (y, h)
