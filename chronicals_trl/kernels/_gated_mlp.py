@@ -223,6 +223,8 @@ def geglu(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     return _gated("geglu", gate, up, gelu=True)
 
 
+KEEP_PRODUCT = False
+
 # -- the MLP as one autograd node ------------------------------------------------------------------------------------
 
 
@@ -238,18 +240,19 @@ class _GatedMLP(torch.autograd.Function):
     ) -> torch.Tensor:
         gate_MI = x_MH @ gate_IH.t()
         up_MI = None if up_IH is None else x_MH @ up_IH.t()
-        ctx.save_for_backward(x_MH, gate_MI, up_MI, gate_IH, up_IH, down_HI)
+        product_MI = _launch_forward(gate_MI, up_MI, gelu)
+        ctx.save_for_backward(x_MH, gate_MI, up_MI, gate_IH, up_IH, down_HI, product_MI if KEEP_PRODUCT else None)
         ctx.gelu = gelu
-        return _launch_forward(gate_MI, up_MI, gelu) @ down_HI.t()
+        return product_MI @ down_HI.t()
 
     @staticmethod
     def backward(ctx: Any, grad_MH: torch.Tensor) -> Any:
-        x_MH, gate_MI, up_MI, gate_IH, up_IH, down_HI = ctx.saved_tensors
+        x_MH, gate_MI, up_MI, gate_IH, up_IH, down_HI, kept_MI = ctx.saved_tensors
         need_x, need_gate, need_up, need_down, _ = ctx.needs_input_grad
         product_MI = grad_MH @ down_HI  # the product's gradient, then the product
-        d_gate_MI, d_up_MI = _launch_backward(
-            product_MI, gate_MI, up_MI, ctx.gelu, out=product_MI if need_down else None
-        )
+        again = need_down and kept_MI is None
+        d_gate_MI, d_up_MI = _launch_backward(product_MI, gate_MI, up_MI, ctx.gelu, out=product_MI if again else None)
+        product_MI = product_MI if kept_MI is None else kept_MI
         d_down = grad_MH.t() @ product_MI if need_down else None
         del product_MI
         d_x = d_gate_MI @ gate_IH if need_x else None

@@ -6,13 +6,12 @@ twin leaves the model's own values untouched and unread (under ZeRO-3 or meta lo
 probe draws from a generator of its own, so that the user's random stream does not move. A verdict is remembered per
 class, shape and dtype: a model of a hundred layers pays for one probe of each kind.
 
-Legend: B batch, S sequence, H hidden, I intermediate, D head dimension, R rotary dimension.
+Legend: B batch, S sequence, H hidden, I intermediate.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from chronicals_trl.kernels import geglu, qk_rope, rms_norm, swiglu
+from chronicals_trl.kernels import gated_mlp, geglu, rms_norm, swiglu
 
 # Largest error that a replacement may show on the probe, relative to the largest value of the original's result: some
 # ten roundings in fp32, two units in the last place in half precision (the original's own error against fp64 is one).
@@ -29,7 +28,12 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 PROBE_SEED = 20_260_214
 EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
-GATED_ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"swiglu": swiglu, "geglu": geglu}
+GATED_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"swiglu": swiglu, "geglu": geglu}
+
+# Names in a patched module's __dict__: its spec (what its forward needs to know), and a word to a norm that its
+# caller will do its work in this one call.
+SPEC = "_chronicals_spec"
+PASS_THROUGH = "_chronicals_pass_through"
 
 
 class NormSpec(NamedTuple):
@@ -63,6 +67,25 @@ def randn(*shape: int, generator: torch.Generator, like: Tensor | None = None, *
     """Standard normal values from `generator`, drawn on the CPU so that every device sees the same."""
     values = torch.randn(shape, generator=generator)
     return values.to(like) if like is not None else values.to(**to)
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether nobody has hooked `module`, so that its work can be done without calling it.
+
+    DeepSpeed ZeRO-3 gathers a module's parameters in its hooks; users read activations in theirs.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and not torch.nn.modules.module._has_any_global_hook()
+
+
+def plain_linear(module: nn.Module) -> bool:
+    """Whether calling `module` is ``F.linear`` with its own weight, without adapter, quantisation or hook."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, Tensor)  # not DTensor
+        and ("forward" not in module.__dict__ or SPEC in module.__dict__)  # no other library's
+        and unhooked(module)
+    )
 
 
 def parameter_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -176,6 +199,8 @@ def rms_norm_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwarg
     """The forward of a patched RMSNorm; a call with more than the hidden states is the original's own business."""
     if args or kwargs:
         return type(self).forward(self, hidden_states, *args, **kwargs)
+    if PASS_THROUGH in self.__dict__:
+        return hidden_states
     spec: NormSpec = self._chronicals_spec  # type: ignore[assignment]
     weight: Tensor = self.weight  # type: ignore[assignment]
     return rms_norm(hidden_states, weight, getattr(self, spec.epsilon_name), offset=spec.offset)
@@ -238,68 +263,20 @@ def verify_gated_mlp(module: nn.Module, device: torch.device, dtype: torch.dtype
 
 
 def gated_mlp_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a patched gated MLP; the projections stay modules, so that PEFT and hooks keep working."""
+    """The forward of a patched gated MLP: one node over plain projections, else the projections stay calls.
+
+    (PEFT's layers, quantised ones, hooked ones.)
+    """
     if args or kwargs:
         return type(self).forward(self, hidden_states, *args, **kwargs)
     spec: GatedMLPSpec = self._chronicals_spec
-    if spec.fused:
-        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-    else:
-        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-    return self.down_proj(GATED_ACTIVATIONS[spec.activation](gate, up))
+    activation = GATED_ACTIVATIONS[spec.activation]
+    inner = (self.gate_up_proj,) if spec.fused else (self.gate_proj, self.up_proj)
+    if torch.is_grad_enabled() and all(plain_linear(m) and m.bias is None for m in (*inner, self.down_proj)):
+        up_weight = None if spec.fused else self.up_proj.weight
+        return gated_mlp(hidden_states, inner[0].weight, up_weight, self.down_proj.weight, activation=spec.activation)
+    return self.down_proj(activation(*(projection(hidden_states) for projection in inner)))
 
 
 # A bound method pickles as (instance, name): each has to find the class's own forward again.
 rms_norm_forward.__name__ = gated_mlp_forward.__name__ = "forward"
-
-
-# -- rotary position embedding ---------------------------------------------------------------------------------------
-
-ROPE_NAME = "apply_rotary_pos_emb"
-
-
-def looks_like_rope_attention(module: nn.Module) -> bool:
-    """The class's forward calls a module-global `apply_rotary_pos_emb`."""
-    forward = type(module).forward
-    code = getattr(forward, "__code__", None)
-    return code is not None and ROPE_NAME in code.co_names and callable(forward.__globals__.get(ROPE_NAME))
-
-
-def verify_rope(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise Mismatch unless `qk_rope` computes what the block's own `apply_rotary_pos_emb` computes.
-
-    Both at the full rotary dimension and at half of it: where the original is not made for partial rotation it never
-    sees the second case, and its failure there says nothing.
-    """
-    original = type(module).forward.__globals__[ROPE_NAME]
-    positional = [
-        name
-        for name, parameter in inspect.signature(original).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    if positional[:4] != ["q", "k", "cos", "sin"]:
-        raise Mismatch(f"apply_rotary_pos_emb takes {positional[:4]} instead of q, k, cos, sin")
-    head_dim = int(getattr(module, "head_dim", 16) or 16)
-    for rotary_dim in (head_dim, head_dim // 2):
-        with probe_rng(device) as generator:
-            q_BSHD = randn(2, 5, 4, head_dim, generator=generator, device=device, dtype=dtype)
-            k_BSHD = randn(2, 5, 2, head_dim, generator=generator, device=device, dtype=dtype)
-            angle_BSR = randn(2, 5, rotary_dim, generator=generator, device=device, dtype=dtype)
-            cos_BSR, sin_BSR = angle_BSR.cos(), angle_BSR.flip(-1).sin()
-
-            def run(
-                function: Callable[..., Any], q: Tensor, k: Tensor, c: Tensor = cos_BSR, s: Tensor = sin_BSR
-            ) -> Any:
-                return tuple(function(q.transpose(1, 2), k.transpose(1, 2), c, s))
-
-            if rotary_dim < head_dim:
-                try:
-                    run(original, q_BSHD, k_BSHD)
-                except RuntimeError:
-                    return
-            compare(
-                lambda q, k, run=run: run(qk_rope, q, k),
-                lambda q, k, run=run: run(original, q, k),
-                (q_BSHD, k_BSHD),
-                (),
-            )

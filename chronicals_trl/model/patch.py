@@ -7,7 +7,6 @@ outside the instance changes.
 
 from __future__ import annotations
 
-import functools
 import types
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,12 +17,10 @@ from torch import nn
 
 from chronicals_trl.config import ChronicalsConfig
 from chronicals_trl.kernels import backend as kernel_backend
-from chronicals_trl.kernels import qk_rope
-from chronicals_trl.model import attention, lm_head, match
-from chronicals_trl.model.match import Mismatch
+from chronicals_trl.model import attention, decoder, lm_head, match, rope
+from chronicals_trl.model.match import SPEC, Mismatch
 from chronicals_trl.report import ActivationReport, PartReport
 
-_SPEC = "_chronicals_spec"
 _PATCHED = "_chronicals_patched"
 _PREVIOUS = "_chronicals_previous_forward"
 
@@ -81,6 +78,7 @@ def patch_model(
     settle("rms_norm", lambda: _swap_blocks(model, "rms_norm", device, dtype, backend))
     settle("gated_mlp", lambda: _swap_blocks(model, "gated_mlp", device, dtype, backend))
     settle("qk_rope", lambda: _swap_blocks(model, "qk_rope", device, dtype, backend))
+    report.notes += _join_blocks(model, device, dtype)
     settle("attention", lambda: _swap_attention(base, resolved, device))
     settle("head", lambda: _swap_head(base, resolved, device, dtype))
     settle("lora", lambda: _swap_lora(model, device))
@@ -97,7 +95,8 @@ def unpatch_model(model: nn.Module) -> None:
     for module in model.modules():
         if module.__dict__.pop(_PATCHED, False):
             module.__dict__.pop("forward", None)
-            module.__dict__.pop(_SPEC, None)
+            module.__dict__.pop(SPEC, None)
+            module.__dict__.pop(decoder.HANDS_ON, None)
             previous = module.__dict__.pop(_PREVIOUS, None)
             if previous is not None:
                 module.forward = previous
@@ -143,33 +142,12 @@ def _install(module: nn.Module, forward: Callable[..., Any], spec: Any = None) -
     previous = module.__dict__.get("forward")
     if previous is not None:
         module.__dict__[_PREVIOUS] = previous
-    module.__dict__[_SPEC] = spec
+    module.__dict__[SPEC] = spec
     module.__dict__[_PATCHED] = True
     module.__dict__["forward"] = types.MethodType(forward, module)
 
 
 # -- blocks: norms, MLPs, rotary embeddings --------------------------------------------------------------------------
-
-
-@functools.cache
-def _with_rope(forward: types.FunctionType) -> Callable[..., Any]:
-    """A copy of an attention block's forward in whose globals `apply_rotary_pos_emb` is ours; one a function."""
-    original = forward.__globals__[match.ROPE_NAME]
-
-    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1, **kwargs: Any) -> Any:
-        if unsqueeze_dim != 1 or kwargs:
-            return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **kwargs)
-        return qk_rope(q, k, cos, sin)
-
-    copied = types.FunctionType(
-        forward.__code__,
-        {**forward.__globals__, match.ROPE_NAME: apply_rotary_pos_emb},
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
-    )
-    copied.__kwdefaults__ = forward.__kwdefaults__
-    return functools.wraps(forward)(copied)
 
 
 # part -> (looks like one, what the verdict may depend on besides the class, verification, forward)
@@ -187,10 +165,10 @@ _BLOCKS: dict[str, tuple[Callable, Callable, Callable, Callable]] = {
         lambda module: match.gated_mlp_forward,
     ),
     "qk_rope": (
-        match.looks_like_rope_attention,
-        lambda module: getattr(module, "head_dim", None),
-        match.verify_rope,
-        lambda module: _with_rope(type(module).forward),
+        rope.looks_like_rope_attention,
+        rope.attention_traits,
+        rope.verify_attention,
+        lambda module: rope.attention_forward,
     ),
 }
 _WHAT = {"rms_norm": "RMSNorm", "gated_mlp": "gated MLP", "qk_rope": "attention with rotary position embedding"}
@@ -205,10 +183,7 @@ def _swap_blocks(model: nn.Module, part: str, device: torch.device, dtype: torch
         if "forward" in module.__dict__:
             left[f"{type(module).__name__} already has the forward of another library"] += 1
             continue
-        key = (part, type(module), type(module).forward, shape(module), device, dtype)
-        if key not in _verdicts:
-            _verdicts[key] = _verdict(verify, module, device, dtype)
-        verdict = _verdicts[key]
+        verdict = _remembered(part, verify, module, shape(module), device, dtype)
         if isinstance(verdict, Mismatch):
             left[f"{type(module).__name__}: {verdict}"] += 1
         else:
@@ -218,6 +193,36 @@ def _swap_blocks(model: nn.Module, part: str, device: torch.device, dtype: torch
     if swapped:
         return PartReport(part, "on", modules=swapped, backend=backend, reason=reason)
     return PartReport(part, "off", reason=reason or f"the model has no {_WHAT[part]}", omitted=True)
+
+
+def _join_blocks(model: nn.Module, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """What goes beyond single blocks, where those are patched; notes for the report."""
+    counts = Counter[str]()
+    for module in list(model.modules()):
+        spec = module.__dict__.get(SPEC)
+        if isinstance(spec, rope.AttentionSpec):
+            counts["q/k norms done by the rotation"] += spec.norm is not None
+            if spec.shares_input:
+                counts["q, k and v as one node"] += 1
+                for name in rope.PROJECTIONS:
+                    _install(module._modules[name], rope.handed_linear_forward)  # type: ignore[arg-type]
+        elif "forward" not in module.__dict__ and decoder.looks_like_decoder_layer(module):
+            traits = decoder.decoder_traits(module)
+            verdict = _remembered("decoder", decoder.verify_decoder_layer, module, traits, device, dtype)
+            if not isinstance(verdict, Mismatch):
+                _install(module, decoder.decoder_forward, verdict)
+                counts["residual additions joined to the norms"] += 1
+    decoder.link_layers(model)
+    return [f"{what} in {count} layers" for what, count in counts.items() if count]
+
+
+def _remembered(
+    part: str, verify: Callable[..., Any], module: Any, traits: Any, device: torch.device, dtype: torch.dtype
+) -> Any:
+    key = (part, type(module), type(module).forward, traits, device, dtype)
+    if key not in _verdicts:
+        _verdicts[key] = _verdict(verify, module, device, dtype)
+    return _verdicts[key]
 
 
 def _verdict(verify: Callable[..., Any], module: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:

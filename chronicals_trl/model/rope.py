@@ -1,0 +1,309 @@
+"""The front of an attention block: q, k and v from one input, per-head norms of q and k, and their rotation.
+
+transformers' attention blocks call a function of their module, `apply_rotary_pos_emb`. A copy of the block's forward,
+in whose globals that name is ours, is bound to the instance; the process's function stays what it is. Around that
+copy, where the block's structure permits and a twin of it agrees by number:
+
+* the norms of q and k (Qwen3, Gemma 3) let their input pass, and the rotation does their work in its own kernel;
+* q_proj, k_proj and v_proj are one autograd node (`kernels/_shared_linear.py`). Each projection is handed its result
+  and gives it out when the block calls it, so the block's own code decides what becomes of it.
+
+Both last for one call of the block and are undone when it ends. Whoever calls a projection or a norm otherwise gets
+what it has always given.
+
+Legend: B batch, S sequence, H hidden, D head dimension, R rotary dimension.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chronicals_trl.kernels import qk_norm_rope, qk_rope, rms_norm, shared_linear
+from chronicals_trl.model.match import (
+    PASS_THROUGH,
+    SPEC,
+    Mismatch,
+    NormSpec,
+    compare,
+    parameter_shape,
+    plain_linear,
+    probe_rng,
+    randn,
+    rms_norm_forward,
+    shallow_twin,
+    unhooked,
+)
+
+ROPE_NAME = "apply_rotary_pos_emb"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+NORMS = ("q_norm", "k_norm")
+
+_HANDED = "_chronicals_handed"
+
+
+class AttentionSpec(NamedTuple):
+    """What a patched attention block does besides the rotation."""
+
+    norm: NormSpec | None = None  # of q_norm and k_norm, done by the rotation
+    shares_input: bool = False  # q_proj, k_proj and v_proj as one node
+
+
+class _NormedCos(NamedTuple):
+    """Travels in the place of cos through the block's forward, which only hands it on, to our rotation."""
+
+    cos: Tensor
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+    offset: float
+
+
+# -- forwards --------------------------------------------------------------------------------------------------------
+
+
+# One copy a function. A dict, since torch.compile would look behind functools.cache and trace the making of it.
+_copies: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def _with_rope(forward: Any) -> Callable[..., Any]:
+    """A copy of an attention block's forward in whose globals `apply_rotary_pos_emb` is ours."""
+    if forward not in _copies:
+        _copies[forward] = _copy_with_rope(forward)
+    return _copies[forward]
+
+
+def _copy_with_rope(forward: types.FunctionType) -> Callable[..., Any]:
+    original = forward.__globals__[ROPE_NAME]
+
+    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1, **kwargs: Any) -> Any:
+        if isinstance(cos, _NormedCos):
+            if unsqueeze_dim == 1 and not kwargs:
+                return qk_norm_rope(q, k, cos.q_weight, cos.k_weight, cos.eps, cos.cos, sin, offset=cos.offset)
+            q = rms_norm(q, cos.q_weight, cos.eps, offset=cos.offset)
+            k = rms_norm(k, cos.k_weight, cos.eps, offset=cos.offset)
+            cos = cos.cos
+        if unsqueeze_dim != 1 or kwargs:
+            return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **kwargs)
+        return qk_rope(q, k, cos, sin)
+
+    copied = types.FunctionType(
+        forward.__code__,
+        {**forward.__globals__, ROPE_NAME: apply_rotary_pos_emb},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return functools.wraps(forward)(copied)
+
+
+def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a patched attention block."""
+    forward = _with_rope(type(self).forward)
+    spec: AttentionSpec = self.__dict__[SPEC]
+    # Nothing of this is for torch.compile, which would have to trace attributes that come and go.
+    if torch.compiler.is_compiling() or args:
+        return forward(self, *args, **kwargs)
+    told: list[nn.Module] = []
+    try:
+        tables = kwargs.get("position_embeddings")
+        if spec.norm is not None and tables is not None and unhooked(self.q_norm) and unhooked(self.k_norm):
+            eps = getattr(self.q_norm, spec.norm.epsilon_name)
+            cos = _NormedCos(tables[0], self.q_norm.weight, self.k_norm.weight, eps, spec.norm.offset)
+            kwargs["position_embeddings"] = (cos, tables[1])
+            for norm in (self.q_norm, self.k_norm):
+                norm.__dict__[PASS_THROUGH] = True
+                told.append(norm)
+        shared = spec.shares_input and torch.is_grad_enabled()
+        projections = [getattr(self, name) for name in PROJECTIONS] if shared else []
+        # The handing-over is the projection's own forward: PEFT may have put a layer of its own in its place since.
+        if projections and all(plain_linear(m) and SPEC in m.__dict__ for m in projections):
+            outputs = shared_linear(
+                kwargs["hidden_states"], [m.weight for m in projections], [m.bias for m in projections]
+            )
+            for projection, output in zip(projections, outputs, strict=True):
+                projection.__dict__[_HANDED] = output
+                told.append(projection)
+        return forward(self, **kwargs)
+    finally:
+        for module in told:
+            module.__dict__.pop(PASS_THROUGH, None)
+            module.__dict__.pop(_HANDED, None)
+
+
+def handed_linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
+    """The forward of a projection: what the attention block has handed it, else its own product."""
+    handed: Tensor | None = self.__dict__.pop(_HANDED, None)
+    return F.linear(input, self.weight, self.bias) if handed is None else handed
+
+
+# A bound method pickles as (instance, name): each has to find the class's own forward again.
+attention_forward.__name__ = handed_linear_forward.__name__ = "forward"
+
+
+# -- recognition and verification ------------------------------------------------------------------------------------
+
+
+def looks_like_rope_attention(module: nn.Module) -> bool:
+    """The class's forward calls a module-global `apply_rotary_pos_emb`."""
+    forward = type(module).forward
+    code = getattr(forward, "__code__", None)
+    return code is not None and ROPE_NAME in code.co_names and callable(forward.__globals__.get(ROPE_NAME))
+
+
+def attention_traits(module: nn.Module) -> tuple[Any, ...]:
+    """What a verdict on an attention block depends on besides its class."""
+    norms = [getattr(module, name, None) for name in NORMS]
+    return (
+        getattr(module, "head_dim", None),
+        getattr(module, "num_key_value_groups", None),
+        tuple((norm.__dict__.get(SPEC), parameter_shape(norm.weight)) for norm in norms if norm is not None),
+        tuple((type(m), getattr(m, "bias", None) is None) for m in map(module._modules.get, PROJECTIONS)),
+    )
+
+
+def verify_attention(module: Any, device: torch.device, dtype: torch.dtype) -> AttentionSpec:
+    """Find how much of the block's front can be fused; Mismatch where not even the rotation is ours."""
+    _verify_rotation(module, device, dtype)
+    wide = AttentionSpec(_fusible_norm(module), _projections_fit(module))
+    for spec in (wide, wide._replace(norm=None), wide._replace(shares_input=False)):
+        if spec == AttentionSpec():
+            break
+        try:
+            _verify_front(module, spec, device)
+        except Exception:  # the block's own code is not what its structure suggests: less is fused
+            continue
+        return spec
+    return AttentionSpec()
+
+
+def _fusible_norm(module: nn.Module) -> NormSpec | None:
+    """The spec of q_norm and k_norm if both are patched RMSNorms of single heads with the same settings."""
+    norms = [getattr(module, name, None) for name in NORMS]
+    head_dim = getattr(module, "head_dim", None)
+    specs = {norm.__dict__.get(SPEC) for norm in norms if isinstance(norm, nn.Module)}
+    if len(specs) != 1 or any(norm is None or parameter_shape(norm.weight) != (head_dim,) for norm in norms):
+        return None
+    (spec,) = specs
+    if not isinstance(spec, NormSpec) or len({getattr(norm, spec.epsilon_name) for norm in norms}) != 1:
+        return None
+    return spec
+
+
+def _projections_fit(module: nn.Module) -> bool:
+    return all(isinstance(m, nn.Linear) and plain_linear(m) for m in map(module._modules.get, PROJECTIONS))
+
+
+def _verify_rotation(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise Mismatch unless `qk_rope` computes what the block's own `apply_rotary_pos_emb` computes.
+
+    Both at the full rotary dimension and at half of it: where the original is not made for partial rotation it never
+    sees the second case, and its failure there says nothing.
+    """
+    original = type(module).forward.__globals__[ROPE_NAME]
+    positional = [
+        name
+        for name, parameter in inspect.signature(original).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if positional[:4] != ["q", "k", "cos", "sin"]:
+        raise Mismatch(f"apply_rotary_pos_emb takes {positional[:4]} instead of q, k, cos, sin")
+    head_dim = int(getattr(module, "head_dim", 16) or 16)
+    for rotary_dim in (head_dim, head_dim // 2):
+        with probe_rng(device) as generator:
+            q_BSHD = randn(2, 5, 4, head_dim, generator=generator, device=device, dtype=dtype)
+            k_BSHD = randn(2, 5, 2, head_dim, generator=generator, device=device, dtype=dtype)
+            angle_BSR = randn(2, 5, rotary_dim, generator=generator, device=device, dtype=dtype)
+            cos_BSR, sin_BSR = angle_BSR.cos(), angle_BSR.flip(-1).sin()
+
+            def run(
+                function: Callable[..., Any], q: Tensor, k: Tensor, c: Tensor = cos_BSR, s: Tensor = sin_BSR
+            ) -> Any:
+                return tuple(function(q.transpose(1, 2), k.transpose(1, 2), c, s))
+
+            if rotary_dim < head_dim:
+                try:
+                    run(original, q_BSHD, k_BSHD)
+                except RuntimeError:
+                    return
+            compare(
+                lambda q, k, run=run: run(qk_rope, q, k),
+                lambda q, k, run=run: run(original, q, k),
+                (q_BSHD, k_BSHD),
+                (),
+            )
+
+
+def _verify_front(module: Any, spec: AttentionSpec, device: torch.device) -> None:
+    """Raise Mismatch unless twins of the block, its own forward and ours, agree on a probe.
+
+    The twins have one key-value head, projections of hidden size 16 and eager attention: what is verified lies in
+    front of the attention function, and does not depend on how many heads there are. In float32: the question is
+    what the block's code does, and each op's rounding is judged elsewhere.
+    """
+    dtype = torch.float32
+    head_dim, groups, hidden = module.head_dim, module.num_key_value_groups, 16
+    with probe_rng(device) as generator:
+
+        def parameter(*shape: int, scale: float) -> nn.Parameter:
+            return nn.Parameter(randn(*shape, generator=generator, device=device, dtype=dtype) * scale)
+
+        def linear(like: nn.Module | None, inputs: int, outputs: int) -> nn.Linear:
+            layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, device=device, dtype=dtype)
+            layer.weight = parameter(outputs, inputs, scale=inputs**-0.5)
+            if getattr(like, "bias", None) is not None:
+                layer.bias = parameter(outputs, scale=1.0)
+            return layer
+
+        sizes = {"q_proj": groups * head_dim, "k_proj": head_dim, "v_proj": head_dim}
+        parts: dict[str, nn.Module] = {
+            name: linear(module._modules.get(name), hidden, size) for name, size in sizes.items()
+        }
+        parts["o_proj"] = linear(module._modules.get("o_proj"), groups * head_dim, hidden)
+        for name in NORMS:
+            if name in module._modules:
+                norm = module._modules[name]
+                weight = parameter(*parameter_shape(norm.weight), scale=1.0)
+                parts[name] = shallow_twin(norm, parameters={"weight": weight})
+
+        def twin(modules: dict[str, nn.Module]) -> Any:
+            copied = shallow_twin(module, modules=modules)
+            copied.config = copy.copy(module.config)
+            copied.config._attn_implementation_internal = "eager"
+            copied.training = False  # attention dropout is not ours to judge
+            return copied
+
+        original = twin(parts)
+        fused_parts = {name: shallow_twin(part, parameters=dict(part._parameters)) for name, part in parts.items()}
+        forwards: dict[str, Callable[..., Any]] = {
+            **dict.fromkeys(PROJECTIONS, handed_linear_forward),
+            **{name: rms_norm_forward for name in NORMS if name in parts},
+        }
+        for name, forward in forwards.items():
+            fused_parts[name].__dict__.setdefault(SPEC, None)
+            fused_parts[name].forward = types.MethodType(forward, fused_parts[name])
+        ours = twin(fused_parts)
+        ours.__dict__[SPEC] = spec
+        x_BSH = randn(2, 5, hidden, generator=generator, device=device, dtype=dtype)
+        angle_BSR = randn(2, 5, head_dim // 2, generator=generator, device=device, dtype=dtype).repeat(1, 1, 2)
+        tables = (angle_BSR.cos(), angle_BSR.sin())
+
+        def run(forward: Callable[..., Any], block: Any, x: Tensor) -> Tensor:
+            out: Tensor = forward(block, hidden_states=x, position_embeddings=tables, attention_mask=None)[0]
+            return out
+
+        compare(
+            lambda x: run(attention_forward, ours, x),
+            lambda x: run(type(module).forward, original, x),
+            (x_BSH,),
+            tuple(p for part in parts.values() for p in part.parameters()),
+        )
