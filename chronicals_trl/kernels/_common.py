@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,8 @@ __all__ = [
     "HAS_TRITON",
     "INTERPRET",
     "LAUNCHES",
+    "MAX_LAUNCHES",
+    "Launch",
     "backend",
     "empty_rows_like",
     "jit",
@@ -43,6 +45,9 @@ INTERPRET: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 #: Kernel launches by op name since the process started. Compiled graphs count too: the count is made inside the op.
 LAUNCHES: Counter[str] = Counter()
 
+# `Launch`es that an op remembers. Batches that are padded to their longest row bring a new shape almost every step.
+MAX_LAUNCHES = 1024
+
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Triton's interpreter computes in numpy, which has no bfloat16: the results are silently wrong.
 _INTERPRETED_DTYPES = (torch.float32, torch.float16)
@@ -56,19 +61,21 @@ def jit(fn: Callable[..., Any]) -> Any:
 
 def backend(device: torch.device | str) -> str:
     """``"triton"`` if ops on `device` run the kernels, ``"torch"`` if they run the reference."""
-    kind = torch.device(device).type
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
     return "triton" if HAS_TRITON and (kind == "cuda" or (INTERPRET and kind == "cpu")) else "torch"
 
 
-def use_triton(*tensors: torch.Tensor | None) -> bool:
-    """Whether the kernels take all of `tensors` (None is skipped): device, dtype, and no tensor subclass."""
+def use_triton(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the kernels take all of the tensors (None is skipped): device, dtype, and no tensor subclass."""
+    device = first.device
+    if backend(device) != "triton":
+        return False
     dtypes = _INTERPRETED_DTYPES if INTERPRET else _KERNEL_DTYPES
-    given = [t for t in tensors if t is not None]
-    # A DTensor has to go through ops that know how to shard, which ours do not.
-    return all(
-        backend(t.device) == "triton" and t.device == given[0].device and t.dtype in dtypes and type(t) in _PLAIN_TYPES
-        for t in given
-    )
+    for t in (first, *others):
+        # A DTensor has to go through ops that know how to shard, which ours do not.
+        if t is not None and (t.dtype not in dtypes or type(t) not in _PLAIN_TYPES or t.device != device):
+            return False
+    return True
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -87,13 +94,11 @@ def empty_rows_like(x: torch.Tensor) -> torch.Tensor:
     return out if out.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def row_stride(x: torch.Tensor) -> int | None:
-    """The distance between consecutive rows (last dimensions) of `x`, in elements; None if no single one fits all."""
-    if x.is_contiguous():
-        return x.shape[-1]
+def row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The distance between consecutive rows (last dimensions) of a tensor, in elements; None if no single one fits."""
     found: int | None = None
     following = 0
-    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
         if size == 1:
             continue
         if found is None:
@@ -101,7 +106,7 @@ def row_stride(x: torch.Tensor) -> int | None:
         elif stride != following:
             return None
         following = stride * size
-    return x.shape[-1] if found is None else found
+    return shape[-1] if found is None else found
 
 
 @cache
@@ -117,6 +122,52 @@ def shared_memory(device: torch.device) -> int:
         return 64 * 2**10
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin) - 8 * 2**10
+
+
+class Launch:
+    """One way to launch one kernel: its grid, the arguments that a shape decides, and what was compiled for them.
+
+    Triton's own launch looks at every argument anew, for its kind and divisibility, and at the kernel's globals. An
+    op that has looked up its `Launch` by shape, strides and dtypes knows all of that but for the alignment of its
+    pointers, so the compiled kernel can be called at once.
+
+    Args:
+        kernel: a ``triton.jit`` function that takes pointers, then floats, then what `fixed` holds.
+        grid: programs along the first axis.
+        fixed: the remaining arguments in order: sizes, strides, compile-time constants.
+        options: num_warps and the like.
+    """
+
+    __slots__ = ("fixed", "grid", "kernel", "options", "run")
+
+    def __init__(self, kernel: Any, grid: int, *fixed: Any, **options: Any) -> None:
+        self.kernel, self.grid, self.fixed, self.options = kernel, grid, fixed, options
+        self.run: Callable[..., Any] | None = None
+
+    def __call__(self, pointers: tuple[torch.Tensor | None, ...], *floats: float) -> None:
+        """`pointers`: tensors of one device, or None where the constants say that it is not read."""
+        first = pointers[0]
+        assert first is not None
+        if INTERPRET:
+            self.kernel[(self.grid,)](*pointers, *floats, *self.fixed, **self.options)
+            return
+        if first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                self._launch(pointers, floats)
+        else:
+            self._launch(pointers, floats)
+
+    def _launch(self, pointers: tuple[torch.Tensor | None, ...], floats: tuple[float, ...]) -> None:
+        addresses = [None if t is None else t.data_ptr() for t in pointers]
+        aligned = True
+        for address in addresses:
+            aligned = aligned and (address is None or address % 16 == 0)
+        if aligned and self.run is not None:
+            self.run(*addresses, *floats, *self.fixed)
+            return
+        compiled = self.kernel[(self.grid,)](*pointers, *floats, *self.fixed, **self.options)
+        if aligned:
+            self.run = compiled[(self.grid, 1, 1)]
 
 
 def kernel_op(

@@ -16,12 +16,24 @@ from __future__ import annotations
 
 # mypy: disable-error-code="no-untyped-def"
 # (Triton kernels: a pointer has no Python type.)
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ._common import LAUNCHES, jit, kernel_op, math_dtype, tl, triton, unit_last_stride, use_triton
+from ._common import (
+    LAUNCHES,
+    MAX_LAUNCHES,
+    Launch,
+    jit,
+    kernel_op,
+    math_dtype,
+    tl,
+    triton,
+    unit_last_stride,
+    use_triton,
+)
 
 # Elements and warps of a program. At the memory wall all sensible choices are within one percent (H100).
 _BLOCK, _WARPS = 1024, 8
@@ -111,22 +123,36 @@ def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, 
     return gate.chunk(2, dim=-1) if up is None else (gate, up)  # type: ignore[return-value]
 
 
-def _flat(*tensors: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns to launch over: one long row where all lie without gaps, so that no block is cut short."""
-    n_rows, n_cols = tensors[0].shape
-    if all(t.stride(0) == n_cols for t in tensors):
-        return 1, n_rows * n_cols
-    return n_rows, n_cols
+def _extent(n_rows: int, n_cols: int, *strides: int) -> tuple[int, int]:
+    """Programs, and columns to launch over: one long row where all lie without gaps, so that no block is cut short."""
+    if all(stride == n_cols for stride in strides):
+        n_rows, n_cols = 1, n_rows * n_cols
+    return n_rows * triton.cdiv(n_cols, _BLOCK), n_cols
+
+
+# Everything about a launch that shapes, strides and dtypes decide, looked up by them: `Launch` says why.
+
+
+@lru_cache(MAX_LAUNCHES)
+def _forward_launch(shape: torch.Size, gate: int, up: int, device: torch.device, dtypes: Any, gelu: bool) -> Launch:
+    programs, n_cols = _extent(*shape, gate, up)
+    return Launch(_forward_kernel, programs, gate, up, n_cols, gelu, _BLOCK, num_warps=_WARPS)
+
+
+@lru_cache(MAX_LAUNCHES)
+def _backward_launch(
+    shape: torch.Size, strides: tuple[int, ...], device: torch.device, dtypes: Any, gelu: bool, has_out: bool
+) -> Launch:
+    programs, n_cols = _extent(*shape, *strides)
+    return Launch(_backward_kernel, programs, *strides, n_cols, gelu, has_out, _BLOCK, num_warps=_WARPS)
 
 
 def _launch_forward(gate: torch.Tensor, up: torch.Tensor | None, gelu: bool) -> torch.Tensor:
     gate, up = _halves(gate, up)
     out = gate.new_empty(gate.shape)
-    n_rows, n_cols = _flat(gate, up)
+    launch = _forward_launch(gate.shape, gate.stride(0), up.stride(0), gate.device, (gate.dtype, up.dtype), gelu)
     LAUNCHES["gated_mlp"] += 1
-    _forward_kernel[(n_rows * triton.cdiv(n_cols, _BLOCK),)](
-        gate, up, out, gate.stride(0), up.stride(0), n_cols, GELU=gelu, BLOCK=_BLOCK, num_warps=_WARPS
-    )
+    launch((gate, up, out))
     return out
 
 
@@ -142,12 +168,12 @@ def _launch_backward(
     d_gate, d_up = gate.new_empty(gate.shape), gate.new_empty(0) if up is None else up.new_empty(up.shape)
     gate, up = _halves(gate, up)
     left, right = _halves(d_gate, None if joint else d_up)
-    n_rows, n_cols = _flat(grad, gate, up, left, right)
-    LAUNCHES["gated_mlp_backward"] += 1
-    _backward_kernel[(n_rows * triton.cdiv(n_cols, _BLOCK),)](
-        grad, gate, up, left, right, out, grad.stride(0), gate.stride(0), up.stride(0), left.stride(0), n_cols,
-        GELU=gelu, HAS_OUT=out is not None, BLOCK=_BLOCK, num_warps=_WARPS,
+    launch = _backward_launch(
+        gate.shape, (grad.stride(0), gate.stride(0), up.stride(0), left.stride(0)), gate.device,
+        (grad.dtype, gate.dtype, up.dtype), gelu, out is not None,
     )  # fmt: skip
+    LAUNCHES["gated_mlp_backward"] += 1
+    launch((grad, gate, up, left, right, out))
     return d_gate, d_up
 
 

@@ -19,13 +19,15 @@ from __future__ import annotations
 
 # mypy: disable-error-code="no-untyped-def"
 # (Triton kernels: a pointer has no Python type.)
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
 from ._common import (
     LAUNCHES,
+    MAX_LAUNCHES,
+    Launch,
     empty_rows_like,
     jit,
     kernel_op,
@@ -136,7 +138,7 @@ def _rotate_heads(
 
 @jit
 def _kernel(
-    q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, qo_ptr, ko_ptr, n_tokens, seq_len, n_q, n_k, eps, offset,
+    q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, qo_ptr, ko_ptr, eps, offset, n_tokens, seq_len, n_q, n_k,
     qb, qh, qs, kb, kh, ks, qob, qoh, qos, kob, koh, kos, cb, cs, sb, ss,
     half: tl.constexpr, head_dim: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -226,7 +228,7 @@ def _store_share(share_ptr, dw1, dw2, dwp, half: tl.constexpr, head_dim: tl.cons
 @jit
 def _norm_backward_kernel(
     gq_ptr, gk_ptr, q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, qs_ptr, ks_ptr,
-    n_tokens, seq_len, n_q, n_k, eps, offset, gqb, gqh, gqs, gkb, gkh, gks, qb, qh, qs, kb, kh, ks,
+    eps, offset, n_tokens, seq_len, n_q, n_k, gqb, gqh, gqs, gkb, gkh, gks, qb, qh, qs, kb, kh, ks,
     dqb, dqh, dqs, dkb, dkh, dks, cb, cs, sb, ss,
     half: tl.constexpr, head_dim: tl.constexpr, NEED_DW: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -288,33 +290,64 @@ def _config(n_q: int, n_k: int, half: int, head_dim: int, norm: bool) -> _Config
     return _Config(max(1, pairs // (block_c * max(block_q, block_k))), block_q, block_k, block_c, block_p)
 
 
-def _table_strides(cos: torch.Tensor, sin: torch.Tensor) -> list[int]:
+Layout = tuple[int, ...]  # the strides of a tensor
+
+
+def _tables_of(cos: torch.Tensor, sin: torch.Tensor) -> Layout:
     """Batch and sequence strides of both; a table shared by the whole batch is read with batch stride 0."""
-    return [stride for t in (cos, sin) for stride in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
+    return tuple(stride for t in (cos, sin) for stride in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1)))
+
+
+# Everything about a launch that shapes, strides and dtypes decide, looked up by them: `Launch` says why.
+
+
+@lru_cache(MAX_LAUNCHES)
+def _forward_launch(
+    shape: torch.Size, n_k: int, layouts: tuple[Layout, ...], tables: Layout, half: int, device: torch.device,
+    dtypes: Any, norm: bool, transpose: bool,
+) -> Launch:  # fmt: skip
+    batch, n_q, seq_len, head_dim = shape
+    config = _config(n_q, n_k, half, head_dim, norm)
+    return Launch(
+        _kernel, triton.cdiv(batch * seq_len, config.block_t), batch * seq_len, seq_len, n_q, n_k,
+        *(stride for layout in layouts for stride in layout[:3]), *tables,
+        half, head_dim, norm, *config, transpose, num_warps=_WARPS,
+    )  # fmt: skip
+
+
+@lru_cache(MAX_LAUNCHES)
+def _norm_backward_launch(
+    shape: torch.Size, n_k: int, layouts: tuple[Layout, ...], tables: Layout, half: int, device: torch.device,
+    dtypes: Any, need_dw: bool,
+) -> Launch:  # fmt: skip
+    batch, n_q, seq_len, head_dim = shape
+    config = _config(n_q, n_k, half, head_dim, True)
+    programs = min(triton.cdiv(batch * seq_len, config.block_t), _BACKWARD_PROGRAMS * multiprocessors(device))
+    return Launch(
+        _norm_backward_kernel, programs, batch * seq_len, seq_len, n_q, n_k,
+        *(stride for layout in layouts for stride in layout[:3]), *tables,
+        half, head_dim, need_dw, *config, num_warps=_WARPS,
+    )  # fmt: skip
 
 
 def _launch(
     q: torch.Tensor,
     k: torch.Tensor,
-    weights: tuple[torch.Tensor, torch.Tensor] | None,
+    weights: tuple[torch.Tensor, torch.Tensor] | tuple[None, None],
     eps: float,
     offset: float,
     cos: torch.Tensor,
     sin: torch.Tensor,
     transpose: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, n_q, seq_len, head_dim = q.shape
-    half = cos.shape[-1] // 2
     q_out, k_out = empty_rows_like(q), empty_rows_like(k)
-    config = _config(n_q, k.shape[1], half, head_dim, weights is not None)
-    q_weight, k_weight = weights or (None, None)
-    _kernel[(triton.cdiv(batch * seq_len, config.block_t),)](
-        q, k, q_weight, k_weight, cos, sin, q_out, k_out, batch * seq_len, seq_len, n_q, k.shape[1], eps, offset,
-        *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3], *_table_strides(cos, sin),
-        half=half, head_dim=head_dim, NORM=weights is not None, BLOCK_T=config.block_t, BLOCK_Q=config.block_q,
-        BLOCK_K=config.block_k, BLOCK_C=config.block_c, BLOCK_P=config.block_p, TRANSPOSE=transpose,
-        num_warps=_WARPS,
+    norm = weights[0] is not None
+    launch = _forward_launch(
+        q.shape, k.shape[1], tuple(t.stride() for t in (q, k, q_out, k_out)), _tables_of(cos, sin),
+        cos.shape[-1] // 2, q.device, tuple(None if t is None else t.dtype for t in (q, k, *weights, cos, sin)),
+        norm, transpose,
     )  # fmt: skip
+    launch((q, k, *weights, cos, sin, q_out, k_out), eps, offset)
     return q_out, k_out
 
 
@@ -348,7 +381,7 @@ def _backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
            setup_context=_setup_context, backward=_backward)  # fmt: skip
 def _op(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transpose: bool) -> Any:
     LAUNCHES["qk_rope_backward" if transpose else "qk_rope"] += 1
-    return _launch(q, k, None, 0.0, 0.0, cos, sin, transpose)
+    return _launch(q, k, (None, None), 0.0, 0.0, cos, sin, transpose)
 
 
 # -- norm and rotation -----------------------------------------------------------------------------------------------
@@ -371,20 +404,14 @@ def _norm_backward_op(
     gq: torch.Tensor, gk: torch.Tensor, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor,
     k_weight: torch.Tensor, eps: float, offset: float, cos: torch.Tensor, sin: torch.Tensor, need_dw: bool,
 ) -> Any:  # fmt: skip
-    batch, n_q, seq_len, head_dim = q.shape
-    half = cos.shape[-1] // 2
     dq, dk = empty_rows_like(q), empty_rows_like(k)
-    config = _config(n_q, k.shape[1], half, head_dim, True)
-    programs = min(triton.cdiv(batch * seq_len, config.block_t), _BACKWARD_PROGRAMS * multiprocessors(q.device))
-    shares = torch.empty(2, programs if need_dw else 0, head_dim, device=q.device, dtype=torch.float32)
-    LAUNCHES["qk_norm_rope_backward"] += 1
-    _norm_backward_kernel[(programs,)](
-        gq, gk, q, k, q_weight, k_weight, cos, sin, dq, dk, shares[0], shares[1], batch * seq_len, seq_len,
-        n_q, k.shape[1], eps, offset, *gq.stride()[:3], *gk.stride()[:3], *q.stride()[:3], *k.stride()[:3],
-        *dq.stride()[:3], *dk.stride()[:3], *_table_strides(cos, sin), half=half, head_dim=head_dim, NEED_DW=need_dw,
-        BLOCK_T=config.block_t, BLOCK_Q=config.block_q, BLOCK_K=config.block_k, BLOCK_C=config.block_c,
-        BLOCK_P=config.block_p, num_warps=_WARPS,
+    launch = _norm_backward_launch(
+        q.shape, k.shape[1], tuple(t.stride() for t in (gq, gk, q, k, dq, dk)), _tables_of(cos, sin),
+        cos.shape[-1] // 2, q.device, tuple(t.dtype for t in (gq, gk, q, k, q_weight, k_weight, cos, sin)), need_dw,
     )  # fmt: skip
+    shares = torch.empty(2, launch.grid if need_dw else 0, q.shape[-1], device=q.device, dtype=torch.float32)
+    LAUNCHES["qk_norm_rope_backward"] += 1
+    launch((gq, gk, q, k, q_weight, k_weight, cos, sin, dq, dk, shares[0], shares[1]), eps, offset)
     if not need_dw:
         return dq, dk, q_weight.new_empty(0), k_weight.new_empty(0)
     return dq, dk, sum_shares(shares[0], torch.empty_like(q_weight)), sum_shares(shares[1], torch.empty_like(k_weight))
@@ -513,4 +540,4 @@ def qk_norm_rope(
     if not _takes(q, k, cos, sin, q_weight, k_weight):
         return qk_norm_rope_reference(q, k, q_weight, k_weight, eps, cos, sin, offset)
     q, k, cos, sin = (unit_last_stride(t) for t in (q, k, cos, sin))
-    return _norm_op(q, k, q_weight.contiguous(), k_weight.contiguous(), eps, offset, cos, sin)
+    return _norm_op(q, k, q_weight.contiguous(), k_weight.contiguous(), float(eps), float(offset), cos, sin)
