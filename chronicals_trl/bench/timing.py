@@ -26,6 +26,8 @@ L2_FACTOR = 4
 MAX_SETS = 64
 #: One graph moves about this much, so that the few microseconds between two replays do not count.
 GRAPH_BYTES = 2 * 2**30
+#: But it holds no more calls than this, for toy sizes.
+GRAPH_CALLS = 256
 REPLAYS = 3
 WARM_UP = 2
 COPY_BYTES = 2**30
@@ -118,8 +120,8 @@ def time_backward(
     """The backward pass alone: the forward graphs are built beforehand and kept; arguments as for `time_forward`.
 
     Liger's swiglu, geglu and rmsnorm write gradients over saved inputs or incoming gradients. A second replay then
-    starts from other numbers, which costs the same time. As incoming gradients are in [-1, 1] they cannot overflow
-    within a sample, and before the next sample all values are put back.
+    starts from other numbers, which costs the same time. As incoming gradients are in [-1, 1], the few dozen replays
+    of a sample do not overflow in bf16, and before the next sample all values are put back.
     """
     device = sets[0].args[0].device
     # Autograd runs a backward node on the stream of its forward, which has to be the one that captures.
@@ -163,7 +165,7 @@ def _time(
     device: torch.device,
 ) -> Timing:
     if device.type == "cuda":
-        rounds = max(1, round(GRAPH_BYTES / (bytes_touched * len(calls))))
+        rounds = max(1, min(round(GRAPH_BYTES / (bytes_touched * len(calls))), GRAPH_CALLS // len(calls)))
         samples = _replay(calls, restore, rounds, repeats, device)
         count, factor, method = REPLAYS * rounds * len(calls), bytes_touched * len(calls) / _l2_bytes(device), GRAPH
     else:
