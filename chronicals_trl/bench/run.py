@@ -147,8 +147,8 @@ def deviation(found: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) 
 def _evaluate(fn: Callable[..., Any], buffers: BufferSet) -> list[torch.Tensor]:
     """Outputs, then the gradients of all differentiated arguments."""
     outputs = timing.as_tuple(fn(*buffers.args))
-    kept = [t.detach().clone() for t in outputs]  # a backward in place may write over them
-    return kept + list(torch.autograd.grad(outputs, buffers.inputs, buffers.grad_outputs))
+    gradients = torch.autograd.grad(outputs, buffers.inputs, buffers.grad_outputs)
+    return [t.detach() for t in (*outputs, *gradients)]
 
 
 def _run_case(op: Op, shape: Shape, settings: Settings, copy_gb: float) -> list[Row]:

@@ -187,7 +187,14 @@ def _wrong_in_one_row(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return out * keep
 
 
+def _nan_in_the_last_gradient(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    up = up * 1
+    up.register_hook(lambda grad: grad * torch.nan)
+    return torch.nn.functional.silu(gate) * up
+
+
 WRONG = {
+    "a NaN in the last gradient": _nan_in_the_last_gradient,
     "an output": lambda gate, up: torch.nn.functional.silu(gate) * up * 1.05,
     "one row": _wrong_in_one_row,
     "a gradient": lambda gate, up: torch.nn.functional.silu(gate).detach() * up + 0 * gate,
