@@ -7,23 +7,27 @@ T tokens, H hidden, I intermediate, D the head dimension, N all query and key he
     rms_norm           2 T H i + H i                  3 T H i + 2 H i       (y's gradient, x; x's gradient)
     rms_norm_residual  4 T H i + H i                  4 T H i + 2 H i       (two gradients, h; one gradient for both)
     swiglu, geglu      3 T I i                        5 T I i
-    qk_rope            2 T N D i + 2 T D i            the same: saved are only cos and sin
+    qk_rope            2 T N D i + T D i              the same: saved are only cos and sin
     qk_norm            2 T N D i + 2 D i              3 T N D i + 4 D i
-    qk_norm_rope       qk_norm + 2 T D i              qk_norm + 2 T D i
+    qk_norm_rope       qk_norm + T D i                qk_norm + T D i
 
-The norms' weights count as inputs both ways, and their gradients as outputs, in the weights' own dtype. Private
-float32 buffers (the rows' statistics, partial sums of weight gradients) do not count: how many there are is the
-implementation's choice. A side that moves more, eager above all, is held to the same bytes.
+Of cos and sin one half each counts: the other repeats it. The norms' weights count as inputs both ways, and their
+gradients as outputs, in the weights' own dtype. Private float32 buffers (the rows' statistics, partial sums of weight
+gradients) do not count: how many there are is the implementation's choice. A side that moves more, eager above all, is
+held to the same bytes.
 
 **Sides.** `eager` is what transformers' models run, roundings included. `compile` is that under
 `torch.compile(fullgraph=True, dynamic=False)`. Liger and quack are called as their own modules call them, with those
-modules' defaults; for the norm with a residual that is Liger's `LigerFusedAddRMSNormFunction`, the faster of its two.
+modules' defaults, and so is ours as the models that it patches call it (the halves of cos and sin are known to be
+equal, as Liger takes for granted). For the norm with a residual Liger's is its `LigerFusedAddRMSNormFunction`, the
+faster of its two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import field, partial
 from typing import Any
 
 import torch
@@ -307,8 +311,8 @@ def _all_ops() -> dict[str, Op]:
             _eager_geglu, kernels.geglu, {"liger": _liger_geglu},
         ),
         Op(
-            "qk_rope", _rope_args, 2, lambda s: (2 * _qk(s) + 2 * s.tokens * s.head_dim,) * 2,
-            _eager_rope, kernels.qk_rope, {"liger": _liger_rope}, constants=2,
+            "qk_rope", _rope_args, 2, lambda s: (2 * _qk(s) + s.tokens * s.head_dim,) * 2,
+            _eager_rope, partial(kernels.qk_rope, repeats=True), {"liger": _liger_rope}, constants=2,
         ),
         Op(
             "qk_norm", _qk_norm_args, 2, lambda s: (2 * _qk(s) + 2 * s.head_dim, 3 * _qk(s) + 4 * s.head_dim),
@@ -322,11 +326,13 @@ def _all_ops() -> dict[str, Op]:
             Op(
                 "qk_norm_rope", _qk_norm_rope_args, 2,
                 lambda s: (
-                    2 * _qk(s) + 2 * s.head_dim + 2 * s.tokens * s.head_dim,
-                    3 * _qk(s) + 4 * s.head_dim + 2 * s.tokens * s.head_dim,
+                    2 * _qk(s) + 2 * s.head_dim + s.tokens * s.head_dim,
+                    3 * _qk(s) + 4 * s.head_dim + s.tokens * s.head_dim,
                 ),
                 _pair_then_rope(_eager_rms_norm, _eager_rope),
-                lambda q, k, q_weight, k_weight, cos, sin: fused(q, k, q_weight, k_weight, EPS, cos, sin),
+                lambda q, k, q_weight, k_weight, cos, sin: fused(
+                    q, k, q_weight, k_weight, EPS, cos, sin, repeats=True
+                ),
                 {"liger": lambda: _pair_then_rope(_liger_rms_norm(), _liger_rope())}, constants=2,
             )
         )  # fmt: skip

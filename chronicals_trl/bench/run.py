@@ -157,7 +157,8 @@ def _run_case(op: Op, shape: Shape, settings: Settings, copy_gb: float) -> list[
     rows: list[Row] = []
     try:
         pristine = make_buffers(op, shape, settings.dtype, settings.device)
-        sets = [pristine.clone() for _ in range(timing.set_count(moved["forward"], settings.device))]
+        count = timing.set_count(sum(t.nbytes for t in pristine.args), settings.device)
+        sets = [pristine.clone() for _ in range(count)]
         reference = _evaluate(op.eager, pristine.clone(torch.float64))
     except Exception as error:
         status, reason = _explain(error)

@@ -90,7 +90,12 @@ def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
 
 
 def set_count(bytes_touched: int, device: torch.device) -> int:
-    """How many sets to rotate over. They need 2 · `bytes_touched` or `L2_FACTOR` caches of memory, not more."""
+    """How many sets to rotate over, so that together they are `L2_FACTOR` caches.
+
+    Args:
+        bytes_touched: The least that any side touches of one set. An op that works in place touches its inputs alone,
+            and would find some of them in the cache if the outputs of others were counted.
+    """
     if device.type != "cuda":
         return 2
     return min(max(2, math.ceil(L2_FACTOR * _l2_bytes(device) / bytes_touched)), MAX_SETS)

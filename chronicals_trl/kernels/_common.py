@@ -222,19 +222,19 @@ def _eager_function(
     backward_formula: Callable[..., Any],
     aside: tuple[int, ...],
 ) -> Callable[..., Any]:
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            outputs = launch(*args)
-            ctx.set_materialize_grads(False)
-            setup_context(ctx, args, outputs)
-            if aside:
-                ctx.mark_non_differentiable(*(outputs[i] for i in aside))
-            return outputs
+    def forward(ctx: Any, *args: Any) -> Any:
+        outputs = launch(*args)
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, args, outputs)
+        if aside:
+            ctx.mark_non_differentiable(*(outputs[i] for i in aside))
+        return outputs
 
-        @staticmethod
-        def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-            return backward_formula(ctx, *grads)
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        return backward_formula(ctx, *grads)
 
-    Function.__name__ = Function.__qualname__ = name
-    return Function.apply
+    # By `type`, so that profiles and graphs show the op's name.
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
+    apply: Callable[..., Any] = function.apply
+    return apply

@@ -80,14 +80,16 @@ def qk_norm_rope_reference(
 
 
 @jit
-def _tables(cos_ptr, sin_ptr, b, s, cb, cs, sb, ss, col, mask, half):
+def _tables(cos_ptr, sin_ptr, b, s, cb, cs, sb, ss, col, mask, half, REPEATS: tl.constexpr):
     """Both halves of cos and sin, (T, C) each."""
     cos_row = cos_ptr + (b * cb + s * cs)[:, None] + col[None, :]
     sin_row = sin_ptr + (b * sb + s * ss)[:, None] + col[None, :]
     c1 = tl.load(cos_row, mask=mask, other=0.0).to(tl.float32)
-    c2 = tl.load(cos_row + half, mask=mask, other=0.0).to(tl.float32)
     s1 = tl.load(sin_row, mask=mask, other=0.0).to(tl.float32)
-    s2 = tl.load(sin_row + half, mask=mask, other=0.0).to(tl.float32)
+    c2, s2 = c1, s1
+    if not REPEATS:
+        c2 = tl.load(cos_row + half, mask=mask, other=0.0).to(tl.float32)
+        s2 = tl.load(sin_row + half, mask=mask, other=0.0).to(tl.float32)
     return c1[:, None, :], c2[:, None, :], s1[:, None, :], s2[:, None, :]
 
 
@@ -142,7 +144,7 @@ def _kernel(
     qb, qh, qs, kb, kh, ks, qob, qoh, qos, kob, koh, kos, cb, cs, sb, ss,
     half: tl.constexpr, head_dim: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
+    TRANSPOSE: tl.constexpr, REPEATS: tl.constexpr,
 ):  # fmt: skip
     # cos and sin are read once for all heads of q and k.
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -151,7 +153,7 @@ def _kernel(
     s = token % seq_len
     col = tl.arange(0, BLOCK_C)
     mask = live[:, None] & (col < half)[None, :]
-    c1, c2, s1, s2 = _tables(cos_ptr, sin_ptr, b, s, cb, cs, sb, ss, col, mask, half)
+    c1, c2, s1, s2 = _tables(cos_ptr, sin_ptr, b, s, cb, cs, sb, ss, col, mask, half, REPEATS)
     _rotate_heads(
         q_ptr, qo_ptr, qw_ptr, b, s, qb, qh, qs, qob, qoh, qos, live, n_q, c1, c2, s1, s2, eps, offset,
         half, head_dim, NORM, BLOCK_Q, BLOCK_C, BLOCK_P, TRANSPOSE,
@@ -232,6 +234,7 @@ def _norm_backward_kernel(
     dqb, dqh, dqs, dkb, dkh, dks, cb, cs, sb, ss,
     half: tl.constexpr, head_dim: tl.constexpr, NEED_DW: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    REPEATS: tl.constexpr,
 ):  # fmt: skip
     col = tl.arange(0, BLOCK_C)
     qd1 = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -246,7 +249,7 @@ def _norm_backward_kernel(
         b = token // seq_len
         s = token % seq_len
         mask = live[:, None] & (col < half)[None, :]
-        c1, c2, s1, s2 = _tables(cos_ptr, sin_ptr, b, s, cb, cs, sb, ss, col, mask, half)
+        c1, c2, s1, s2 = _tables(cos_ptr, sin_ptr, b, s, cb, cs, sb, ss, col, mask, half, REPEATS)
         qd1, qd2, qdp = _norm_backward_heads(
             gq_ptr, q_ptr, dq_ptr, qw_ptr, b, s, gqb, gqh, gqs, qb, qh, qs, dqb, dqh, dqs, live, n_q, c1, c2, s1, s2,
             eps, offset, qd1, qd2, qdp, half, head_dim, BLOCK_Q, BLOCK_C, BLOCK_P,
@@ -304,21 +307,21 @@ def _tables_of(cos: torch.Tensor, sin: torch.Tensor) -> Layout:
 @lru_cache(MAX_LAUNCHES)
 def _forward_launch(
     shape: torch.Size, n_k: int, layouts: tuple[Layout, ...], tables: Layout, half: int, device: torch.device,
-    dtypes: Any, norm: bool, transpose: bool,
+    dtypes: Any, norm: bool, transpose: bool, repeats: bool,
 ) -> Launch:  # fmt: skip
     batch, n_q, seq_len, head_dim = shape
     config = _config(n_q, n_k, half, head_dim, norm)
     return Launch(
         _kernel, triton.cdiv(batch * seq_len, config.block_t), batch * seq_len, seq_len, n_q, n_k,
         *(stride for layout in layouts for stride in layout[:3]), *tables,
-        half, head_dim, norm, *config, transpose, num_warps=_WARPS,
+        half, head_dim, norm, *config, transpose, repeats, num_warps=_WARPS,
     )  # fmt: skip
 
 
 @lru_cache(MAX_LAUNCHES)
 def _norm_backward_launch(
     shape: torch.Size, n_k: int, layouts: tuple[Layout, ...], tables: Layout, half: int, device: torch.device,
-    dtypes: Any, need_dw: bool,
+    dtypes: Any, need_dw: bool, repeats: bool,
 ) -> Launch:  # fmt: skip
     batch, n_q, seq_len, head_dim = shape
     config = _config(n_q, n_k, half, head_dim, True)
@@ -326,7 +329,7 @@ def _norm_backward_launch(
     return Launch(
         _norm_backward_kernel, programs, batch * seq_len, seq_len, n_q, n_k,
         *(stride for layout in layouts for stride in layout[:3]), *tables,
-        half, head_dim, need_dw, *config, num_warps=_WARPS,
+        half, head_dim, need_dw, *config, repeats, num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -339,13 +342,14 @@ def _launch(
     cos: torch.Tensor,
     sin: torch.Tensor,
     transpose: bool,
+    repeats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q_out, k_out = empty_rows_like(q), empty_rows_like(k)
     norm = weights[0] is not None
     launch = _forward_launch(
         q.shape, k.shape[1], tuple(t.stride() for t in (q, k, q_out, k_out)), _tables_of(cos, sin),
         cos.shape[-1] // 2, q.device, tuple(None if t is None else t.dtype for t in (q, k, *weights, cos, sin)),
-        norm, transpose,
+        norm, transpose, repeats,
     )  # fmt: skip
     launch((q, k, *weights, cos, sin, q_out, k_out), eps, offset)
     return q_out, k_out
@@ -358,12 +362,14 @@ def _gradient(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 # -- rotation alone --------------------------------------------------------------------------------------------------
 
 
-def _fake(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transpose: bool) -> Any:
+def _fake(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transpose: bool, repeats: bool
+) -> Any:
     return empty_rows_like(q), empty_rows_like(k)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    _, _, cos, sin, ctx.transpose = inputs
+    _, _, cos, sin, ctx.transpose, ctx.repeats = inputs
     ctx.save_for_backward(cos, sin)
     ctx.meta = [(o.shape, o.dtype, o.device) for o in output]
 
@@ -374,14 +380,18 @@ def _backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         torch.zeros(shape, dtype=dtype, device=device) if g is None else unit_last_stride(g)
         for g, (shape, dtype, device) in zip(grads, ctx.meta, strict=True)
     )
-    return (*_op(gq, gk, cos, sin, not ctx.transpose), None, None, None)
+    return (*_op(gq, gk, cos, sin, not ctx.transpose, ctx.repeats), None, None, None, None)
 
 
-@kernel_op("qk_rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transpose) -> (Tensor, Tensor)", _fake,
-           setup_context=_setup_context, backward=_backward)  # fmt: skip
-def _op(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transpose: bool) -> Any:
+@kernel_op(
+    "qk_rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transpose, bool repeats) -> (Tensor, Tensor)",
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+def _op(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transpose: bool, repeats: bool) -> Any:
     LAUNCHES["qk_rope_backward" if transpose else "qk_rope"] += 1
-    return _launch(q, k, (None, None), 0.0, 0.0, cos, sin, transpose)
+    return _launch(q, k, (None, None), 0.0, 0.0, cos, sin, transpose, repeats)
 
 
 # -- norm and rotation -----------------------------------------------------------------------------------------------
@@ -389,7 +399,8 @@ def _op(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, 
 
 def _norm_backward_fake(
     gq: torch.Tensor, gk: torch.Tensor, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor,
-    k_weight: torch.Tensor, eps: float, offset: float, cos: torch.Tensor, sin: torch.Tensor, need_dw: bool,
+    k_weight: torch.Tensor, eps: float, offset: float, cos: torch.Tensor, sin: torch.Tensor, repeats: bool,
+    need_dw: bool,
 ) -> Any:  # fmt: skip
     dw = [torch.empty_like(w) if need_dw else w.new_empty(0) for w in (q_weight, k_weight)]
     return empty_rows_like(q), empty_rows_like(k), *dw
@@ -397,17 +408,19 @@ def _norm_backward_fake(
 
 @kernel_op(
     "qk_norm_rope_backward(Tensor gq, Tensor gk, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, "
-    "float offset, Tensor cos, Tensor sin, bool need_dw) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float offset, Tensor cos, Tensor sin, bool repeats, bool need_dw) -> (Tensor, Tensor, Tensor, Tensor)",
     _norm_backward_fake,
 )
 def _norm_backward_op(
     gq: torch.Tensor, gk: torch.Tensor, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor,
-    k_weight: torch.Tensor, eps: float, offset: float, cos: torch.Tensor, sin: torch.Tensor, need_dw: bool,
+    k_weight: torch.Tensor, eps: float, offset: float, cos: torch.Tensor, sin: torch.Tensor, repeats: bool,
+    need_dw: bool,
 ) -> Any:  # fmt: skip
     dq, dk = empty_rows_like(q), empty_rows_like(k)
     launch = _norm_backward_launch(
         q.shape, k.shape[1], tuple(t.stride() for t in (gq, gk, q, k, dq, dk)), _tables_of(cos, sin),
         cos.shape[-1] // 2, q.device, tuple(t.dtype for t in (gq, gk, q, k, q_weight, k_weight, cos, sin)), need_dw,
+        repeats,
     )  # fmt: skip
     shares = torch.empty(2, launch.grid if need_dw else 0, q.shape[-1], device=q.device, dtype=torch.float32)
     LAUNCHES["qk_norm_rope_backward"] += 1
@@ -419,13 +432,13 @@ def _norm_backward_op(
 
 def _norm_fake(
     q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, offset: float,
-    cos: torch.Tensor, sin: torch.Tensor,
+    cos: torch.Tensor, sin: torch.Tensor, repeats: bool,
 ) -> Any:  # fmt: skip
     return empty_rows_like(q), empty_rows_like(k)
 
 
 def _norm_setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, q_weight, k_weight, ctx.eps, ctx.offset, cos, sin = inputs
+    q, k, q_weight, k_weight, ctx.eps, ctx.offset, cos, sin, ctx.repeats = inputs
     ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
 
 
@@ -433,24 +446,35 @@ def _norm_backward(ctx: Any, gq: torch.Tensor | None, gk: torch.Tensor | None) -
     q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
     need_dw = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
     dq, dk, dq_weight, dk_weight = _norm_backward_op(
-        _gradient(gq, q), _gradient(gk, k), q, k, q_weight, k_weight, ctx.eps, ctx.offset, cos, sin, need_dw
+        _gradient(gq, q),
+        _gradient(gk, k),
+        q,
+        k,
+        q_weight,
+        k_weight,
+        ctx.eps,
+        ctx.offset,
+        cos,
+        sin,
+        ctx.repeats,
+        need_dw,
     )
-    return dq, dk, dq_weight if need_dw else None, dk_weight if need_dw else None, None, None, None, None
+    return dq, dk, dq_weight if need_dw else None, dk_weight if need_dw else None, None, None, None, None, None
 
 
 @kernel_op(
     "qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, float offset, Tensor cos, "
-    "Tensor sin) -> (Tensor, Tensor)",
+    "Tensor sin, bool repeats) -> (Tensor, Tensor)",
     _norm_fake,
     setup_context=_norm_setup_context,
     backward=_norm_backward,
 )
 def _norm_op(
     q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, offset: float,
-    cos: torch.Tensor, sin: torch.Tensor,
+    cos: torch.Tensor, sin: torch.Tensor, repeats: bool,
 ) -> Any:  # fmt: skip
     LAUNCHES["qk_norm_rope"] += 1
-    return _launch(q, k, (q_weight, k_weight), eps, offset, cos, sin, False)
+    return _launch(q, k, (q_weight, k_weight), eps, offset, cos, sin, False, repeats)
 
 
 # -- public ----------------------------------------------------------------------------------------------------------
@@ -483,7 +507,7 @@ def _takes(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
 
 
 def qk_rope(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, repeats: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate queries and keys by their positions.
 
@@ -491,6 +515,8 @@ def qk_rope(
         q: (B, Hq, S, D), bf16, fp16, fp32 (or fp64: reference), any strides.
         k: (B, Hk, S, D), likewise.
         cos, sin: (B or 1, S, R), R even and at most D; any floating dtype. The two halves of R may differ.
+        repeats: the caller knows that they do not, as in the tables that transformers' models make: the second half
+            is then not read.
 
     Returns:
         q and k rotated, each in its own dtype (eager torch would promote to that of cos), in the input's layout.
@@ -503,7 +529,7 @@ def qk_rope(
     if not _takes(q, k, cos, sin):
         return qk_rope_reference(q, k, cos, sin)
     q, k, cos, sin = (unit_last_stride(t) for t in (q, k, cos, sin))
-    return _op(q, k, cos, sin, False)
+    return _op(q, k, cos, sin, False, repeats)
 
 
 def qk_norm_rope(
@@ -516,11 +542,12 @@ def qk_norm_rope(
     sin: torch.Tensor,
     *,
     offset: float = 0.0,
+    repeats: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm of each head of q and of k, then their rotation, rounded once.
 
     Args:
-        q, k, cos, sin: as for `qk_rope`.
+        q, k, cos, sin, repeats: as for `qk_rope`.
         q_weight, k_weight: (D,), any floating dtype; their gradients are summed in float32.
         eps, offset: as for `rms_norm`; the same for q and k.
 
@@ -540,4 +567,4 @@ def qk_norm_rope(
     if not _takes(q, k, cos, sin, q_weight, k_weight):
         return qk_norm_rope_reference(q, k, q_weight, k_weight, eps, cos, sin, offset)
     q, k, cos, sin = (unit_last_stride(t) for t in (q, k, cos, sin))
-    return _norm_op(q, k, q_weight.contiguous(), k_weight.contiguous(), float(eps), float(offset), cos, sin)
+    return _norm_op(q, k, q_weight.contiguous(), k_weight.contiguous(), float(eps), float(offset), cos, sin, repeats)

@@ -44,10 +44,11 @@ class NormSpec(NamedTuple):
 
 
 class GatedMLPSpec(NamedTuple):
-    """How a gated MLP is computed: the activation's op, and whether gate and up share one projection."""
+    """How a gated MLP is computed."""
 
-    activation: str
-    fused: bool
+    activation: str  # the name of the op
+    fused: bool  # gate and up share one projection
+    recompute: bool = False  # the product of activation and up is made again in the backward pass
 
 
 class Mismatch(Exception):

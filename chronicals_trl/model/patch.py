@@ -74,10 +74,16 @@ def patch_model(
                 reason = f"cannot be judged on this model ({type(error).__name__}: {error})"
                 report.set(PartReport(name, "off", reason=reason, omitted=True))
 
-    backend = kernel_backend(device)
-    settle("rms_norm", lambda: _swap_blocks(model, "rms_norm", device, dtype, backend))
-    settle("gated_mlp", lambda: _swap_blocks(model, "gated_mlp", device, dtype, backend))
-    settle("qk_rope", lambda: _swap_blocks(model, "qk_rope", device, dtype, backend))
+    settle("rms_norm", lambda: _swap_blocks(model, "rms_norm", device, dtype))
+    recompute = resolved.recompute_mlp
+    settle(
+        "gated_mlp",
+        lambda: _swap_blocks(model, "gated_mlp", device, dtype, lambda spec: spec._replace(recompute=recompute)),
+    )
+    repeats = rope.tables_repeat(model)
+    settle(
+        "qk_rope", lambda: _swap_blocks(model, "qk_rope", device, dtype, lambda spec: spec._replace(repeats=repeats))
+    )
     report.notes += _join_blocks(model, device, dtype)
     settle("attention", lambda: _swap_attention(base, resolved, device))
     settle("head", lambda: _swap_head(base, resolved, device, dtype))
@@ -174,7 +180,9 @@ _BLOCKS: dict[str, tuple[Callable, Callable, Callable, Callable]] = {
 _WHAT = {"rms_norm": "RMSNorm", "gated_mlp": "gated MLP", "qk_rope": "attention with rotary position embedding"}
 
 
-def _swap_blocks(model: nn.Module, part: str, device: torch.device, dtype: torch.dtype, backend: str) -> PartReport:
+def _swap_blocks(
+    model: nn.Module, part: str, device: torch.device, dtype: torch.dtype, adapt: Callable[[Any], Any] | None = None
+) -> PartReport:
     looks_like, shape, verify, forward = _BLOCKS[part]
     swapped, left = 0, Counter[str]()
     for module in model.modules():
@@ -187,11 +195,11 @@ def _swap_blocks(model: nn.Module, part: str, device: torch.device, dtype: torch
         if isinstance(verdict, Mismatch):
             left[f"{type(module).__name__}: {verdict}"] += 1
         else:
-            _install(module, forward(module), verdict)
+            _install(module, forward(module), verdict if adapt is None else adapt(verdict))
             swapped += 1
     reason = "; ".join(f"{count} left out, {why}" for why, count in left.items()) or None
     if swapped:
-        return PartReport(part, "on", modules=swapped, backend=backend, reason=reason)
+        return PartReport(part, "on", modules=swapped, backend=kernel_backend(device), reason=reason)
     return PartReport(part, "off", reason=reason or f"the model has no {_WHAT[part]}", omitted=True)
 
 

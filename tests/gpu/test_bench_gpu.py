@@ -34,7 +34,7 @@ def test_times_agree_with_a_plain_loop(side):
     fn = getattr(op, side)
     pristine = make_buffers(op, shape, torch.bfloat16, device)
     moved = op.bytes_moved(shape, 2)
-    sets = [pristine.clone() for _ in range(timing.set_count(moved["forward"], device))]
+    sets = [pristine.clone() for _ in range(timing.set_count(sum(t.nbytes for t in pristine.args), device))]
     forward = timing.time_forward(fn, sets, pristine, moved["forward"], repeats=5)
     backward = timing.time_backward(fn, sets, pristine, moved["backward"], repeats=5)
     out = fn(*pristine.args)
