@@ -85,6 +85,8 @@ class SFTTrainer(TrlSFTTrainer):
         self._meter = ThroughputMeter(device=self.args.device)
         self._real_tokens: int | Tensor = 0
         self._token_mask: Tensor | None = None
+        self._batch_tokens: int | None = None
+        self._router_share: float | Tensor = 1.0
         self.chronicals_report = self._activate(config)
         if self.args.should_log:
             self.chronicals_report.print()
@@ -218,16 +220,19 @@ class SFTTrainer(TrlSFTTrainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            coefficient = self.router_aux_loss_coef * (self._router_share if mode == "train" else 1.0)
+            loss = loss + coefficient * outputs.aux_loss / steps
         self._record(mode, outputs)
         return loss
 
     @torch.no_grad()
     def _record(self, mode: str, outputs: Any) -> None:
         """TRL's metrics of one micro-batch, over all ranks, kept on the device until they are logged."""
-        sums = torch.stack(
-            [outputs.label_mask.sum().float(), outputs.entropy.detach().sum().float(), outputs.is_top1.sum().float()]
-        )
+        values = [outputs.label_mask.sum(), outputs.entropy.detach().sum(), outputs.is_top1.sum()]
+        if self.aux_loss_enabled:
+            aux_loss = outputs.aux_loss.detach()
+            values += [aux_loss, aux_loss.new_full((), self._batch_tokens != 0)]
+        sums = torch.stack([value.to(values[0].device, torch.float32) for value in values])
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums, reduction="sum")
         labelled = sums[0].clamp(min=1)
@@ -235,10 +240,7 @@ class SFTTrainer(TrlSFTTrainer):
         self._metrics[mode]["mean_token_accuracy"].append(sums[2] / labelled)
         self._metrics[mode]["num_tokens"] = [0]  # filled in by `log`
         if self.aux_loss_enabled:
-            aux_loss = outputs.aux_loss.detach()
-            if self.args.world_size > 1:
-                aux_loss = self.accelerator.reduce(aux_loss, reduction="mean")
-            self._metrics[mode]["aux_loss"].append(aux_loss)
+            self._metrics[mode]["aux_loss"].append(sums[3] / sums[4].clamp(min=1))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -250,6 +252,7 @@ class SFTTrainer(TrlSFTTrainer):
         """Count the step's real tokens and its slots, over all ranks, without reading the device."""
         real: int | Tensor = 0
         slots: int | Tensor = sum(batch["input_ids"].numel() for batch in batches)
+        filled: int | Tensor = sum(batch.get("num_real_tokens") != 0 for batch in batches)
         for batch in batches:
             if "num_real_tokens" in batch:
                 real += batch["num_real_tokens"]
@@ -258,8 +261,13 @@ class SFTTrainer(TrlSFTTrainer):
             else:
                 real += batch["input_ids"].numel()
         if self.args.world_size > 1:
-            counts = torch.stack([torch.as_tensor(count, device=device, dtype=torch.int64) for count in (real, slots)])
-            real, slots = self.accelerator.reduce(counts, reduction="sum").unbind()
+            counts = torch.stack(
+                [torch.as_tensor(count, device=device, dtype=torch.int64) for count in (real, slots, filled)]
+            )
+            real, slots, filled = self.accelerator.reduce(counts, reduction="sum").unbind()
+            # TRL's router loss is the mean over the ranks' micro-batches. One of empty rows alone has none: the mean
+            # is over the others, as it would be without it.
+            self._router_share = self.args.world_size * len(batches) / filled.clamp(min=1)
         self._real_tokens = self._real_tokens + real
         self._meter.update(real, slots)
 
@@ -267,7 +275,7 @@ class SFTTrainer(TrlSFTTrainer):
         inputs = super()._prepare_inputs(inputs)
         if self._chronicals is not None and isinstance(inputs, dict):
             # What the collator adds for the trainer is not the model's to see.
-            inputs.pop("num_real_tokens", None)
+            self._batch_tokens = inputs.pop("num_real_tokens", None)
             self._token_mask = inputs.pop("token_mask", None)
         return inputs
 

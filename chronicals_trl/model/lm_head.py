@@ -170,12 +170,20 @@ def causal_lm_loss(
 
 
 def _router_loss(config: Any, backbone: Any, token_mask: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """The load-balancing loss over the tokens of the mask; 0, with gradients of 0, where the mask has none."""
     # Mixtral's load-balancing loss is the one that every mixture-of-experts family of transformers uses.
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     num_experts = getattr(config, "num_experts", None) or config.num_local_experts
-    mask = attention_mask if token_mask is None else token_mask.to(torch.int64)
-    return load_balancing_loss_func(backbone.router_logits, num_experts, config.num_experts_per_tok, mask)
+    logits, mask = backbone.router_logits, attention_mask if token_mask is None else token_mask.to(torch.int64)
+    if mask is None or not logits:
+        return load_balancing_loss_func(logits, num_experts, config.num_experts_per_tok)
+    # On one of several ranks all rows may be empty, and the mean over no token is 0/0: the mean over all of them
+    # stands in, times 0. Nothing is read back from the device.
+    mask = mask.to(logits[0].device)
+    some = (mask != 0).any()
+    mask = torch.where(some, mask, torch.ones_like(mask))
+    return load_balancing_loss_func(logits, num_experts, config.num_experts_per_tok, mask) * some
 
 
 @functools.cache
