@@ -88,10 +88,13 @@ def bins_per_round(args: Any, *, training: bool) -> int:
 
     Accelerate would repeat rows instead. A single process on a CPU keeps its short last batch: nothing is repeated
     there and an empty row costs real time; on a GPU every batch gets the same shape.
+
+    Evaluation sets are not filled up. Trainer weights the loss of a batch by its number of rows and drops what
+    Accelerate repeats, so an empty row would count as one of loss 0.
     """
-    if args.world_size == 1 and args.device.type == "cpu":
+    if not training or (args.world_size == 1 and args.device.type == "cpu"):
         return 1
-    return args.world_size * (args.train_batch_size if training else args.eval_batch_size)
+    return args.world_size * args.train_batch_size
 
 
 def conflicts(trainer: SFTTrainer, stock: type, own: type) -> dict[str, str]:

@@ -234,7 +234,10 @@ class SFTTrainer(TrlSFTTrainer):
             values += [aux_loss, aux_loss.new_full((), self._batch_tokens != 0)]
         sums = torch.stack([value.to(values[0].device, torch.float32) for value in values])
         if self.args.world_size > 1:
-            sums = self.accelerator.reduce(sums, reduction="sum")
+            if mode == "train":
+                sums = self.accelerator.reduce(sums, reduction="sum")
+            else:  # as TRL does: without the ranks that have repeated rows alone
+                sums = self.accelerator.gather_for_metrics(sums[None]).sum(0)
         labelled = sums[0].clamp(min=1)
         self._metrics[mode]["entropy"].append(sums[1] / labelled)
         self._metrics[mode]["mean_token_accuracy"].append(sums[2] / labelled)

@@ -1,64 +1,107 @@
-"""Run by test_ddp.py under torchrun: a packed run with the flag on, its figures written by rank 0."""
+"""Run by test_ddp.py under torchrun: every case on this number of ranks, the figures written by rank 0."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import tiny_data
 import tiny_models
 import torch
-import torch.distributed as dist
+from transformers import TrainerCallback
 
 from chronicals_trl import SFTConfig, SFTTrainer
 
+MAX_LENGTH = 96
+RANKS = int(os.environ["WORLD_SIZE"])
+# Text whose 18 documents make 5 rows: on two ranks with one row a batch, the last step of one of them is empty.
+DOCUMENTS = 18
 
-def main(output: Path, batch_size: int, family: str, max_length: int) -> None:
-    gradients: dict[str, torch.Tensor] = {}
 
-    class Recording(SFTTrainer):
-        def training_step(self, *args, **kwargs):
-            loss = super().training_step(*args, **kwargs)
-            if not gradients:
-                gradients.update({n: p.grad.clone() for n, p in self.model.named_parameters()})
-            return loss
+class Gradients(TrainerCallback):
+    """The gradients of each optimizer step, over all ranks."""
 
-    trainer = Recording(
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        named = [(name.removeprefix("module."), p) for name, p in model.named_parameters()]
+        self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+
+def make(output: Path, family: str = "llama", *, data=None, evaluation=None, **options: Any) -> SFTTrainer:
+    settings: dict[str, Any] = {
+        "output_dir": str(output / "out"), "use_chronicals": True, "packing": True, "max_length": MAX_LENGTH,
+        "num_train_epochs": 1, "logging_steps": 1, "learning_rate": 1e-2, "report_to": "none", "bf16": False,
+        "use_cpu": True, "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True,
+        "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+    return SFTTrainer(
         model=tiny_models.build(family),
-        args=SFTConfig(
-            output_dir=str(output / "out"), use_chronicals=True, packing=True, max_length=max_length,
-            num_train_epochs=1, logging_steps=1, learning_rate=1e-2, report_to="none", bf16=False, use_cpu=True,
-            save_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
-            per_device_train_batch_size=batch_size, per_device_eval_batch_size=1,
-            router_aux_loss_coef=0.0 if family == "qwen3_moe" else None,
-        ),
-        train_dataset=tiny_data.prompt_completion(21),
-        eval_dataset=tiny_data.text(7, seed=3),
+        args=SFTConfig(**{**settings, **options}),
+        train_dataset=tiny_data.text(DOCUMENTS) if data is None else data,
+        eval_dataset=evaluation,
         processing_class=tiny_data.tokenizer(),
-    )  # fmt: skip
-    seen = [batch["input_ids"] for batch in trainer.get_train_dataloader()]
-    lengths = [int(batch["num_real_tokens"]) for batch in trainer.get_train_dataloader()]
-    counts = torch.tensor([len(seen), sum(lengths)])
-    if dist.is_initialized():
-        dist.all_reduce(counts)
+    )
+
+
+def train(output: Path, family: str, **options: Any) -> dict[str, Any]:
+    """The log and the gradients of an epoch, and how many real tokens the ranks' batches hold together."""
+    trainer = make(output, family, **options)
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    real = torch.tensor(sum(int(batch["num_real_tokens"]) for batch in trainer.get_train_dataloader()))
     trainer.train()
-    evaluation = trainer.evaluate()
-    if trainer.args.process_index == 0:
-        torch.save(gradients, output / "gradients.pt")
-        (output / "figures.json").write_text(
-            json.dumps(
-                {
-                    "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-                    "eval_loss": evaluation["eval_loss"],
-                    "real_tokens_of_all_ranks": int(counts[1]),
-                    "tokens_in_the_data": sum(len(ids) for ids in trainer.train_dataset["input_ids"]),
-                    "report": trainer.chronicals_report.to_dict(),
-                    "world_size": trainer.args.world_size,
-                }
-            )
-        )
+    return {
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "gradients": gradients.steps,
+        "real_tokens_of_all_ranks": int(trainer.accelerator.reduce(real, reduction="sum")),
+        "tokens_in_the_data": sum(len(ids) for ids in trainer.train_dataset["input_ids"]),
+        "finite": all(bool(p.isfinite().all()) for p in trainer.model.parameters()),
+        "report": trainer.chronicals_report.to_dict(),
+    }
+
+
+def evaluate(output: Path, family: str, batch_size: int) -> dict[str, dict[str, float]]:
+    """Evaluation of packed rows with the flag on, and of the same rows with the flag off."""
+    sizes = {"per_device_eval_batch_size": batch_size}
+    ours = make(output, family, evaluation=tiny_data.text(DOCUMENTS, seed=3), **sizes)
+    theirs = make(
+        output, family, data=ours.train_dataset, evaluation=ours.eval_dataset, use_chronicals=False,
+        dataset_kwargs={"skip_prepare_dataset": True}, **sizes,
+    )  # fmt: skip
+    assert len(ours.eval_dataset) % 2 == 1, "the ranks must not come out even"
+    return {"on": ours.evaluate(), "off": theirs.evaluate()}
+
+
+def apart(output: Path) -> dict[str, Any]:
+    """The report of rank 0 when a part is off on the last rank alone."""
+    if RANKS > 1 and int(os.environ["RANK"]) == RANKS - 1:
+        os.environ["CHRONICALS_RMS_NORM"] = "off"
+    try:
+        return make(output).chronicals_report.to_dict()
+    finally:
+        os.environ.pop("CHRONICALS_RMS_NORM", None)
+
+
+def main(output: Path) -> None:
+    # One process sees in an accumulated step what the ranks see in one.
+    accumulated = {"gradient_accumulation_steps": 2 // RANKS, "router_aux_loss_coef": 0.3}
+    figures = {
+        "llama": train(output, "llama", per_device_train_batch_size=2 // RANKS),
+        "experts": train(output, "qwen3_moe", **accumulated),
+        "eval 1": evaluate(output, "llama", 1),
+        "eval 4": evaluate(output, "llama", 4),
+        "apart": apart(output),
+    }
+    if int(os.environ["RANK"]) == 0:
+        steps = {name: case.pop("gradients") for name, case in figures.items() if "gradients" in case}
+        torch.save(steps, output / "gradients.pt")
+        (output / "figures.json").write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    main(Path(sys.argv[1]))

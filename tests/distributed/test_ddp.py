@@ -8,39 +8,77 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 TESTS = Path(__file__).parent.parent
 
+pytestmark = pytest.mark.slow
 
-def _run(output: Path, processes: int, batch_size: int, family: str) -> tuple[dict, dict[str, torch.Tensor]]:
+
+def _run(output: Path, processes: int) -> dict[str, Any]:
+    """The figures of ddp_script.py on so many ranks, case by case."""
     output.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port),
-        str(TESTS / "distributed" / "ddp_script.py"), str(output), str(batch_size), family, "96",
+        str(TESTS / "distributed" / "ddp_script.py"), str(output),
     ]  # fmt: skip
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((output / "figures.json").read_text()), torch.load(output / "gradients.pt")
+    figures = json.loads((output / "figures.json").read_text())
+    for name, steps in torch.load(output / "gradients.pt").items():
+        figures[name]["gradients"] = steps
+    return figures
 
 
-@pytest.mark.slow
-def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    two, gradients = _run(tmp_path / "two", 2, 1, "llama")
-    one, reference = _run(tmp_path / "one", 1, 2, "llama")
-    assert (two["world_size"], one["world_size"]) == (2, 1)
-    # 21 documents make an odd number of bins: the second rank's last one is empty, and nothing is trained on twice.
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same cases on two ranks and on one."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return _run(folder / "two", 2), _run(folder / "one", 1)
+
+
+@pytest.mark.parametrize("case", ["llama", "experts"])
+def test_two_ranks_equal_one_process(ranks: tuple[dict[str, Any], dict[str, Any]], case: str) -> None:
+    two, one = (figures[case] for figures in ranks)
+    # An odd number of rows: the second rank's last one is empty, and nothing is trained on twice.
+    assert any("packing train" in note and "1 empty bins appended" in note for note in two["report"]["notes"])
     assert two["real_tokens_of_all_ranks"] == one["real_tokens_of_all_ranks"] == two["tokens_in_the_data"]
-    assert len(two["log"]) == len(one["log"]) >= 3
-    assert any("empty bins appended" in note for note in two["report"]["notes"])
-    for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
+    assert len(two["log"]) == len(one["log"]) == 3
+    assert two["finite"] and one["finite"]
+    metrics = ["entropy", "mean_token_accuracy"]
+    if case == "experts":
+        # The mean over the micro-batches that have tokens, as one process accumulates it; an empty one has no part.
+        metrics = ["aux_loss"]
+        assert min(entry["aux_loss"] for entry in two["log"]) > 1
+    for key in ("loss", "grad_norm", "num_tokens", *metrics):
         assert [e[key] for e in two["log"]] == pytest.approx([e[key] for e in one["log"]], rel=1e-5), key
-    for name, gradient in reference.items():
-        assert (gradients[name] - gradient).norm() / gradient.norm() < 1e-5, name
+    for ours, reference in zip(two["gradients"], one["gradients"], strict=True):
+        assert ours.keys() == reference.keys()
+        for name, gradient in reference.items():
+            assert (ours[name] - gradient).norm() / gradient.norm() < 1e-4, name
     assert two["report"]["parts"] == one["report"]["parts"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_evaluation_on_ranks(ranks: tuple[dict[str, Any], dict[str, Any]], batch_size: int) -> None:
+    """The loss is the one with the flag off on the same rows, and the one of a single process."""
+    two, one = (figures[f"eval {batch_size}"] for figures in ranks)
+    for key in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert two["on"][key] == pytest.approx(two["off"][key], rel=1e-5), key
+        assert one["on"][key] == pytest.approx(one["off"][key], rel=1e-5), key
+    # In a batch that Accelerate fills up with rows from the start, those take part in the batch's mean.
+    assert two["on"]["eval_loss"] == pytest.approx(one["on"]["eval_loss"], rel=1e-5 if batch_size == 1 else 0.01)
+
+
+def test_a_part_that_is_off_on_one_rank_is_off_on_all(ranks: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    two, one = ({part["name"]: part for part in figures["apart"]["parts"]} for figures in ranks)
+    assert one["rms_norm"]["state"] == "on"
+    assert (two["rms_norm"]["state"], two["rms_norm"]["reason"]) == ("off", "off on another rank")
+    assert two["gated_mlp"]["state"] == "on"
