@@ -43,7 +43,8 @@ class ChronicalsPlugin:
         reports: one ActivationReport for each prepared model, in order.
 
     Raises (in `prepare`):
-        ValueError, RuntimeError: as `patch_model` does; and LoRA+ where an optimizer has state already.
+        ValueError, RuntimeError: as `patch_model` does; and RuntimeError where LoRA+ is left out (an optimizer with a
+            scheduler or with state, say) and `strict=True` or `lora_plus="on"` is set.
     """
 
     config: ChronicalsConfig | Mapping[str, Any] | str | None = None
@@ -69,7 +70,7 @@ class ChronicalsPlugin:
             models = [item for item in objects if _is_language_model(item)]
             optimizers = [item for item in objects if isinstance(item, Optimizer)]
             for model in models:
-                report = self._patch(model, optimizers if len(models) == 1 else [])
+                report = self._patch(model, optimizers if len(models) == 1 else None)
                 self.reports.append(report)
                 if accelerator.is_main_process:
                     report.print()
@@ -78,7 +79,7 @@ class ChronicalsPlugin:
         accelerator.prepare = prepare
         return accelerator
 
-    def _patch(self, model: nn.Module, optimizers: list[Optimizer]) -> ActivationReport:
+    def _patch(self, model: nn.Module, optimizers: list[Optimizer] | None) -> ActivationReport:
         config = self.config
         assert isinstance(config, ChronicalsConfig)
         report = patch_model(model, config)
@@ -88,20 +89,36 @@ class ChronicalsPlugin:
         return report
 
     @staticmethod
-    def _split(model: nn.Module, optimizers: list[Optimizer], config: ChronicalsConfig) -> PartReport:
+    def _split(model: nn.Module, optimizers: list[Optimizer] | None, config: ChronicalsConfig) -> PartReport:
+        """Split the groups of the model's optimizers; None stands for optimizers that may be another model's."""
         adapters = sum("lora_B" in name and p.requires_grad for name, p in model.named_parameters())
         if config.lora_plus == "off":
             return PartReport("lora_plus", "off", reason="lora_plus='off' in the configuration")
         if not adapters:
             return PartReport("lora_plus", "off", reason="the model has no trainable LoRA adapter")
-        plain = [item for item in optimizers if not isinstance(item, AcceleratedOptimizer)]
-        if not plain:
-            return PartReport(
-                "lora_plus", "off", reason="no optimizer in the same call of prepare: pass both together", omitted=True
-            )
-        for optimizer in plain:
-            apply_lora_plus(optimizer, model, ratio=config.lora_plus_ratio, embedding_lr=config.lora_plus_embedding_lr)
-        return PartReport("lora_plus", "on", modules=adapters, backend=f"ratio {config.lora_plus_ratio:g}")
+        reasons = []
+        if optimizers is None:
+            reasons.append("several models in one call of prepare: pass each with its own optimizer, one by one")
+        elif not optimizers:
+            reasons.append("no optimizer in the same call of prepare: pass both together")
+        split = 0
+        for optimizer in optimizers or ():
+            if isinstance(optimizer, AcceleratedOptimizer):
+                reasons.append("the optimizer is prepared already: pass it together with the model")
+                continue
+            try:
+                apply_lora_plus(
+                    optimizer, model, ratio=config.lora_plus_ratio, embedding_lr=config.lora_plus_embedding_lr
+                )
+                split += 1
+            except ValueError as error:  # it has a scheduler or state, or holds no adapter; it is as it was
+                reasons.append(str(error))
+        reason = "; ".join(reasons) or None
+        if not split:
+            return PartReport("lora_plus", "off", reason=reason, omitted=True)
+        return PartReport(
+            "lora_plus", "on", modules=adapters, backend=f"ratio {config.lora_plus_ratio:g}", reason=reason
+        )
 
 
 def _is_language_model(item: Any) -> bool:
