@@ -63,6 +63,8 @@ class SFTTrainer(TrlSFTTrainer):
         self._chronicals: ChronicalsConfig | None = None
         self._packing_stats: dict[str, PackStats] = {}
         self._lora_plus = False
+        self._lora_b_group: int | None = None  # of the optimizer's groups, the one whose rate is logged
+        self._lora_b_rate: float | Tensor | None = None
         if not getattr(arguments, "use_chronicals", False):
             reason = "use_chronicals=False"
             if arguments is not None and not hasattr(arguments, "use_chronicals"):
@@ -293,15 +295,24 @@ class SFTTrainer(TrlSFTTrainer):
 
     def _split_groups(self, config: ChronicalsConfig) -> None:
         try:
-            apply_lora_plus(
+            summary = apply_lora_plus(
                 self.optimizer, self.model, ratio=config.lora_plus_ratio, embedding_lr=config.lora_plus_embedding_lr
             )
+            self._lora_b_group = next((i for i, group in enumerate(summary["groups"]) if group["lora_b"]), None)
         except ValueError as error:
             self._lora_plus = False
             self.chronicals_report.set(PartReport("lora_plus", "off", reason=str(error), omitted=True))
             self.chronicals_report.raise_for_omissions(config)
             self._save_report()
             logger.warning("chronicals-trl: lora_plus is off: %s", error)
+
+    def _get_learning_rate(self) -> float:
+        # Trainer asks between the optimizer's step and the scheduler's, while the groups hold the rates of the step.
+        rate: float = super()._get_learning_rate()
+        if self._lora_b_group is not None:
+            lora_b = self.optimizer.param_groups[self._lora_b_group]["lr"]
+            self._lora_b_rate = lora_b.clone() if isinstance(lora_b, Tensor) else lora_b
+        return rate
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._chronicals is not None:
@@ -312,9 +323,8 @@ class SFTTrainer(TrlSFTTrainer):
             self._metrics[mode]["num_tokens"] = [int(self._real_tokens)]
             if "loss" in logs:
                 logs.update(self._meter.read())
-                if self._lora_plus and "learning_rate" in logs:
-                    # Schedulers scale all groups alike; the groups themselves are one scheduler step ahead by now.
-                    logs["learning_rate_lora_b"] = logs["learning_rate"] * self._chronicals.lora_plus_ratio
+                if self._lora_b_rate is not None and "learning_rate" in logs:
+                    logs["learning_rate_lora_b"] = float(self._lora_b_rate)
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -110,8 +110,8 @@ def apply_lora_plus(
     the ratio from then on. On an error the optimizer is as it was.
 
     Returns:
-        ``{"ratio", "embedding_lr", "tensors": {"A", "B", "embedding", "other"}, "groups": [{"lr", "tensors"}]}``, all
-        plain numbers.
+        ``{"ratio", "embedding_lr", "tensors": {"A", "B", "embedding", "other"}, "groups": [{"lr", "tensors",
+        "lora_b"}]}``, all plain numbers; ``lora_b``: whether the group holds the B matrices.
 
     Raises:
         ValueError: the optimizer has state already, a scheduler is attached to it, or as ``split_lora_plus_groups``.
@@ -148,7 +148,10 @@ def apply_lora_plus(
         "ratio": float(ratio),
         "embedding_lr": None if embedding_lr is None else float(embedding_lr),
         "tensors": counts,
-        "groups": [{"lr": float(g["lr"]), "tensors": len(g["params"])} for g in optimizer.param_groups],
+        "groups": [
+            {"lr": float(g["lr"]), "tensors": len(g["params"]), "lora_b": kinds.get(id(g["params"][0])) == "B"}
+            for g in optimizer.param_groups
+        ],
     }
 
 

@@ -1,4 +1,4 @@
-"""The auxiliary loss of a mixture of experts on packed rows: over the real tokens, whichever path computes the loss."""
+"""The auxiliary loss of a mixture of experts on packed rows: over the real tokens, whoever computes the loss."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def test_apply_on_a_live_optimizer_moves_b_further():
         "ratio": 16.0,
         "embedding_lr": None,
         "tensors": {"A": 1, "B": 1, "embedding": 0, "other": 0},
-        "groups": [{"lr": LR, "tensors": 1}, {"lr": LR * 16, "tensors": 1}],
+        "groups": [{"lr": LR, "tensors": 1, "lora_b": False}, {"lr": LR * 16, "tensors": 1, "lora_b": True}],
     }
     for parameter in trainable(model).values():
         parameter.grad = torch.ones_like(parameter)
