@@ -143,7 +143,14 @@ class SFTTrainer(TrlSFTTrainer):
 
     def _check_isolation(self) -> None:
         with self.compute_loss_context_manager():
-            leak = verify_isolation(base_model(self.model), self.args.device)
+            leak = verify_isolation(self.model, self.args.device)
+        peft_config = getattr(self.model, "active_peft_config", None)
+        if leak is not None and getattr(peft_config, "is_prompt_learning", False):
+            raise RuntimeError(
+                f"packing=True, but with PEFT's {type(peft_config).__name__} packed documents attend to each other "
+                f"({leak}): its virtual tokens stand before the row, not before each document, and it drops "
+                "position_ids. Set packing=False, or use LoRA."
+            )
         if leak is not None:
             raise RuntimeError(
                 f"packing=True, but this model lets packed documents attend to each other ({leak}). Set "
@@ -257,7 +264,7 @@ class SFTTrainer(TrlSFTTrainer):
         """Count the step's real tokens and its slots, over all ranks, without reading the device."""
         real: int | Tensor = 0
         slots: int | Tensor = sum(batch["input_ids"].numel() for batch in batches)
-        filled: int | Tensor = sum(batch.get("num_real_tokens") != 0 for batch in batches)
+        filled = sum(batch.get("num_real_tokens") != 0 for batch in batches)
         for batch in batches:
             if "num_real_tokens" in batch:
                 real += batch["num_real_tokens"]
@@ -269,10 +276,10 @@ class SFTTrainer(TrlSFTTrainer):
             counts = torch.stack(
                 [torch.as_tensor(count, device=device, dtype=torch.int64) for count in (real, slots, filled)]
             )
-            real, slots, filled = self.accelerator.reduce(counts, reduction="sum").unbind()
+            real, slots, all_filled = self.accelerator.reduce(counts, reduction="sum").unbind()
             # TRL's router loss is the mean over the ranks' micro-batches. One of empty rows alone has none: the mean
             # is over the others, as it would be without it.
-            self._router_share = self.args.world_size * len(batches) / filled.clamp(min=1)
+            self._router_share = self.args.world_size * len(batches) / all_filled.clamp(min=1)
         self._real_tokens = self._real_tokens + real
         self._meter.update(real, slots)
 

@@ -370,16 +370,20 @@ def restore_attention(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def verify_isolation(model: PreTrainedModel, device: torch.device) -> str | None:
-    """None if `model`, as it is now, gives a packed document the hidden states that it has alone; else the difference.
+def verify_isolation(model: nn.Module, device: torch.device) -> str | None:
+    """None if `model`, as it is now, gives a packed document the logits that it has alone; else the difference.
 
-    Two short documents through the backbone, in evaluation mode, with the keys that a packed batch has. Skipped (None)
-    where the weights are not here: on meta, or partitioned by ZeRO-3.
+    Two short documents, in evaluation mode, with the keys that a packed batch has. Skipped (None) where the weights
+    are not here: on meta, or partitioned by ZeRO-3.
+
+    Args:
+        model: what training calls, a PEFT wrapper included: PEFT's prompt tuning, for one, drops `position_ids`.
     """
     parameters = list(model.parameters())
     if any(parameter.is_meta or hasattr(parameter, "ds_shape") for parameter in parameters):
         return None
-    vocabulary = model.config.get_text_config().vocab_size
+    config: Any = model.config
+    vocabulary = config.get_text_config().vocab_size
     lengths = (6, 9)
     offsets = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     training = {module: module.training for module in model.modules()}
@@ -388,13 +392,14 @@ def verify_isolation(model: PreTrainedModel, device: torch.device) -> str | None
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
         try:
             model.eval()
-            packed = model.base_model(
+            # From the end: virtual tokens, where PEFT adds some, come first.
+            packed = model(
                 input_ids=tokens, position_ids=positions, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets,
                 max_length_q=max(lengths), max_length_k=max(lengths), use_cache=False,
-            ).last_hidden_state[:, lengths[0] :]  # fmt: skip
-            alone = model.base_model(
+            ).logits[:, -lengths[1] :]  # fmt: skip
+            alone = model(
                 input_ids=tokens[:, lengths[0] :], position_ids=positions[:, lengths[0] :], use_cache=False
-            ).last_hidden_state
+            ).logits[:, -lengths[1] :]
         finally:
             for module, mode in training.items():
                 module.training = mode
@@ -404,4 +409,4 @@ def verify_isolation(model: PreTrainedModel, device: torch.device) -> str | None
         torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else packed.dtype
     )
     allowed = max(8 * precision.eps, 1e-4)
-    return None if error <= allowed else f"hidden states change by a relative {error:.1e} when packed"
+    return None if error <= allowed else f"logits change by a relative {error:.1e} when packed"

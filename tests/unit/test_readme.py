@@ -53,7 +53,7 @@ def part_states(family: str) -> tuple[dict[str, str], list[str]]:
     states, reasons = {}, []
     for name in TABLE_PARTS:
         if name == "packing":  # the trainer packs for a model that passes this check, and refuses others
-            leak = verify_isolation(model.get_base_model(), torch.device("cpu"))
+            leak = verify_isolation(model, torch.device("cpu"))
             states[name], remark = ("on", None) if leak is None else ("off", leak)
         else:
             part = report[name]
