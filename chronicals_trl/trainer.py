@@ -7,10 +7,12 @@ returns the parent's result as it is.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from chronicals_trl import _inputs
 from chronicals_trl._versions import installed, newer_than_tested
 from chronicals_trl.config import PARTS, ChronicalsConfig
 from chronicals_trl.model.attention import verify_isolation
-from chronicals_trl.model.lm_head import HeadCall
+from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
 from chronicals_trl.model.patch import base_model, patch_model
 from chronicals_trl.observe.throughput import ThroughputMeter
 from chronicals_trl.optim.lora_plus import apply_lora_plus
@@ -164,12 +166,30 @@ class SFTTrainer(TrlSFTTrainer):
                 f"LoRA+: B learns at {config.lora_plus_ratio:g} times the learning rate of A; lora_plus='off' "
                 "restores one rate for both"
             )
+        notes += self._router_notes()
         for package in ("trl", "transformers"):
             version = installed(package)
             if version is not None and newer_than_tested(package, version):
                 notes.append(f"{package} {version} is newer than the newest tested release")
         if self.args.auto_find_batch_size and self._packing.state == "on":
             notes.append("auto_find_batch_size: after a change of the batch size an epoch's last batch may be short")
+        return notes
+
+    def _router_notes(self) -> list[str]:
+        """Where the router's auxiliary loss on packed rows cannot be kept to their real tokens."""
+        if not self.aux_loss_enabled or self._packing.state == "off" or self._head:
+            return []
+        notes = []
+        if type(self).compute_loss is not SFTTrainer.compute_loss:
+            notes.append(
+                "auxiliary loss: compute_loss is overridden; unless it calls super().compute_loss, the router's "
+                "auxiliary loss counts the padding of packed rows"
+            )
+        if self.args.world_size > 1:
+            notes.append(
+                "auxiliary loss: with the head off, aux_loss of a rank whose rows are all empty (logged, or read by a "
+                "compute_loss_func) is that of padding; the loss of TRL leaves it out"
+            )
         return notes
 
     def _save_report(self) -> None:
@@ -212,9 +232,10 @@ class SFTTrainer(TrlSFTTrainer):
     ) -> Any:
         # With outputs asked for (compute_metrics) the parent runs a second forward for the logits: nothing to win.
         if self._chronicals is None or not self._head or return_outputs:
-            return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
+            with self._router_mask(inputs) as inputs:
+                return super().compute_loss(
+                    model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+                )
         mode = "train" if self.model.training else "eval"
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
@@ -233,6 +254,23 @@ class SFTTrainer(TrlSFTTrainer):
             loss = loss + coefficient * outputs.aux_loss / steps
         self._record(mode, outputs)
         return loss
+
+    @contextlib.contextmanager
+    def _router_mask(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """For the parent's compute_loss: inputs with which the router's auxiliary loss leaves out the padding."""
+        if self._chronicals is None or self._token_mask is None:
+            yield inputs
+            return
+        mask, coefficient = self._token_mask.long(), self.router_aux_loss_coef
+        if self.model.training:
+            self.router_aux_loss_coef = coefficient * self._router_share
+        if self._batch_tokens == 0:  # a mean over no token is 0/0: the mean over the padding, times 0
+            mask, self.router_aux_loss_coef = torch.ones_like(mask), 0.0
+        try:
+            with mask_for_the_router_alone(base_model(self.model)):
+                yield {**inputs, "attention_mask": mask}
+        finally:
+            self.router_aux_loss_coef = coefficient
 
     @torch.no_grad()
     def _record(self, mode: str, outputs: Any) -> None:

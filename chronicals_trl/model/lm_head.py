@@ -10,8 +10,9 @@ Legend: B batch, S sequence, N = B * S tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,6 +185,24 @@ def _router_loss(config: Any, backbone: Any, token_mask: Tensor | None, attentio
     some = (mask != 0).any()
     mask = torch.where(some, mask, torch.ones_like(mask))
     return load_balancing_loss_func(logits, num_experts, config.num_experts_per_tok, mask) * some
+
+
+def _without_attention_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "attention_mask": None}
+
+
+@contextlib.contextmanager
+def mask_for_the_router_alone(model: PreTrainedModel) -> Iterator[None]:
+    """While open, `attention_mask` reaches the router's auxiliary loss of `model`, and not its layers.
+
+    The forwards of mixtures of experts, and TRL's own fused head, leave out of that loss what the mask leaves out. On
+    a packed row the layers must not see one: transformers then looks for no documents.
+    """
+    handle = model.base_model.register_forward_pre_hook(_without_attention_mask, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @functools.cache

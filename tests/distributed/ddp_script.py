@@ -93,6 +93,7 @@ def main(output: Path) -> None:
     figures = {
         "llama": train(output, "llama", per_device_train_batch_size=2 // RANKS),
         "experts": train(output, "qwen3_moe", **accumulated),
+        "experts, head off": train(output, "qwen3_moe", chronicals_config={"head": "off"}, **accumulated),
         "eval 1": evaluate(output, "llama", 1),
         "eval 4": evaluate(output, "llama", 4),
         "apart": apart(output),
