@@ -58,6 +58,8 @@ class SFTTrainer(TrlSFTTrainer):
             model does not keep apart.
     """
 
+    router_aux_loss_coef: float | Tensor  # TRL's
+
     @functools.wraps(TrlSFTTrainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(TrlSFTTrainer.__init__).bind(self, *args, **kwargs).arguments
