@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_data
 import tiny_models
+import torch
+import trl
 from training_runs import SETTINGS, logged
 from transformers import TrainerCallback
 
-from chronicals_trl import SFTConfig, SFTTrainer
+from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer, _inputs
+from chronicals_trl.packing import pack_dataset
 
 
 def make(tmp_path: Path, *, data=None, model=None, trainer_class: type = SFTTrainer, peft_config=None, **options):
@@ -57,3 +61,128 @@ def test_logged_rates_are_those_of_the_step(tmp_path: Path, frozen: str | None) 
     assert max(b) == pytest.approx(8 * SETTINGS["learning_rate"]) and len(set(b)) > 2
     expected = b if frozen else [step[b_name.replace("lora_B", "lora_A")] for step in rates.steps]
     assert logged(trainer, "learning_rate") == pytest.approx(expected)
+
+
+def test_groups_are_split_once(tmp_path: Path) -> None:
+    """`create_optimizer` is called again where an optimizer exists; its B matrices must not get the ratio squared."""
+    peft = pytest.importorskip("peft")
+    trainer = make(tmp_path, peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer.create_optimizer()
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    trainer.create_optimizer()
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == rates
+    assert max(rates) == pytest.approx(16 * SETTINGS["learning_rate"])
+    assert trainer.chronicals_report["lora_plus"].state == "on"
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_a_deepspeed_section_that_undoes_lora_plus_is_refused(tmp_path: Path, section: str) -> None:
+    peft = pytest.importorskip("peft")
+    trainer = make(tmp_path, peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer.args.hf_deepspeed_config = SimpleNamespace(config={section: {}})
+    with pytest.raises(ValueError, match=f"own '{section}'"):
+        _inputs.lora_plus_part(trainer, ChronicalsConfig())
+
+
+# -- packing ---------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_shuffled_as_trl_does_before_and_after_packing(tmp_path: Path) -> None:
+    """Once each: documents of equal length change places in the plan, and the rows change places after it."""
+    trainer = make(tmp_path, packing=True, shuffle_dataset=True, seed=7)
+    packed, _ = pack_dataset(tiny_data.tokenized().shuffle(seed=7), SETTINGS["max_length"])
+    assert list(trainer.train_dataset["input_ids"]) == list(packed.shuffle(seed=7)["input_ids"])
+    plain = make(tmp_path, packing=True, seed=7)
+    assert set(map(tuple, plain.train_dataset["input_ids"])) != set(map(tuple, trainer.train_dataset["input_ids"]))
+
+
+@pytest.mark.parametrize("layer_types", [None, ["linear_attention", "full_attention"]])
+def test_hybrid_models_get_exact_cu_seqlens(tmp_path: Path, layer_types: list[str] | None) -> None:
+    """An empty document would reset the state of a linear-attention layer, or be an error to its kernel."""
+    model = tiny_models.build("llama")
+    if layer_types is not None:
+        model.config.layer_types = layer_types  # which Llama's own code does not read
+    trainer = make(tmp_path, model=model, packing=True)
+    row = trainer.train_dataset[0]
+    offsets = trainer.data_collator([row])["cu_seq_lens_q"]
+    if layer_types is None:
+        assert len(offsets) % 32 == 0
+    else:
+        assert len(offsets) < 32 and (offsets.diff() > 0).all()
+
+
+def test_rows_of_the_users_own_are_not_packed(tmp_path: Path) -> None:
+    """skip_prepare_dataset: the rows and TRL's collator are used as they are, and the report says so."""
+    rows, _ = pack_dataset(tiny_data.tokenized(), SETTINGS["max_length"])
+    trainer = make(tmp_path, data=rows, packing=True, dataset_kwargs={"skip_prepare_dataset": True}, max_steps=1)
+    part = trainer.chronicals_report["packing"]
+    assert part.state == "off" and part.omitted and "skip_prepare_dataset" in part.reason
+    assert isinstance(trainer.data_collator, trl.trainer.sft_trainer.DataCollatorForLanguageModeling)
+    trainer.train()
+    assert logged(trainer, "loss")[0] > 0
+
+
+@pytest.mark.parametrize(("max_length", "message"), [(None, "packing=True needs max_length"), (1, "fewer than 2")])
+def test_packing_for_evaluation_alone_needs_a_max_length(tmp_path: Path, max_length: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, eval_packing=True, eval_dataset=tiny_data.text(4), max_length=max_length)
+
+
+# -- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_strict_counts_what_the_trainer_itself_leaves_out(tmp_path: Path) -> None:
+    """patch_model cannot know of packing: its own check of `strict` has passed by then."""
+    with pytest.raises(RuntimeError, match="packing is off"):
+        make(tmp_path, packing=True, packing_strategy="wrapped", chronicals_config={"strict": True})
+
+
+@pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
+def test_model_parts_are_off_under_unverified_parallelism(tmp_path: Path, kind: str) -> None:
+    trainer = make(tmp_path)
+    enabled = {f"{name}_enabled": name == kind for name in ("tp", "cp", "sp")}
+    trainer.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**enabled))
+    left_out = _inputs.conflicts(trainer, trl.SFTTrainer, SFTTrainer)
+    assert left_out.keys() == {"rms_norm", "gated_mlp", "qk_rope", "attention", "head", "lora"}
+    assert all(reason.startswith(f"{kind}_size > 1") for reason in left_out.values())
+
+
+def test_label_smoothing_takes_the_head_from_nll_alone(tmp_path: Path) -> None:
+    """TRL smooths no DFT loss, so the head can serve it."""
+    for loss_type, state in (("nll", "off"), ("dft", "on")):
+        trainer = make(tmp_path, loss_type=loss_type, label_smoothing_factor=0.1)
+        assert trainer.chronicals_report["head"].state == state
+
+
+# -- the meter -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_and_saving_are_not_measured(tmp_path: Path) -> None:
+    paused: dict[str, set[bool]] = {"train": set(), "eval": set(), "save": set()}
+
+    class Watched(SFTTrainer):
+        def training_step(self, *args, **kwargs):
+            paused["train"].add(bool(self._meter._paused))
+            return super().training_step(*args, **kwargs)
+
+        def prediction_step(self, *args, **kwargs):
+            paused["eval"].add(bool(self._meter._paused))
+            return super().prediction_step(*args, **kwargs)
+
+        def save_model(self, *args, **kwargs):
+            paused["save"].add(bool(self._meter._paused))
+            return super().save_model(*args, **kwargs)
+
+    trainer = make(
+        tmp_path, trainer_class=Watched, eval_dataset=tiny_data.text(4), eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, max_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    assert paused == {"train": {False}, "eval": {True}, "save": {True}}
+
+
+def test_what_came_before_the_first_step_is_not_measured(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=1)
+    trainer._meter.update(torch.tensor(10**9), 1)
+    trainer.train()
+    assert 0 < logged(trainer, "packing_fill")[0] <= 1

@@ -358,3 +358,12 @@ def test_an_optimizer_that_refuses_a_second_group_is_left_as_it_was():
     with pytest.raises(ValueError, match="one group only"):
         apply_lora_plus(optimizer, model)
     assert [len(g["params"]) for g in optimizer.param_groups] == [2]
+
+
+def test_a_frozen_b_in_the_optimizer_is_no_b_to_speed_up():
+    """An optimizer over all parameters holds frozen ones too: a ratio for those would be one without effect."""
+    model = lora_net()
+    model.base_model.model.q_proj.lora_B["default"].requires_grad_(False)
+    groups = [{"params": list(model.parameters()), "lr": LR}]
+    with pytest.raises(ValueError, match=r"trainable lora_A matrices but no lora_B .* make lora_B trainable"):
+        split_lora_plus_groups(model, groups)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, IterableDataset
 
-from chronicals_trl.packing import PackStats, pack_dataset, pack_lengths
+from chronicals_trl.packing import PackedCollator, PackStats, pack_dataset, pack_lengths
 from chronicals_trl.packing import dataset as dataset_module
 
 Rows = list[dict[str, list[int]]]
@@ -343,3 +343,17 @@ def test_stream_pickles_and_splits_long_documents() -> None:
 def test_empty_stream_says_so() -> None:
     with pytest.raises(ValueError, match="data set is empty"):
         pack_dataset(IterableDataset.from_generator(generate_nothing), 8)
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_max_lengths_of_batches_are_those_of_the_data_set(multiple: int) -> None:
+    """Static under both names, though most rows have shorter segments; with empty rows it is the capacity."""
+    packed, stats = pack_dataset(Dataset.from_list(make_rows([7] * 4 + [4, 3])), 8, pad_bins_to_multiple_of=multiple)
+    assert (stats.bins, stats.empty_bins) == (5, 3 if multiple == 4 else 0)
+    assert stats.max_segment_length == (8 if multiple == 4 else 7)
+    collate = PackedCollator(pad_token_id=0, capacity=8, max_segment_length=stats.max_segment_length)
+    batches = [collate([row]) for row in packed]
+    assert {batch["max_length_q"] for batch in batches} == {stats.max_segment_length}
+    assert {batch["max_length_k"] for batch in batches} == {stats.max_segment_length}
+    longest = {int(batch["cu_seq_lens_q"].diff().max()) for batch in batches}
+    assert min(longest) < max(longest) == stats.max_segment_length
