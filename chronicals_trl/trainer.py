@@ -126,15 +126,15 @@ class SFTTrainer(TrlSFTTrainer):
         text_config = base_model(self.model).config.get_text_config()
         # Linear-attention and state-space layers start a new state at each entry of cu_seqlens: exact ones for them.
         hybrid = not set(getattr(text_config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
-        whole = stats if stats and len(self._packing_stats) == 1 else None
         self.data_collator = PackedCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             capacity=self.args.max_length,
-            max_segment_length=whole.max_segment_length if whole else None,
-            max_docs_per_bin=whole.max_docs_per_bin if whole else None,
+            max_segment_length=stats.max_segment_length if stats else None,
+            max_docs_per_bin=stats.max_docs_per_bin if stats else None,
             cu_seqlens_bucket=None if hybrid else CU_SEQLENS_BUCKET,
             fallback=self.data_collator,  # type: ignore[has-type]
             emit_token_mask=self.aux_loss_enabled,
+            filler_ids=_first_tokens(self.train_dataset),
         )
 
     def _check_isolation(self) -> None:
@@ -322,3 +322,10 @@ class SFTTrainer(TrlSFTTrainer):
             return super()._save_checkpoint(*args, **kwargs)
         with self._meter.excluding():
             return super()._save_checkpoint(*args, **kwargs)
+
+
+def _first_tokens(dataset: Any) -> list[int]:
+    """A few real tokens, for batches of empty rows alone; a stream has no such rows, and is not read for them."""
+    rows = iter(dataset) if isinstance(dataset, Dataset) else iter(())
+    ids = next((row["input_ids"] for row in rows if len(row["input_ids"])), [])
+    return [int(token) for token in ids[:16]]
