@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
+from numpy.typing import NDArray
 
 from chronicals_trl.config import ChronicalsConfig
 from chronicals_trl.report import PartReport
@@ -63,6 +67,68 @@ def _check_data(name: str, data: Dataset | IterableDataset, args: Any, *, has_fo
         "(dataset_text_field), 'messages', 'prompt' with 'completion', or 'input_ids'. Rename a column, set "
         "dataset_text_field, or pass formatting_func."
     )
+
+
+def came_packed(name: str, data: Dataset | IterableDataset, max_length: int) -> bool:
+    """Whether the rows are packed already: by `trl.pack_dataset`, or ours that `evaluate` hands over again.
+
+    Judged by what such rows are, `input_ids` with `seq_lengths` that add up to them, and not by the column's name
+    alone: a user may have a column called "seq_lengths" of another meaning, and a selection of packed rows is packed.
+
+    Raises:
+        ValueError: `seq_lengths` that do not add up, or a row longer than `max_length`.
+    """
+    if isinstance(data, Dataset):
+        if not {"input_ids", "seq_lengths"} <= set(data.column_names):
+            return False
+        kind = data.data.schema.field("seq_lengths").type
+        if not (_is_list(kind) and pa.types.is_integer(kind.value_type)):
+            return False  # one number a row, say: a column of the user's own, which TRL drops as well
+        tokens, sums = list_lengths(data, "input_ids"), _list_sums(data, "seq_lengths")
+    else:
+        row = next(iter(data), None) or {}
+        if not ("input_ids" in row and isinstance(row.get("seq_lengths"), (list, tuple))):
+            return False
+        # The collator checks the other rows of a stream as they come.
+        tokens, sums = np.array([len(row["input_ids"])]), np.array([sum(row["seq_lengths"])])
+    wrong = np.flatnonzero(tokens != sums)
+    if len(wrong):
+        raise ValueError(
+            f"The {name} has a column 'seq_lengths', as packed rows have, but in row {wrong[0]} it adds up to "
+            f"{sums[wrong[0]]} and there are {tokens[wrong[0]]} input_ids. If the rows are documents, remove the "
+            "column (dataset.remove_columns('seq_lengths')); if they are packed rows, pack them again."
+        )
+    longest = int(tokens.max(initial=0))
+    if longest > max_length:
+        raise ValueError(
+            f"The {name} came packed (it has 'seq_lengths') in rows of up to {longest} tokens, but "
+            f"max_length={max_length}. Set max_length={longest}, or pass the documents in place of packed rows."
+        )
+    return True
+
+
+def list_lengths(data: Dataset, column: str) -> NDArray[np.int64]:
+    """The lengths of a list column's rows, without reading the values."""
+    lengths = pc.list_value_length(data.data.column(column)).fill_null(0).to_numpy().astype(np.int64)
+    return _selected(data, lengths)
+
+
+def _list_sums(data: Dataset, column: str) -> NDArray[np.int64]:
+    sums = []
+    for chunk in data.data.column(column).chunks:
+        offsets = chunk.offsets.to_numpy()
+        running = np.concatenate([[0], np.cumsum(chunk.values.to_numpy(zero_copy_only=False), dtype=np.int64)])
+        sums.append(running[offsets[1:]] - running[offsets[:-1]])
+    return _selected(data, np.concatenate([np.zeros(0, dtype=np.int64), *sums]))
+
+
+def _selected(data: Dataset, values: NDArray[Any]) -> NDArray[Any]:
+    """One value a row of the table -> one a row of the data set, which a filter or a shuffle has reordered."""
+    return values if data._indices is None else values[data._indices.column(0).to_numpy()]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
 def packing_part(args: Any, config: ChronicalsConfig) -> PartReport:

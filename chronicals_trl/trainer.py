@@ -61,7 +61,9 @@ class SFTTrainer(TrlSFTTrainer):
         given = inspect.signature(TrlSFTTrainer.__init__).bind(self, *args, **kwargs).arguments
         arguments: Any = given.get("args")
         self._chronicals: ChronicalsConfig | None = None
-        self._packing_stats: dict[str, PackStats] = {}
+        self._data_notes: dict[str, str] = {}
+        self._train_stats: PackStats | None = None
+        self._train_prepared = False
         self._lora_plus = False
         if not getattr(arguments, "use_chronicals", False):
             reason = "use_chronicals=False"
@@ -122,7 +124,7 @@ class SFTTrainer(TrlSFTTrainer):
         return report
 
     def _use_packed_collator(self) -> None:
-        stats = self._packing_stats.get("train")
+        stats = self._train_stats
         text_config = base_model(self.model).config.get_text_config()
         # Linear-attention and state-space layers start a new state at each entry of cu_seqlens: exact ones for them.
         hybrid = not set(getattr(text_config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
@@ -147,7 +149,7 @@ class SFTTrainer(TrlSFTTrainer):
             )
 
     def _notes(self, config: ChronicalsConfig) -> list[str]:
-        notes = [f"packing {name}: {stats.describe()}" for name, stats in self._packing_stats.items()]
+        notes = list(self._data_notes.values())
         if self._lora_plus:
             notes.append(
                 f"LoRA+: B learns at {config.lora_plus_ratio:g} times the learning rate of A; lora_plus='off' "
@@ -170,16 +172,29 @@ class SFTTrainer(TrlSFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Dataset | IterableDataset:
-        if self._chronicals is None or not packing or self._packing.state == "off":
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if "seq_lengths" in (dataset.column_names or ()):
-            return dataset  # packed before, and handed over a second time by `evaluate`
+        prepare = super()._prepare_dataset
+        if self._chronicals is None:
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        # TRL prepares the training set first; the name does not tell, since a key of an eval_dataset may be "train".
+        training, self._train_prepared = not self._train_prepared, True
+        name = "train" if training else "eval" if dataset_name == "eval" else f"eval[{dataset_name!r}]"
+        packs = packing and self._packing.state == "on"
+        if packs and _inputs.came_packed(f"{name} data set", dataset, args.max_length):
+            self._data_notes[name] = f"packing {name}: the rows came packed (seq_lengths) and are used as they are"
+            return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
         # Without max_length and packing the parent only tokenises and builds labels: truncating here would lose the
         # tokens that bfd_split keeps. A data set is shuffled as TRL does it, before and after packing.
         plain = copy.copy(args)
         plain.max_length = None
         plain.shuffle_dataset = False
-        dataset = super()._prepare_dataset(dataset, processing_class, plain, False, formatting_func, dataset_name)
+        if not packs:
+            if args.max_length is None or packing or not isinstance(dataset, Dataset):
+                return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            # In two steps, tokenised and then truncated, to see what is cut off.
+            dataset = prepare(dataset, processing_class, plain, False, formatting_func, dataset_name)
+            self._note_truncation(name, dataset, args.max_length)
+            return prepare(dataset, processing_class, args, False, None, dataset_name)
+        dataset = prepare(dataset, processing_class, plain, False, formatting_func, dataset_name)
         dataset = dataset.select_columns(["input_ids", "labels"])
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
@@ -188,11 +203,22 @@ class SFTTrainer(TrlSFTTrainer):
                 dataset,
                 args.max_length,
                 strategy=args.packing_strategy,
-                pad_bins_to_multiple_of=_inputs.bins_per_round(args, training=dataset_name == "train"),
+                pad_bins_to_multiple_of=_inputs.bins_per_round(args, training=training),
                 window=self._chronicals.packing_window,
             )
-        self._packing_stats[dataset_name] = stats
+        if training:
+            self._train_stats = stats
+        self._data_notes[name] = f"packing {name}: {stats.describe()}"
         return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
+
+    def _note_truncation(self, name: str, dataset: Dataset, max_length: int) -> None:
+        lengths = _inputs.list_lengths(dataset, "input_ids")
+        above = lengths[lengths > max_length]
+        if len(above):
+            self._data_notes[name] = (
+                f"{name}: {len(above):,} of {len(lengths):,} documents truncated to max_length={max_length:,} "
+                f"({int((above - max_length).sum()):,} tokens lost)"
+            )
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -327,5 +353,5 @@ class SFTTrainer(TrlSFTTrainer):
 def _first_tokens(dataset: Any) -> list[int]:
     """A few real tokens, for batches of empty rows alone; a stream has no such rows, and is not read for them."""
     rows = iter(dataset) if isinstance(dataset, Dataset) else iter(())
-    ids = next((row["input_ids"] for row in rows if len(row["input_ids"])), [])
+    ids: Any = next((row["input_ids"] for row in rows if len(row["input_ids"])), [])
     return [int(token) for token in ids[:16]]

@@ -17,7 +17,10 @@ from chronicals_trl.packing import PackedCollator
 _ROPE = {"rope_theta": 10000.0}
 # Documents stay below the length at which the rotation changes; a tail that counted on would be above it.
 _POSITION_SENSITIVE = {
-    "dynamic NTK": ("llama", {"max_position_embeddings": 32, "rope_parameters": {**_ROPE, "rope_type": "dynamic", "factor": 4.0}}),
+    "dynamic NTK": (
+        "llama",
+        {"max_position_embeddings": 32, "rope_parameters": {**_ROPE, "rope_type": "dynamic", "factor": 4.0}},
+    ),
     "longrope": (
         "phi3",
         {

@@ -104,6 +104,74 @@ def test_eval_packing(tmp_path: Path, packing: bool, eval_packing: bool | None) 
     )
 
 
+def test_evaluation_of_longer_documents_than_training_had(tmp_path: Path) -> None:
+    short = Dataset.from_dict({"text": [text[:20] for text in tiny_data.sentences(96)]})
+    trainer = make(tmp_path, packing=True, data=short, per_device_eval_batch_size=64)
+    assert trainer.data_collator.max_segment_length < 96
+    data = Dataset.from_dict({"text": [" and ".join(tiny_data.sentences(3, seed=9))] * 2})
+    alone = make(tmp_path, per_device_eval_batch_size=64).evaluate(data)
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+
+
+def test_an_eval_data_set_called_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def bins_per_round(args, *, training):
+        asked.append(training)
+        return 1
+
+    monkeypatch.setattr(_inputs, "bins_per_round", bins_per_round)
+    trainer = make(tmp_path, packing=True, eval_dataset={"train": tiny_data.text(6, seed=9)})
+    assert asked == [True, False]
+    assert trainer._train_stats.documents == 40
+    notes = [note for note in trainer.chronicals_report.notes if note.startswith("packing")]
+    assert notes[0].startswith("packing train: 40 documents")
+    assert notes[1].startswith("packing eval['train']: 6 documents")
+
+
+def test_a_users_column_called_seq_lengths(tmp_path: Path) -> None:
+    source = Counter(tuple(ids) for ids in tiny_data.tokenized()["input_ids"])
+    texts = tiny_data.text().map(lambda row: {"seq_lengths": [len(row["text"])]})
+    assert documents(make(tmp_path, packing=True, data=texts).train_dataset) == source
+    tokens = tiny_data.tokenized().map(lambda row: {"seq_lengths": len(row["input_ids"])})
+    assert documents(make(tmp_path, packing=True, data=tokens).train_dataset) == source
+    tokens = tiny_data.tokenized().map(lambda row: {"seq_lengths": [1, 1]})
+    with pytest.raises(ValueError, match=r"train data set has a column 'seq_lengths'.*row 0 it adds up to 2"):
+        make(tmp_path, packing=True, data=tokens)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_rows_that_trl_packed(tmp_path: Path, streams: bool) -> None:
+    tokens = tiny_data.tokenized().map(lambda row: {"labels": row["input_ids"]})
+    rows = trl.pack_dataset(tokens, 96, "bfd")
+    assert len(rows) > 8
+    data = rows.to_iterable_dataset() if streams else rows
+    ours = make(tmp_path, packing=True, data=data)
+    ours.train()
+    # Stock TRL trains on packed rows as they are where its preparation is skipped.
+    theirs = make(tmp_path, packing=True, data=data, use_chronicals=False,
+                  dataset_kwargs={"skip_prepare_dataset": True})  # fmt: skip
+    theirs.train()
+    assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), rel=1e-5)
+    assert any("came packed" in note for note in ours.chronicals_report.notes)
+    assert documents(make(tmp_path, packing=True, data=rows.select([3, 5])).train_dataset) == documents(
+        rows.select([3, 5])
+    )
+    with pytest.raises(ValueError, match=r"rows of up to \d+ tokens, but max_length=64. Set max_length=\d+"):
+        make(tmp_path, packing=True, data=data, max_length=64)
+
+
+def test_truncation_is_counted_without_packing(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_length=16, shuffle_dataset=True)
+    reference = make(tmp_path, max_length=16, shuffle_dataset=True, use_chronicals=False)
+    assert trainer.train_dataset["input_ids"] == reference.train_dataset["input_ids"]
+    lengths = [len(ids) for ids in tiny_data.tokenized()["input_ids"]]
+    count, lost = sum(n > 16 for n in lengths), sum(max(0, n - 16) for n in lengths)
+    expected = f"train: {count} of 40 documents truncated to max_length=16 ({lost} tokens lost)"
+    assert expected in trainer.chronicals_report.notes
+    assert not any("truncated" in note for note in make(tmp_path, max_length=96).chronicals_report.notes)
+
+
 def test_streaming_is_packed_in_windows_and_says_so(tmp_path: Path) -> None:
     stream = tiny_data.text().to_iterable_dataset()
     trainer = make(tmp_path, data=stream, packing=True, chronicals_config={"packing_window": 20})
