@@ -55,7 +55,8 @@ def _sft(arguments: list[str]) -> int:
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
     from trl.scripts import sft
 
-    from chronicals_trl.config import ENV_FLAG
+    from chronicals_trl._environment import ENV_FLAG
+    from chronicals_trl.config import _FromEnvironment
 
     parser = sft.make_parser(prog="chronicals-trl sft")
     *_, from_config, from_command_line = parser.parse_args_and_config(
@@ -63,8 +64,10 @@ def _sft(arguments: list[str]) -> int:
     )
     launch_arguments = resolve_accelerate_config_argument(from_config + from_command_line)
     script_arguments = _without(arguments, from_command_line)
-    # The YAML file's value has become the parser's default, and its `env:` section is in os.environ by now.
-    if not isinstance(parser.get_default("use_chronicals"), bool) and ENV_FLAG not in os.environ:
+    # The YAML file's value has become the parser's default, quoted words and numbers as they are; SFTConfig reads
+    # them. Its `env:` section is in os.environ by now.
+    from_yaml = parser.get_default("use_chronicals")
+    if (from_yaml is None or isinstance(from_yaml, _FromEnvironment)) and ENV_FLAG not in os.environ:
         # In front: of two values the last one counts, so one that the user gave still wins.
         script_arguments = ["--use_chronicals", "True", *script_arguments]
     launch = launch_command_parser().parse_args(

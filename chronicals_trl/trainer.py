@@ -20,10 +20,11 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
+from trl.trainer.utils import get_config_model_id
 
 from chronicals_trl import _inputs
 from chronicals_trl._versions import installed, newer_than_tested
-from chronicals_trl.config import PARTS, ChronicalsConfig
+from chronicals_trl.config import PARTS, ChronicalsConfig, SFTConfig, read_flag
 from chronicals_trl.model.attention import verify_isolation
 from chronicals_trl.model.lm_head import HeadCall
 from chronicals_trl.model.patch import base_model, patch_model
@@ -58,14 +59,23 @@ class SFTTrainer(TrlSFTTrainer):
 
     @functools.wraps(TrlSFTTrainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(TrlSFTTrainer.__init__).bind(self, *args, **kwargs).arguments
+        bound = inspect.signature(TrlSFTTrainer.__init__).bind(self, *args, **kwargs)
+        given = bound.arguments
+        if given.get("args") is None and "model" in given:
+            # As the parent would, but ours: CHRONICALS_USE_CHRONICALS counts here too.
+            model = given["model"]
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            given["args"] = SFTConfig(f"{name.split('/')[-1]}-SFT")
+            args, kwargs = bound.args[1:], bound.kwargs
         arguments: Any = given.get("args")
         self._chronicals: ChronicalsConfig | None = None
         self._data_notes: dict[str, str] = {}
         self._train_stats: PackStats | None = None
         self._train_prepared = False
         self._lora_plus = False
-        if not getattr(arguments, "use_chronicals", False):
+        # The class's default, "look at the environment", is what stock TRL's pickled arguments fall back to: off.
+        flag = getattr(arguments, "use_chronicals", False)
+        if not (flag and read_flag(flag)):
             reason = "use_chronicals=False"
             if arguments is not None and not hasattr(arguments, "use_chronicals"):
                 reason = f"the arguments are a plain {type(arguments).__module__}.{type(arguments).__qualname__}"

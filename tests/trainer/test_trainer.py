@@ -262,6 +262,20 @@ def test_a_plain_config_counts_as_off_and_says_so(tmp_path: Path, caplog: pytest
     assert "chronicals-trl is off" in caplog.text
 
 
+def test_without_arguments_the_environment_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # transformers' defaults, bf16 among them, refuse a machine without a GPU: nothing of that is tested here.
+    monkeypatch.setattr(TrainingArguments, "_validate_args", lambda self: None, raising=False)
+    model = tiny_models.build("llama").to(torch.float32)
+    model.config._name_or_path = "somewhere/tiny"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for flag, state in (("0", "off"), ("1", "on")):
+        monkeypatch.setenv("CHRONICALS_USE_CHRONICALS", flag)
+        trainer = SFTTrainer(model, train_dataset=tiny_data.text(4), processing_class=tiny_data.tokenizer())
+        assert type(trainer.args) is SFTConfig and trainer.args.output_dir == "tiny-SFT"
+        assert trainer.chronicals_report["head"].state == state
+
+
 def test_strict(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="rms_norm is off"):
         make(tmp_path, family="gpt2", chronicals_config={"strict": True})

@@ -165,6 +165,22 @@ def test_sft_leaves_the_flag_to_whoever_set_it(
     assert "--use_chronicals" not in launched[-1].training_script_args
 
 
+@pytest.mark.parametrize("value", ['"false"', "0", "'no'"])
+def test_sft_takes_a_quoted_flag_of_a_yaml_file(tmp_path: Path, launched: list[Namespace], value: str) -> None:
+    (tmp_path / "off.yaml").write_text(f"use_chronicals: {value}\n")
+    assert cli.main([*SFT, str(tmp_path), "--config", str(tmp_path / "off.yaml")]) == 0
+    assert "--use_chronicals" not in launched[-1].training_script_args
+
+
+def test_sft_refuses_a_flag_that_is_neither(
+    tmp_path: Path, launched: list[Namespace], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "off.yaml").write_text("use_chronicals: 2\n")
+    with pytest.raises(ValueError, match="use_chronicals must be one of true"):
+        cli.main([*SFT, str(tmp_path), "--config", str(tmp_path / "off.yaml")])
+    assert launched == []
+
+
 def test_sft_refuses_bad_settings_before_it_launches(tmp_path: Path, launched: list[Namespace]) -> None:
     with pytest.raises(ValueError, match="Did you mean 'attention'"):
         cli.main([*SFT, str(tmp_path), "--chronicals_config", '{"atention": "off"}'])
