@@ -117,10 +117,23 @@ def test_doctor_shows_what_would_be_on(tmp_path: Path, capsys: pytest.CaptureFix
     assert parts["rms_norm"]["state"] == "on"
     assert parts["rms_norm"]["modules"] == 5  # two in each of two layers, one at the end
     assert parts["gated_mlp"]["modules"] == 2
+    assert {parts[name]["reason"] for name in ("packing", "lora_plus")} == {
+        "decided by the trainer, not by patch_model"
+    }
     assert cli.main(["doctor", "--model", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "gated_mlp" in text
     assert "transformers" in text
+
+
+def test_doctor_on_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("/nonexistent", str(tmp_path)):
+        assert cli.main(["doctor", "--model", name]) == 1
+        text = capsys.readouterr().out
+        assert "transformers" in text and text.splitlines()[-1].startswith(f"cannot read the model {name!r}: ")
+        assert cli.main(["doctor", "--model", name, "--json"]) == 1
+        assert "cannot read" in json.loads(capsys.readouterr().out)["model"]["error"]
 
 
 @pytest.fixture
