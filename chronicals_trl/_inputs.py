@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
+from torch import nn
 
 from chronicals_trl.config import ChronicalsConfig
+from chronicals_trl.optim.lora_plus import trainable_kinds
 from chronicals_trl.report import PartReport
 
 if TYPE_CHECKING:
@@ -31,15 +33,15 @@ def check(args: Any, given: dict[str, Any]) -> None:
         args: the SFTConfig.
         given: the trainer's arguments by name.
     """
-    packs = args.packing or bool(args.eval_packing)
+    packs = packing_setting(args)
     if packs and args.max_length is None:
         raise ValueError(
-            "packing=True needs max_length, the number of tokens of a packed row, but it is None. Set max_length."
+            f"{packs}=True needs max_length, the number of tokens of a packed row, but it is None. Set max_length."
         )
     if packs and args.max_length < 2:
         raise ValueError(
-            f"max_length={args.max_length}: a packed row of fewer than 2 tokens has nothing to predict. Set "
-            "max_length to the model's context length, such as 2048."
+            f"{packs}=True with max_length={args.max_length}: a packed row of fewer than 2 tokens has nothing to "
+            "predict. Set max_length to the model's context length, such as 2048."
         )
     if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         return
@@ -131,9 +133,14 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
+def packing_setting(args: Any) -> str | None:
+    """The argument that asks for packing, to name in errors; None where nothing is packed."""
+    return "packing" if args.packing else "eval_packing" if args.eval_packing else None
+
+
 def packing_part(args: Any, config: ChronicalsConfig) -> PartReport:
     """Whether this package packs, decided from the arguments alone: the data is prepared before the model is seen."""
-    if not (args.packing or args.eval_packing):
+    if packing_setting(args) is None:
         return PartReport("packing", "off", reason="packing=False: the data is used as it comes")
     if config.packing == "off":
         return PartReport("packing", "off", reason="packing='off' in the configuration: TRL packs")
@@ -182,13 +189,24 @@ def conflicts(trainer: SFTTrainer, stock: type, own: type) -> dict[str, str]:
     return leave_out
 
 
+def other_attention(model: Any) -> str:
+    """The attention implementations that `model` supports beside its own, quoted, for a remedy; "" without any."""
+    current = model.config.get_text_config()._attn_implementation
+    names = []
+    # A back end of ours stands in for "sdpa".
+    if getattr(model, "_supports_sdpa", False) and current != "sdpa" and "chronicals" not in current:
+        names.append("sdpa")
+    if getattr(model, "_supports_flash_attn", False):
+        flash = getattr(model, "_compatible_flash_implementations", None) or ["flash_attention_2"]
+        names += [name for name in flash if name != current]
+    return " or ".join(map(repr, names))
+
+
 def lora_plus_part(trainer: SFTTrainer, config: ChronicalsConfig) -> PartReport:
     """Whether the optimizer's groups will be split; refuses a DeepSpeed configuration that would undo it."""
-    if config.lora_plus == "off":
-        return PartReport("lora_plus", "off", reason="lora_plus='off' in the configuration")
-    adapters = sum("lora_B" in name and p.requires_grad for name, p in trainer.model.named_parameters())
-    if not adapters:
-        return PartReport("lora_plus", "off", reason="the model has no trainable LoRA adapter")
+    part = lora_plus_of_model(trainer.model, config)
+    if part.state == "off":
+        return part
     if trainer.optimizer is not None:
         return PartReport("lora_plus", "off", reason="the optimizer was passed in and is used as it is", omitted=True)
     deepspeed = getattr(trainer.args, "hf_deepspeed_config", None)
@@ -198,4 +216,24 @@ def lora_plus_part(trainer: SFTTrainer, config: ChronicalsConfig) -> PartReport:
                 f"The DeepSpeed configuration has its own {key!r}, which would lose LoRA+'s learning rates. Remove "
                 "that section (optim and lr_scheduler_type of the arguments take its place), or set lora_plus='off'."
             )
-    return PartReport("lora_plus", "on", modules=adapters, backend=f"ratio {config.lora_plus_ratio:g}")
+    return part
+
+
+def lora_plus_of_model(model: nn.Module, config: ChronicalsConfig) -> PartReport:
+    """Whether LoRA+ has something to do in `model`, and which rates it sets."""
+    if config.lora_plus == "off":
+        return PartReport("lora_plus", "off", reason="lora_plus='off' in the configuration")
+    counts = trainable_kinds(model)
+    if not any(counts.values()):
+        return PartReport("lora_plus", "off", reason="the model has no trainable LoRA adapter")
+    embeddings = counts["embedding"] if config.lora_plus_embedding_lr is not None else 0
+    if not counts["B"] and not embeddings:
+        reason = (
+            "LoRA is on embeddings alone, which learn at the optimizer's rate: set lora_plus_embedding_lr"
+            if counts["embedding"]
+            else "no lora_B matrix is trainable"
+        )
+        return PartReport("lora_plus", "off", reason=reason)
+    rates = [f"ratio {config.lora_plus_ratio:g}"] if counts["B"] else []
+    rates += [f"embedding_lr {config.lora_plus_embedding_lr:g}"] if embeddings else []
+    return PartReport("lora_plus", "on", modules=counts["B"] + embeddings, backend=", ".join(rates))

@@ -163,6 +163,11 @@ class ChronicalsConfig:
         return cls(**{**from_env, **_read_explicit(explicit)})
 
 
+def without_trainer_parts(config: ChronicalsConfig) -> ChronicalsConfig:
+    """`config` for `patch_model`, which cannot tell whether the parts that its caller sets afterwards will be on."""
+    return dataclasses.replace(config, packing="auto", lora_plus="auto")
+
+
 _FIELDS = tuple(f.name for f in dataclasses.fields(ChronicalsConfig))
 
 

@@ -18,8 +18,9 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from chronicals_trl.config import ChronicalsConfig
-from chronicals_trl.model.patch import patch_model
+from chronicals_trl._inputs import lora_plus_of_model
+from chronicals_trl.config import ChronicalsConfig, without_trainer_parts
+from chronicals_trl.model.patch import patch_model, unpatch_model
 from chronicals_trl.optim.lora_plus import apply_lora_plus
 from chronicals_trl.report import ActivationReport, PartReport
 
@@ -81,19 +82,21 @@ class ChronicalsPlugin:
     def _patch(self, model: nn.Module, optimizers: list[Optimizer]) -> ActivationReport:
         config = self.config
         assert isinstance(config, ChronicalsConfig)
-        report = patch_model(model, config)
+        report = patch_model(model, without_trainer_parts(config))
         report.set(PartReport("packing", "off", reason="a raw loop brings its own batches: see packing.dataset"))
-        report.set(self._split(model, optimizers, config))
-        report.raise_for_omissions(config)
+        try:
+            report.set(self._split(model, optimizers, config))
+            report.raise_for_omissions(config)
+        except BaseException:
+            unpatch_model(model)
+            raise
         return report
 
     @staticmethod
     def _split(model: nn.Module, optimizers: list[Optimizer], config: ChronicalsConfig) -> PartReport:
-        adapters = sum("lora_B" in name and p.requires_grad for name, p in model.named_parameters())
-        if config.lora_plus == "off":
-            return PartReport("lora_plus", "off", reason="lora_plus='off' in the configuration")
-        if not adapters:
-            return PartReport("lora_plus", "off", reason="the model has no trainable LoRA adapter")
+        part = lora_plus_of_model(model, config)
+        if part.state == "off":
+            return part
         plain = [item for item in optimizers if not isinstance(item, AcceleratedOptimizer)]
         if not plain:
             return PartReport(
@@ -101,7 +104,7 @@ class ChronicalsPlugin:
             )
         for optimizer in plain:
             apply_lora_plus(optimizer, model, ratio=config.lora_plus_ratio, embedding_lr=config.lora_plus_embedding_lr)
-        return PartReport("lora_plus", "on", modules=adapters, backend=f"ratio {config.lora_plus_ratio:g}")
+        return part
 
 
 def _is_language_model(item: Any) -> bool:

@@ -18,18 +18,19 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from chronicals_trl import _inputs
 from chronicals_trl._versions import installed, newer_than_tested
-from chronicals_trl.config import PARTS, ChronicalsConfig, SFTConfig, read_flag
+from chronicals_trl.config import PARTS, ChronicalsConfig, SFTConfig, read_flag, without_trainer_parts
 from chronicals_trl.model.attention import verify_isolation
 from chronicals_trl.model.lm_head import HeadCall
-from chronicals_trl.model.patch import base_model, patch_model
+from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpatch_model
 from chronicals_trl.observe.throughput import ThroughputMeter
-from chronicals_trl.optim.lora_plus import apply_lora_plus
+from chronicals_trl.optim.lora_plus import apply_lora_plus, group_sizes
 from chronicals_trl.packing.collator import PackedCollator
 from chronicals_trl.packing.dataset import PackStats, pack_dataset
 from chronicals_trl.report import ActivationReport, PartReport
@@ -73,6 +74,8 @@ class SFTTrainer(TrlSFTTrainer):
         self._train_stats: PackStats | None = None
         self._train_prepared = False
         self._lora_plus = False
+        self._lora_plus_rates = ""  # which rates it sets, as the report has it
+        self._stock_groups: list[dict[str, Any]] = []  # the optimizer's groups before the split
         # The class's default, "look at the environment", is what stock TRL's pickled arguments fall back to: off.
         flag = getattr(arguments, "use_chronicals", False)
         if not (flag and read_flag(flag)):
@@ -80,7 +83,12 @@ class SFTTrainer(TrlSFTTrainer):
             if arguments is not None and not hasattr(arguments, "use_chronicals"):
                 reason = f"the arguments are a plain {type(arguments).__module__}.{type(arguments).__qualname__}"
             self.chronicals_report = ActivationReport.all_off(reason)
+            if _unpatch(given.get("model")):
+                self.chronicals_report.notes.append("the model came patched, by an earlier run: unpatched")
             super().__init__(*args, **kwargs)
+            # The report of an earlier run in this folder would say what is not true of this one.
+            if (Path(self.args.output_dir) / REPORT_FILE).exists():
+                self._save_report()
             if self.args.should_log:
                 logger.warning(
                     "chronicals-trl is off (%s): this run is stock TRL. To switch it on, set use_chronicals=True in "
@@ -93,11 +101,16 @@ class SFTTrainer(TrlSFTTrainer):
         _inputs.check(arguments, given)
         self._chronicals = config
         self._packing = _inputs.packing_part(arguments, config)
+        _unpatch(given.get("model"))
         super().__init__(*args, **kwargs)
         self._meter = ThroughputMeter(device=self.args.device)
         self._real_tokens: int | Tensor = 0
         self._token_mask: Tensor | None = None
-        self.chronicals_report = self._activate(config)
+        try:
+            self.chronicals_report = self._activate(config)
+        except BaseException:
+            unpatch_model(self.model)  # the caller still has the model, and may go on without us
+            raise
         if self.args.should_log:
             self.chronicals_report.print()
             logger.info(self.chronicals_report.log_line())
@@ -116,6 +129,7 @@ class SFTTrainer(TrlSFTTrainer):
                 leave_out |= dict.fromkeys(apart, "off on another rank")
                 report = self._patch(config, leave_out)
         self._lora_plus = report["lora_plus"].state == "on"
+        self._lora_plus_rates = report["lora_plus"].backend or ""
         self._head = report["head"].state == "on"
         if self._packing.state == "on":
             self._use_packed_collator()
@@ -125,7 +139,7 @@ class SFTTrainer(TrlSFTTrainer):
         return report
 
     def _patch(self, config: ChronicalsConfig, leave_out: dict[str, str]) -> ActivationReport:
-        report = patch_model(self.model, config, leave_out=leave_out)
+        report = patch_model(self.model, without_trainer_parts(config), leave_out=leave_out)
         report.set(self._packing)
         lora_plus = _inputs.lora_plus_part(self, config)
         if "lora_plus" in leave_out and lora_plus.state == "on":
@@ -150,21 +164,27 @@ class SFTTrainer(TrlSFTTrainer):
         )
 
     def _check_isolation(self) -> None:
+        model = base_model(self.model)
         with self.compute_loss_context_manager():
-            leak = verify_isolation(base_model(self.model), self.args.device)
+            leak = verify_isolation(model, self.args.device)
         if leak is not None:
+            setting = _inputs.packing_setting(self.args)
+            others = _inputs.other_attention(model)
+            remedy = f", or load the model with attn_implementation={others}" if others else ""
             raise RuntimeError(
-                f"packing=True, but this model lets packed documents attend to each other ({leak}). Set "
-                "packing=False, or load the model with an attn_implementation that keeps them apart, such as 'sdpa'."
+                f"{setting}=True, but this model lets packed documents attend to each other ({leak}). Set "
+                f"{setting}=False{remedy}."
             )
 
     def _notes(self, config: ChronicalsConfig) -> list[str]:
         notes = list(self._data_notes.values())
         if self._lora_plus:
-            notes.append(
-                f"LoRA+: B learns at {config.lora_plus_ratio:g} times the learning rate of A; lora_plus='off' "
-                "restores one rate for both"
-            )
+            rates = []
+            if "ratio" in self._lora_plus_rates:
+                rates.append(f"B learns at {config.lora_plus_ratio:g} times the learning rate of A")
+            if "embedding_lr" in self._lora_plus_rates:
+                rates.append(f"LoRA's embedding matrices at {config.lora_plus_embedding_lr:g}")
+            notes.append(f"LoRA+: {', '.join(rates)}; lora_plus='off' restores one rate for all")
         for package in ("trl", "transformers"):
             version = installed(package)
             if version is not None and newer_than_tested(package, version):
@@ -316,13 +336,45 @@ class SFTTrainer(TrlSFTTrainer):
             self._split_groups(self._chronicals)
         return optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            # torch says that the groups differ; if LoRA+ is why, say so.
+            mismatch = self._lora_plus_mismatch(str(checkpoint))
+            if mismatch is None:
+                raise
+            raise ValueError(mismatch) from error
+
+    def _lora_plus_mismatch(self, checkpoint: str) -> str | None:
+        file = Path(checkpoint) / OPTIMIZER_NAME
+        if not file.is_file():
+            return None
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
+        layouts = group_sizes(self.model, self._stock_groups or self.optimizer.param_groups)
+        written = next((name for name, sizes in layouts.items() if sizes == [len(g["params"]) for g in saved]), None)
+        if written is None:
+            return None
+        remedy = {
+            "off": "lora_plus='off' in chronicals_config",
+            "on": "use_chronicals=True and lora_plus='auto'",
+            "on with lora_plus_embedding_lr": "use_chronicals=True, lora_plus='auto' and lora_plus_embedding_lr",
+        }[written]
+        return (
+            f"{checkpoint} was written with LoRA+ {written}, and this run has other parameter groups (LoRA+ "
+            f"{self._lora_plus_rates or 'off'}), which its optimizer state does not fit. Resume with {remedy}; or go "
+            f"on from the weights alone: remove {OPTIMIZER_NAME} and {SCHEDULER_NAME} from the checkpoint."
+        )
+
     def _split_groups(self, config: ChronicalsConfig) -> None:
+        stock = list(self.optimizer.param_groups)
         try:
             apply_lora_plus(
                 self.optimizer, self.model, ratio=config.lora_plus_ratio, embedding_lr=config.lora_plus_embedding_lr
             )
+            self._stock_groups = stock
         except ValueError as error:
-            self._lora_plus = False
+            self._lora_plus, self._lora_plus_rates = False, ""
             self.chronicals_report.set(PartReport("lora_plus", "off", reason=str(error), omitted=True))
             self.chronicals_report.raise_for_omissions(config)
             self._save_report()
@@ -337,7 +389,7 @@ class SFTTrainer(TrlSFTTrainer):
             self._metrics[mode]["num_tokens"] = [int(self._real_tokens)]
             if "loss" in logs:
                 logs.update(self._meter.read())
-                if self._lora_plus and "learning_rate" in logs:
+                if self._lora_plus and "ratio" in self._lora_plus_rates and "learning_rate" in logs:
                     # Schedulers scale all groups alike; the groups themselves are one scheduler step ahead by now.
                     logs["learning_rate_lora_b"] = logs["learning_rate"] * self._chronicals.lora_plus_ratio
         super().log(logs, start_time)
@@ -358,6 +410,15 @@ class SFTTrainer(TrlSFTTrainer):
             return super()._save_checkpoint(*args, **kwargs)
         with self._meter.excluding():
             return super()._save_checkpoint(*args, **kwargs)
+
+
+def _unpatch(model: Any) -> bool:
+    """Whether `model` (or the name of one) came patched, by an earlier trainer in a notebook say; now it is not."""
+    if not isinstance(model, nn.Module):
+        return False
+    patched = is_patched(model)
+    unpatch_model(model)
+    return patched
 
 
 def _first_tokens(dataset: Any) -> list[int]:

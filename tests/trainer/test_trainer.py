@@ -18,6 +18,7 @@ from training_runs import SETTINGS, logged, run
 from transformers import TrainingArguments
 
 from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer, _inputs
+from chronicals_trl.model.patch import is_patched
 
 
 def make(tmp_path: Path, *, data=None, config_class: type = SFTConfig, family: str = "llama", **options):
@@ -280,8 +281,34 @@ def test_strict(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="rms_norm is off"):
         make(tmp_path, family="gpt2", chronicals_config={"strict": True})
     make(tmp_path, chronicals_config={"strict": True})  # nothing is omitted here
-    with pytest.raises(RuntimeError, match="lora_plus"):
-        make(tmp_path, chronicals_config={"lora_plus": "on"})
+
+
+def test_on_for_the_trainers_own_parts(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = {"packing": "on", "lora_plus": "on", "lora": "on"}
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    report = make(tmp_path, packing=True, peft_config=lora, chronicals_config=config).chronicals_report
+    assert {report[name].state for name in config} == {"on"}
+    for config, reason in (
+        ({"lora_plus": "on"}, "lora_plus is off: the model has no trainable LoRA adapter"),
+        ({"packing": "on"}, "packing is off: packing=False"),
+    ):
+        model = tiny_models.build("llama")
+        with pytest.raises(RuntimeError, match=reason):
+            make(tmp_path, model=model, chronicals_config=config)
+        assert not is_patched(model)
+
+
+def test_a_flag_off_run_leaves_nothing_of_an_earlier_one(tmp_path: Path) -> None:
+    report = tmp_path / "out" / "chronicals_report.json"
+    make(tmp_path, use_chronicals=False)
+    assert not report.exists()
+    model = make(tmp_path).model
+    assert is_patched(model) and report.exists()
+    trainer = make(tmp_path, model=model, use_chronicals=False)
+    assert not is_patched(model) and model.config._attn_implementation == "sdpa"
+    assert any("came patched" in note for note in trainer.chronicals_report.notes)
+    assert {part["state"] for part in json.loads(report.read_text())["parts"]} == {"off"}
 
 
 # -- LoRA+ -----------------------------------------------------------------------------------------------------------
@@ -305,6 +332,46 @@ def test_lora_plus_groups_through_training(tmp_path: Path) -> None:
     assert any("8 times" in note for note in trainer.chronicals_report.notes)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_lora_plus_does_not_resume_without_its_groups(tmp_path: Path, first: bool) -> None:
+    peft = pytest.importorskip("peft")
+
+    def trainer(flag: bool, **settings):
+        return make(
+            tmp_path, use_chronicals=flag, max_steps=2, save_strategy="steps", save_steps=1,
+            peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"]), **settings,
+        )  # fmt: skip
+
+    trainer(first).train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    written, remedy = ("on", "lora_plus='auto'") if first else ("off", "lora_plus='off'")
+    with pytest.raises(ValueError, match=f"was written with LoRA\\+ {written}, and this run.*Resume with .*{remedy}"):
+        trainer(not first).train(resume_from_checkpoint=checkpoint)
+    trainer(True, chronicals_config={"lora_plus": "auto" if first else "off"}).train(resume_from_checkpoint=checkpoint)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (tmp_path / "out" / "checkpoint-1" / name).unlink()
+    trainer(not first).train(resume_from_checkpoint=checkpoint)
+
+
+def test_lora_plus_on_embeddings(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def trainer(targets: list[str], **config: float):
+        lora = peft.LoraConfig(r=2, target_modules=targets)
+        return make(tmp_path, peft_config=lora, chronicals_config=config)
+
+    part = trainer(["embed_tokens"]).chronicals_report["lora_plus"]
+    assert part.state == "off" and not part.omitted and "set lora_plus_embedding_lr" in part.reason
+    alone = trainer(["embed_tokens"], lora_plus_embedding_lr=0.5)
+    assert alone.chronicals_report["lora_plus"].backend == "embedding_lr 0.5"
+    assert any("LoRA+: LoRA's embedding matrices at 0.5;" in note for note in alone.chronicals_report.notes)
+    alone.train()
+    assert [group["initial_lr"] for group in alone.optimizer.param_groups] == [0.5]
+    assert not logged(alone, "learning_rate_lora_b")
+    both = trainer(["embed_tokens", "q_proj"], lora_plus_embedding_lr=0.5).chronicals_report
+    assert both["lora_plus"].backend == "ratio 16, embedding_lr 0.5"
+
+
 def test_lora_plus_leaves_a_given_optimizer_alone(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_models.build("llama"), peft.LoraConfig(r=4, target_modules="all-linear"))
@@ -326,7 +393,8 @@ def test_lora_plus_leaves_a_given_optimizer_alone(tmp_path: Path) -> None:
         ({"data": Dataset.from_dict({"txt": ["a"], "id": [1]})}, r"no text: its columns are \['id', 'txt'\]"),
         ({"eval_dataset": Dataset.from_dict({"txt": ["a"]})}, "`eval_dataset` has no text"),
         ({"eval_dataset": {"a": Dataset.from_dict({"text": []})}}, r"`eval_dataset\['a'\]` is empty"),
-        ({"packing": True, "max_length": 1}, "max_length=1: a packed row of fewer than 2 tokens"),
+        ({"eval_packing": True, "max_length": None}, "eval_packing=True needs max_length"),
+        ({"packing": True, "max_length": 1}, "packing=True with max_length=1: a packed row of fewer than 2 tokens"),
         ({"packing": True, "max_length": None}, "packing=True needs max_length"),
         ({"chronicals_config": {"atention": "off"}}, "unknown key 'atention'.*'attention'"),
     ],
@@ -341,10 +409,11 @@ def test_empty_stream(tmp_path: Path) -> None:
         make(tmp_path, data=IterableDataset.from_generator(lambda: iter(())))
 
 
-def test_nan_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_are_not_finite(tmp_path: Path, value: str) -> None:
     model = tiny_models.build("llama")
-    model.lm_head.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"hold NaN before training, first: lm_head\.weight"):
+    model.lm_head.weight.data[0, 0] = float(value)
+    with pytest.raises(ValueError, match=r"hold NaN or infinity before training, first: lm_head\.weight"):
         make(tmp_path, model=model)
 
 
@@ -355,8 +424,14 @@ def test_a_model_that_mixes_documents_is_refused(tmp_path: Path, monkeypatch: py
         "transformers.models.llama.modeling_llama.create_causal_mask",
         lambda *, inputs_embeds, **_: torch.full((1, 1, *[inputs_embeds.shape[1]] * 2), -1e9).triu(1),
     )
-    with pytest.raises(RuntimeError, match="attend to each other"):
+    with pytest.raises(RuntimeError, match=r"^packing=True.*attend to each other.*Set packing=False, or .*'sdpa'"):
         make(tmp_path, model=model, packing=True)
+    assert not is_patched(model)
+    # Only what the model supports is recommended, and only the argument that was set.
+    monkeypatch.setattr(type(model), "_supports_sdpa", False)
+    monkeypatch.setattr(type(model), "_supports_flash_attn", False)
+    with pytest.raises(RuntimeError, match=r"^eval_packing=True.*Set eval_packing=False\.$"):
+        make(tmp_path, model=model, eval_packing=True, eval_dataset=tiny_data.text(6))
     make(tmp_path, model=model, packing=False)
 
 
