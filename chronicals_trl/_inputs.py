@@ -62,13 +62,123 @@ def _check_data(name: str, data: Dataset | IterableDataset, args: Any, *, has_fo
         raise ValueError(f"`{name}` is empty: there is nothing to train on. Check the split name and the filters.")
     columns = set(example)
     text = {args.dataset_text_field, "messages", "conversations", "input_ids", "image", "images"}
-    if has_formatting or columns & text or {"prompt", "completion"} <= columns:
+    if has_formatting:
+        return
+    if columns & text or {"prompt", "completion"} <= columns:
+        for column in _columns_read(columns, args.dataset_text_field):
+            _check_column(name, data, example, column)
         return
     raise ValueError(
         f"`{name}` has no text: its columns are {sorted(columns)}. TRL reads {args.dataset_text_field!r} "
         "(dataset_text_field), 'messages', 'prompt' with 'completion', or 'input_ids'. Rename a column, set "
         "dataset_text_field, or pass formatting_func."
     )
+
+
+def _columns_read(columns: set[str], text_field: str) -> list[str]:
+    """The columns that TRL will read, in its order of precedence."""
+    for group in (["input_ids"], ["prompt", "completion"], ["messages"], ["conversations"], [text_field]):
+        if set(group) <= columns:
+            return group
+    return []
+
+
+def _check_column(name: str, data: Dataset | IterableDataset, example: Any, column: str) -> None:
+    """Raise ValueError where a row of `column` is missing or is no text (or messages, or tokens)."""
+    if isinstance(data, Dataset) and data.format["type"] != "custom":
+        values = data.data.column(column)
+        missing = _selected(data, values.is_null().to_numpy()) if values.null_count else np.zeros(0, dtype=bool)
+        count, total, first = int(missing.sum()), f" of {len(data):,}", int(missing.argmax()) if len(missing) else 0
+        kind: Any = values.type
+        fits = pa.types.is_null(kind) or _is_text(kind) or _is_nested(kind)
+    else:  # of a stream the first row is known; of a transform likewise
+        count, total, first = int(example[column] is None), "", 0
+        kind = type(example[column]).__name__
+        fits = not isinstance(example[column], (bool, int, float))
+    if count:
+        raise ValueError(
+            f"`{name}` has no value (None) in the column {column!r} of {count:,}{total} rows, first in row {first}. "
+            f"Drop them: dataset.filter(lambda row: row[{column!r}] is not None)."
+        )
+    if not fits:
+        raise ValueError(
+            f"`{name}` holds {kind} in the column {column!r}, where TRL reads text. Name the text column with "
+            f"dataset_text_field, or convert this one: dataset.cast_column({column!r}, datasets.Value('string'))."
+        )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view())
+
+
+def _is_nested(kind: pa.DataType) -> bool:
+    return bool(_is_list(kind) or pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType))
+
+
+def require_labels(data: Any, limit: int | None) -> None:
+    """Raise ValueError when no document has a token to learn; stops at the first that has one.
+
+    The first token of a document has no predecessor to be predicted from.
+
+    Args:
+        data: the prepared training set; a stream is not looked at.
+        limit: tokens after which a document will be cut off; None if it will not be.
+    """
+    if not isinstance(data, Dataset):
+        return
+    column = "labels" if "labels" in data.column_names else "input_ids"
+    if not _is_list(data.data.schema.field(column).type):
+        return
+    for table in data.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        for chunk in table.column(0).chunks:
+            offsets = chunk.offsets.to_numpy()
+            values = chunk.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+            positions = np.arange(len(values)) - np.repeat(offsets[:-1] - offsets[0], np.diff(offsets))
+            learnable = (values != -100) & (positions > 0)
+            if limit is not None:
+                learnable &= positions < limit
+            if learnable.any():
+                return
+    raise ValueError(
+        f"`train_dataset` has nothing to learn: none of its {len(data):,} documents has a labelled token after its "
+        f"first one{'' if limit is None else f' and below max_length={limit}'}. Look at the labels (all -100? then "
+        "the prompts may fill max_length, or a mask be empty) and at the texts (empty, or of one token?)."
+    )
+
+
+def require_known_tokens(name: str, data: Any, vocabulary: int) -> None:
+    """Raise ValueError when a token of `data` has no row in the embedding, which a GPU answers with a device assert.
+
+    One pass of pyarrow over the columns; a stream is not looked at.
+    """
+    if not isinstance(data, Dataset):
+        return
+    for column in {"input_ids", "labels"} & set(data.column_names):
+        kind = data.data.schema.field(column).type
+        if not (_is_list(kind) and pa.types.is_integer(kind.value_type)):
+            continue
+        low, high = _extremes(data.data.column(column))
+        outside = low < (0 if column == "input_ids" else -100) or high >= vocabulary
+        if outside and data._indices is not None:  # the rows that are not selected count for nothing
+            tables = data.select_columns([column]).with_format("arrow").iter(batch_size=1000)
+            lows, highs = zip(*(_extremes(table.column(0)) for table in tables), strict=True)
+            low, high = min(lows), max(highs)
+        if low < (0 if column == "input_ids" else -100) or high >= vocabulary:
+            wrong = f"as large as {high}" if high >= vocabulary else f"as small as {low}"
+            raise ValueError(
+                f"`{name}` has {column} {wrong}, but the model's embedding has {vocabulary} rows (0 to "
+                f"{vocabulary - 1}): the data was made with another tokenizer, or the model needs "
+                "model.resize_token_embeddings(len(tokenizer))."
+            )
+
+
+def _extremes(column: pa.ChunkedArray) -> tuple[int, int]:
+    low, high = 0, 0
+    for chunk in column.chunks:
+        found = pc.min_max(chunk.flatten())
+        if found["min"].is_valid:
+            low, high = min(low, found["min"].as_py()), max(high, found["max"].as_py())
+    return low, high
 
 
 def came_packed(name: str, data: Dataset | IterableDataset, max_length: int) -> bool:

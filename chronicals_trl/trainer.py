@@ -52,8 +52,8 @@ class SFTTrainer(TrlSFTTrainer):
         chronicals_report (ActivationReport): the state of every part.
 
     Raises:
-        ValueError: no usable text in a data set, an empty data set, packing into fewer than 2 tokens, or NaN weights;
-            each before the first step.
+        ValueError: no usable text in a data set, an empty data set, nothing to learn, tokens that the model does not
+            know, packing into fewer than 2 tokens, or NaN or infinite weights; each before the first step.
         RuntimeError: `strict=True`, or a part set to `"on"`, and the part does not fit; packed documents that the
             model does not keep apart.
     """
@@ -103,6 +103,7 @@ class SFTTrainer(TrlSFTTrainer):
         self._packing = _inputs.packing_part(arguments, config)
         _unpatch(given.get("model"))
         super().__init__(*args, **kwargs)
+        self._check_tokens()
         self._meter = ThroughputMeter(device=self.args.device)
         self._real_tokens: int | Tensor = 0
         self._token_mask: Tensor | None = None
@@ -115,6 +116,19 @@ class SFTTrainer(TrlSFTTrainer):
             self.chronicals_report.print()
             logger.info(self.chronicals_report.log_line())
         self._save_report()
+
+    def _check_tokens(self) -> None:
+        embedding = base_model(self.model).get_input_embeddings()
+        vocabulary = getattr(embedding, "num_embeddings", None)
+        if vocabulary is None:  # PEFT's layer around one, perhaps
+            inner = getattr(embedding, "base_layer", None) or getattr(embedding, "original_module", None)
+            vocabulary = getattr(inner, "num_embeddings", None)
+        if vocabulary is None:
+            return
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        _inputs.require_known_tokens("train_dataset", self.train_dataset, vocabulary)
+        for key, dataset in evaluation.items():
+            _inputs.require_known_tokens(f"eval_dataset[{key!r}]" if key else "eval_dataset", dataset, vocabulary)
 
     # -- activation --------------------------------------------------------------------------------------------------
 
@@ -217,14 +231,17 @@ class SFTTrainer(TrlSFTTrainer):
         plain = copy.copy(args)
         plain.max_length = None
         plain.shuffle_dataset = False
-        if not packs:
-            if args.max_length is None or packing or not isinstance(dataset, Dataset):
-                return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-            # In two steps, tokenised and then truncated, to see what is cut off.
-            dataset = prepare(dataset, processing_class, plain, False, formatting_func, dataset_name)
-            self._note_truncation(name, dataset, args.max_length)
-            return prepare(dataset, processing_class, args, False, None, dataset_name)
+        if not packs and (packing or not isinstance(dataset, Dataset)):
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         dataset = prepare(dataset, processing_class, plain, False, formatting_func, dataset_name)
+        if training:
+            cuts = not packs or args.packing_strategy == "bfd"
+            _inputs.require_labels(dataset, args.max_length if cuts else None)
+        if not packs:
+            # The second step of two, so that what is cut off is seen: tokens are there, and are truncated now.
+            if args.max_length is not None:
+                self._note_truncation(name, dataset, args.max_length)
+            return prepare(dataset, processing_class, args, False, None, dataset_name)
         dataset = dataset.select_columns(["input_ids", "labels"])
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)

@@ -184,10 +184,11 @@ def test_streaming_is_packed_in_windows_and_says_so(tmp_path: Path) -> None:
 
 
 def test_a_step_without_a_label_is_a_finite_zero(tmp_path: Path) -> None:
-    """Every label ignored: loss 0 and gradients 0, not 0/0; the weights stay as they are."""
+    """Every label of a step ignored: loss 0 and gradients 0, not 0/0; the weights stay as they are."""
     ids = tiny_data.tokenized(8)["input_ids"]
-    data = Dataset.from_dict({"input_ids": ids, "labels": [[-100] * len(row) for row in ids]})
+    data = Dataset.from_dict({"input_ids": ids, "labels": [ids[0], *([-100] * len(row) for row in ids[1:])]})
     trainer = make(tmp_path, data=data, packing=True, max_steps=1)
+    trainer.train_dataset = trainer.train_dataset.filter(lambda row: {*row["labels"]} == {-100})
     before = trainer.model.lm_head.weight.detach().clone()
     trainer.train()
     assert logged(trainer, "loss") == [0.0] and logged(trainer, "grad_norm") == [0.0]
@@ -402,6 +403,76 @@ def test_lora_plus_leaves_a_given_optimizer_alone(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **options)
+
+
+_TEXT = "Ada gives Bo 3 cups"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": [_TEXT, None]}, "no value .None. in the column 'text' of 1 of 2 rows, first in row 1"),
+        ({"text": [None, None]}, "'text' of 2 of 2 rows"),
+        ({"text": [1, 2]}, "holds int64 in the column 'text'.*cast_column"),
+        ({"prompt": ["a", "b"], "completion": ["c", None]}, "column 'completion' of 1 of 2 rows"),
+        ({"input_ids": [[5, 6], None]}, "column 'input_ids' of 1 of 2 rows"),
+        ({"messages": [[{"role": "user", "content": "a"}], None]}, "column 'messages' of 1 of 2 rows"),
+    ],
+)
+def test_missing_and_wrong_values(tmp_path: Path, columns: dict, message: str) -> None:
+    data = Dataset.from_dict(columns)
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, data=data)
+    with pytest.raises(ValueError, match="`eval_dataset`.*" + message):
+        make(tmp_path, eval_dataset=data)
+
+
+def test_missing_values_in_rows_and_columns_that_are_not_read(tmp_path: Path) -> None:
+    make(tmp_path, data=Dataset.from_dict({"text": [_TEXT, None, _TEXT]}).select([0, 2]))
+    make(tmp_path, data=Dataset.from_dict({"text": [_TEXT] * 2, "source": [None, 1]}))
+    ids = tiny_data.tokenized(2)["input_ids"]
+    make(tmp_path, data=Dataset.from_dict({"input_ids": ids, "text": [None, None]}))
+    stream = Dataset.from_dict({"text": [1, 2]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="holds int in the column 'text'"):
+        make(tmp_path, data=stream)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("columns", "options"),
+    [
+        ({"input_ids": [[5, 6, 7]] * 4, "labels": [[5, -100, -100]] * 4}, {}),
+        ({"input_ids": [[5], [6]]}, {}),
+        ({"text": [""] * 4}, {}),
+        ({"input_ids": [[5] * 20] * 4, "labels": [[-100] * 10 + [5] * 10] * 4}, {"max_length": 8}),
+        ({"text": [_TEXT] * 4}, {"max_length": 1, "packing": False}),
+    ],
+)
+def test_nothing_to_learn(tmp_path: Path, packing: bool, columns: dict, options: dict) -> None:
+    with pytest.raises(ValueError, match="`train_dataset` has nothing to learn: none of its"):
+        make(tmp_path, data=Dataset.from_dict(columns), **{"packing": packing, **options})
+
+
+def test_a_little_to_learn_is_enough(tmp_path: Path) -> None:
+    masked = {"input_ids": [5] * 20, "labels": [-100] * 20}
+    rows = [masked] * 1500 + [{"input_ids": [5] * 20, "labels": [-100] * 19 + [5]}]
+    make(tmp_path, data=Dataset.from_list(rows), packing=True, max_length=20)
+    make(tmp_path, data=Dataset.from_list(rows[-1:]), packing=True, max_length=8, packing_strategy="bfd_split")
+    with pytest.raises(ValueError, match="nothing to learn"):
+        make(tmp_path, data=Dataset.from_list(rows).select(range(1500)), packing=True)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_tokens_that_the_model_does_not_know(tmp_path: Path, packing: bool) -> None:
+    unknown = Dataset.from_dict({"input_ids": [[5, 6, 7], [5, 900, 6]]})
+    with pytest.raises(ValueError, match=r"`train_dataset` has .* as large as 900, but the model's embedding has 131"):
+        make(tmp_path, data=unknown, packing=packing)
+    with pytest.raises(ValueError, match=r"`eval_dataset\['a'\]` has .* as large as 900"):
+        make(tmp_path, packing=packing, eval_dataset={"a": unknown})
+    with pytest.raises(ValueError, match="as small as -1"):
+        make(tmp_path, data=Dataset.from_dict({"input_ids": [[5, 6, -1]]}), packing=packing)
+    make(tmp_path, data=unknown.select([0]), packing=packing)
+    make(tmp_path, data=Dataset.from_dict({"input_ids": [[5, 6, 130]]}), packing=packing)
 
 
 def test_empty_stream(tmp_path: Path) -> None:
