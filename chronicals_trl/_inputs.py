@@ -90,7 +90,7 @@ def _check_column(name: str, data: Dataset | IterableDataset, example: Any, colu
         missing = _selected(data, values.is_null().to_numpy()) if values.null_count else np.zeros(0, dtype=bool)
         count, total, first = int(missing.sum()), f" of {len(data):,}", int(missing.argmax()) if len(missing) else 0
         kind: Any = values.type
-        fits = pa.types.is_null(kind) or _is_text(kind) or _is_nested(kind)
+        fits = pa.types.is_null(kind) or _is_nested(kind) or (_is_text(kind) and column != "input_ids")
     else:  # of a stream the first row is known; of a transform likewise
         count, total, first = int(example[column] is None), "", 0
         kind = type(example[column]).__name__
@@ -102,8 +102,13 @@ def _check_column(name: str, data: Dataset | IterableDataset, example: Any, colu
         )
     if not fits:
         raise ValueError(
-            f"`{name}` holds {kind} in the column {column!r}, where TRL reads text. Name the text column with "
-            f"dataset_text_field, or convert this one: dataset.cast_column({column!r}, datasets.Value('string'))."
+            f"`{name}` holds {kind} in the column {column!r}, where TRL reads "
+            + (
+                "lists of token ids: rename the column, or tokenise it."
+                if column == "input_ids"
+                else "text. Name the text column with dataset_text_field, or convert this one: "
+                f"dataset.cast_column({column!r}, datasets.Value('string'))."
+            )
         )
 
 

@@ -415,6 +415,7 @@ _TEXT = "Ada gives Bo 3 cups"
         ({"text": [None, None]}, "'text' of 2 of 2 rows"),
         ({"text": [1, 2]}, "holds int64 in the column 'text'.*cast_column"),
         ({"prompt": ["a", "b"], "completion": ["c", None]}, "column 'completion' of 1 of 2 rows"),
+        ({"input_ids": ["a b", "c"]}, "holds string in the column 'input_ids', where TRL reads lists of token ids"),
         ({"input_ids": [[5, 6], None]}, "column 'input_ids' of 1 of 2 rows"),
         ({"messages": [[{"role": "user", "content": "a"}], None]}, "column 'messages' of 1 of 2 rows"),
     ],
