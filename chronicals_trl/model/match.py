@@ -275,7 +275,14 @@ def gated_mlp_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     inner = (self.gate_up_proj,) if spec.fused else (self.gate_proj, self.up_proj)
     if torch.is_grad_enabled() and all(plain_linear(m) and m.bias is None for m in (*inner, self.down_proj)):
         up_weight = None if spec.fused else self.up_proj.weight
-        return gated_mlp(hidden_states, inner[0].weight, up_weight, self.down_proj.weight, activation=spec.activation)
+        return gated_mlp(
+            hidden_states,
+            inner[0].weight,
+            up_weight,
+            self.down_proj.weight,
+            activation=spec.activation,
+            recompute=spec.recompute,
+        )
     return self.down_proj(activation(*(projection(hidden_states) for projection in inner)))
 
 
