@@ -260,10 +260,10 @@ def _norm_backward_kernel(
 # -- launches --------------------------------------------------------------------------------------------------------
 
 
-# One warp a program, and few heads at a time: chosen on an H100 from some 60 combinations a head layout.
+# One warp a program, few heads at a time: chosen on an H100 from some 30 combinations a head layout.
 _WARPS = 1
-_PAIRS, _HEADS = 1024, 8
-_BACKWARD_PAIRS, _BACKWARD_HEADS, _BACKWARD_PROGRAMS = 512, 2, 8  # of the norm; programs for each multiprocessor
+_PAIRS, _NORM_PAIRS, _HEADS = 256, 512, 2
+_BACKWARD_PROGRAMS = 8  # of the norm, for each multiprocessor
 
 
 class _Blocks(NamedTuple):
@@ -273,10 +273,10 @@ class _Blocks(NamedTuple):
     rest: int
 
 
-def _blocks(n_heads: int, half: int, head_dim: int, pairs: int, heads: int) -> _Blocks:
-    """A program's share of tokens, heads and columns: `pairs` rotated pairs together, `heads` heads at most."""
+def _blocks(n_heads: int, half: int, head_dim: int, pairs: int) -> _Blocks:
+    """A program's share of tokens, heads and columns: `pairs` rotated pairs together."""
     columns = triton.next_power_of_2(half)
-    heads = min(triton.next_power_of_2(n_heads), heads, max(1, pairs // columns))
+    heads = min(triton.next_power_of_2(n_heads), _HEADS, max(1, pairs // columns))
     rest = triton.next_power_of_2(head_dim - 2 * half) if head_dim > 2 * half else 0
     return _Blocks(max(1, pairs // (columns * heads)), heads, columns, rest)
 
@@ -298,7 +298,7 @@ def _forward_launch(
     dtypes: Any, norm: bool, transpose: bool, repeats: bool,
 ) -> Launch:  # fmt: skip
     batch, n_q, seq_len, head_dim = shape
-    blocks = _blocks(n_q + n_k, half, head_dim, _PAIRS, _HEADS)
+    blocks = _blocks(n_q + n_k, half, head_dim, _NORM_PAIRS if norm else _PAIRS)
     programs = triton.cdiv(batch * seq_len, blocks.tokens) * triton.cdiv(n_q + n_k, blocks.heads)
     return Launch(
         _kernel, programs, batch * seq_len, seq_len, n_q, n_k,
@@ -313,7 +313,7 @@ def _norm_backward_launch(
     dtypes: Any, need_dw: bool, repeats: bool,
 ) -> Launch:  # fmt: skip
     batch, n_q, seq_len, head_dim = shape
-    tokens, heads, columns, rest = _blocks(max(n_q, n_k), half, head_dim, _BACKWARD_PAIRS, _BACKWARD_HEADS)
+    tokens, heads, columns, rest = _blocks(max(n_q, n_k), half, head_dim, _NORM_PAIRS)
     heads_k = min(heads, triton.next_power_of_2(n_k))
     programs = min(triton.cdiv(batch * seq_len, tokens), _BACKWARD_PROGRAMS * multiprocessors(device))
     return Launch(

@@ -24,7 +24,8 @@ from chronicals_trl.report import ActivationReport, PartReport
 _PATCHED = "_chronicals_patched"
 _PREVIOUS = "_chronicals_previous_forward"
 
-# Verdicts by (part, class, its forward, shape, device, dtype): a spec, or a Mismatch.
+# Verdicts on one model's blocks by (part, class, its forward, shape, traits, device, dtype): a spec, or a Mismatch.
+# Emptied at the start of `patch_model`: another model may have another configuration, which its blocks may read.
 _verdicts: dict[tuple[Any, ...], Any] = {}
 
 
@@ -56,6 +57,7 @@ def patch_model(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     resolved = config if isinstance(config, ChronicalsConfig) else ChronicalsConfig.resolve(config)
     unpatch_model(model)
+    _verdicts.clear()
     require_finite(model)
     base = base_model(model)
     device, dtype = placement(model)
@@ -166,7 +168,7 @@ _BLOCKS: dict[str, tuple[Callable, Callable, Callable, Callable]] = {
     ),
     "gated_mlp": (
         match.gated_mlp_layout,
-        lambda module: tuple(type(getattr(module, n, None)) for n in match.ACTIVATION_NAMES),
+        lambda module: None,
         match.verify_gated_mlp,
         lambda module: match.gated_mlp_forward,
     ),
@@ -215,8 +217,7 @@ def _join_blocks(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
                 for name in rope.PROJECTIONS:
                     _install(module._modules[name], rope.handed_linear_forward)  # type: ignore[arg-type]
         elif "forward" not in module.__dict__ and decoder.looks_like_decoder_layer(module):
-            traits = decoder.decoder_traits(module)
-            verdict = _remembered("decoder", decoder.verify_decoder_layer, module, traits, device, dtype)
+            verdict = _remembered("decoder", decoder.verify_decoder_layer, module, None, device, dtype)
             if not isinstance(verdict, Mismatch):
                 _install(module, decoder.decoder_forward, verdict)
                 counts["residual additions joined to the norms"] += 1
@@ -225,9 +226,9 @@ def _join_blocks(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _remembered(
-    part: str, verify: Callable[..., Any], module: Any, traits: Any, device: torch.device, dtype: torch.dtype
+    part: str, verify: Callable[..., Any], module: Any, shape: Any, device: torch.device, dtype: torch.dtype
 ) -> Any:
-    key = (part, type(module), type(module).forward, traits, device, dtype)
+    key = (part, type(module), type(module).forward, shape, match.traits(module), device, dtype)
     if key not in _verdicts:
         _verdicts[key] = _verdict(verify, module, device, dtype)
     return _verdicts[key]

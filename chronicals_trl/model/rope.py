@@ -200,13 +200,11 @@ def looks_like_rope_attention(module: nn.Module) -> bool:
 
 
 def attention_traits(module: nn.Module) -> tuple[Any, ...]:
-    """What a verdict on an attention block depends on besides its class."""
+    """What a verdict on an attention block depends on besides its class and its settings."""
     norms = [getattr(module, name, None) for name in NORMS]
     return (
-        getattr(module, "head_dim", None),
-        getattr(module, "num_key_value_groups", None),
-        tuple((norm.__dict__.get(SPEC), parameter_shape(norm.weight)) for norm in norms if norm is not None),
-        tuple((type(m), getattr(m, "bias", None) is None) for m in map(module._modules.get, PROJECTIONS)),
+        tuple(parameter_shape(norm.weight) for norm in norms if norm is not None),
+        tuple(getattr(m, "bias", None) is None for m in map(module._modules.get, PROJECTIONS)),
     )
 
 
