@@ -12,9 +12,9 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tiny_models  # noqa: E402
+import tiny_models
 
-from chronicals_trl import patch_model  # noqa: E402
+from chronicals_trl import patch_model
 
 
 def worst_gradient(family: str, checkpointing: bool) -> float:

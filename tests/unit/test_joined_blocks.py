@@ -19,8 +19,14 @@ RESIDUALS = "residual additions joined to the norms in 2 layers"
 NORMS = "q/k norms done by the rotation in 2 layers"
 SHARED = "q, k and v as one node in 2 layers"
 JOINED = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "smollm3", "gemma2"), {RESIDUALS, SHARED}),
-    **dict.fromkeys(("qwen3", "gemma3", "qwen3_moe"), {RESIDUALS, NORMS, SHARED}),
+    "llama": {RESIDUALS, SHARED},
+    "mistral": {RESIDUALS, SHARED},
+    "qwen2": {RESIDUALS, SHARED},
+    "smollm3": {RESIDUALS, SHARED},
+    "gemma2": {RESIDUALS, SHARED},
+    "qwen3": {RESIDUALS, NORMS, SHARED},
+    "gemma3": {RESIDUALS, NORMS, SHARED},
+    "qwen3_moe": {RESIDUALS, NORMS, SHARED},
     "phi3": {RESIDUALS},  # one projection already
     "granite": {SHARED},  # its residual branches are scaled
     "olmo2": set(),  # norms behind the branches, and over all heads
