@@ -309,8 +309,10 @@ def _verify_front(module: Any, spec: AttentionSpec, device: torch.device) -> Non
         for name in NORMS:
             if name in module._modules:
                 norm = module._modules[name]
-                weight = parameter(*parameter_shape(norm.weight), scale=1.0)
-                parts[name] = shallow_twin(norm, parameters={"weight": weight})
+                # Over single heads, or over all heads together (OLMo 2), of which the twins have fewer.
+                alone = parameter_shape(norm.weight) == (head_dim,)
+                width = head_dim if alone else sizes[name.replace("norm", "proj")]
+                parts[name] = shallow_twin(norm, parameters={"weight": parameter(width, scale=1.0)})
 
         def twin(modules: dict[str, nn.Module]) -> Any:
             copied = shallow_twin(module, modules=modules)

@@ -29,7 +29,7 @@ JOINED = {
     "qwen3_moe": {RESIDUALS, NORMS, SHARED},
     "phi3": {RESIDUALS},  # one projection already
     "granite": {SHARED},  # its residual branches are scaled
-    "olmo2": set(),  # norms behind the branches, and over all heads
+    "olmo2": {SHARED},  # norms behind the branches, and over all heads
     "gpt2": set(),
 }
 
