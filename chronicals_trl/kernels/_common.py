@@ -226,7 +226,8 @@ def kernel_op(
         traced = getattr(torch.ops.chronicals_trl, name).default
 
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling():
+            # AOT autograd traces backward formulas outside of Dynamo (torch 2.11), with tensors of a type of its own.
+            if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN_TYPES:
                 return traced(*args)
             return eager(*args) if torch.is_grad_enabled() else launch(*args)
 
