@@ -88,7 +88,7 @@ def _activation(x, GELU: tl.constexpr):
 @jit
 def _tile(n_cols, BLOCK: tl.constexpr):
     """Row and columns of this program. One grid axis: the others end at 65,535."""
-    per_row = tl.cdiv(n_cols, BLOCK)
+    per_row = (n_cols - 1) // BLOCK + 1  # the sum in tl.cdiv would pass 2^31 for one row of just under that
     program = tl.program_id(0).to(tl.int64)
     return program // per_row, (program % per_row) * BLOCK + tl.arange(0, BLOCK)
 
