@@ -1,4 +1,6 @@
-"""`chronicals-trl sft`: what `trl sft` does, with the flag on; `chronicals-trl doctor`: what this machine can do."""
+"""`chronicals-trl sft`: what `trl sft` does, with the flag on; `chronicals-trl doctor`: what this machine can do;
+`chronicals-trl bench`: how fast the fused ops are on it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ from chronicals_trl._versions import (
     newer_than_tested,
 )
 
-_EPILOG = "`chronicals-trl sft --help` lists the arguments: TRL's, and --use_chronicals and --chronicals_config."
+_EPILOG = (
+    "`chronicals-trl sft --help` lists the arguments: TRL's, and --use_chronicals and --chronicals_config. "
+    "`chronicals-trl bench ops --help` lists those of the benchmark."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,13 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Everything after `sft` belongs to TRL's parser, --help included.
     if arguments[:1] == ["sft"]:
         return _sft(arguments[1:])
+    if arguments[:1] == ["bench"]:
+        from chronicals_trl.bench.command import main as bench
+
+        return bench(arguments[1:])
     parser = argparse.ArgumentParser(prog="chronicals-trl", description=__doc__, epilog=_EPILOG, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="{sft,doctor}")
+    commands = parser.add_subparsers(dest="command", metavar="{sft,doctor,bench}")
     commands.add_parser("sft", help="fine-tune, as `trl sft` does, with use_chronicals on", add_help=False)
     doctor = commands.add_parser("doctor", help="versions, GPUs and back ends; with --model, what would be on")
     doctor.add_argument("--model", help="a model's folder or hub id; only its config is read, never its weights")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    commands.add_parser("bench", help="time the fused ops against eager, torch.compile, Liger, quack", add_help=False)
     namespace = parser.parse_args(arguments)
     if namespace.command is None:
         parser.print_help()

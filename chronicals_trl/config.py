@@ -86,6 +86,7 @@ def _optional_positive_float(where: str, value: object) -> float | None:
 _CHECKS: dict[str, Any] = {
     **dict.fromkeys(PARTS, _part),
     "strict": _boolean,
+    "recompute_mlp": _boolean,
     "attention_backend": lambda where, value: _choice(where, value, ATTENTION_BACKENDS),
     "logit_budget_mib": _positive_int,
     "packing_window": _positive_int,
@@ -107,6 +108,8 @@ class ChronicalsConfig:
         rms_norm, gated_mlp, qk_rope, attention, head, packing, lora, lora_plus: "auto" (on where it fits), "on"
             (leaving it out is an error) or "off". Booleans are taken as "on" and "off".
         strict: Every part that is left out of its own accord is an error.
+        recompute_mlp: MLPs keep gate and up alone and compute their product again in the backward pass: less memory,
+            slightly slower.
         attention_backend: "auto" takes the first that works of "flash_attn_4", "varlen" and "sdpa".
         logit_budget_mib: Memory for logits in the head, in MiB; at least 1.
         packing_window: Documents that are packed together when the data set is streamed; at least 1.
@@ -127,6 +130,7 @@ class ChronicalsConfig:
     lora: str = "auto"
     lora_plus: str = "auto"
     strict: bool = False
+    recompute_mlp: bool = False
     attention_backend: str = "auto"
     logit_budget_mib: int = 1024
     packing_window: int = 10_000

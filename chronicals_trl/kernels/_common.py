@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -20,6 +22,10 @@ __all__ = [
     "HAS_TRITON",
     "INTERPRET",
     "LAUNCHES",
+    "MAX_LAUNCHES",
+    "Launch",
+    "autocast_dtype",
+    "autocast_off",
     "backend",
     "empty_rows_like",
     "jit",
@@ -43,6 +49,9 @@ INTERPRET: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 #: Kernel launches by op name since the process started. Compiled graphs count too: the count is made inside the op.
 LAUNCHES: Counter[str] = Counter()
 
+# `Launch`es that an op remembers. Batches that are padded to their longest row bring a new shape almost every step.
+MAX_LAUNCHES = 1024
+
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Triton's interpreter computes in numpy, which has no bfloat16: the results are silently wrong.
 _INTERPRETED_DTYPES = (torch.float32, torch.float16)
@@ -56,24 +65,42 @@ def jit(fn: Callable[..., Any]) -> Any:
 
 def backend(device: torch.device | str) -> str:
     """``"triton"`` if ops on `device` run the kernels, ``"torch"`` if they run the reference."""
-    kind = torch.device(device).type
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
     return "triton" if HAS_TRITON and (kind == "cuda" or (INTERPRET and kind == "cpu")) else "torch"
 
 
-def use_triton(*tensors: torch.Tensor | None) -> bool:
-    """Whether the kernels take all of `tensors` (None is skipped): device, dtype, and no tensor subclass."""
+def use_triton(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the kernels take all of the tensors (None is skipped): device, dtype, and no tensor subclass."""
+    device = first.device
+    if backend(device) != "triton":
+        return False
     dtypes = _INTERPRETED_DTYPES if INTERPRET else _KERNEL_DTYPES
-    given = [t for t in tensors if t is not None]
-    # A DTensor has to go through ops that know how to shard, which ours do not.
-    return all(
-        backend(t.device) == "triton" and t.device == given[0].device and t.dtype in dtypes and type(t) in _PLAIN_TYPES
-        for t in given
-    )
+    for t in (first, *others):
+        # A DTensor has to go through ops that know how to shard, which ours do not.
+        if t is not None and (t.dtype not in dtypes or type(t) not in _PLAIN_TYPES or t.device != device):
+            return False
+    return True
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that an op on `dtype` computes in: float64 stays (gradient checks), all else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _autocast_on(device_type: str) -> bool:
+    # Not torch.amp.is_autocast_available: torch 2.11 cannot trace it. Meta is the one device without autocast.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that a GEMM on `x` runs in under autocast; None without it, and for float64, which it leaves alone."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if _autocast_on(kind) and x.dtype != torch.float64 else None
+
+
+def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """For backward passes: ``loss.backward()`` may run inside an autocast region that the forward pass was not in."""
+    return torch.autocast(device_type, enabled=False) if _autocast_on(device_type) else contextlib.nullcontext()
 
 
 def unit_last_stride(x: torch.Tensor) -> torch.Tensor:
@@ -87,13 +114,11 @@ def empty_rows_like(x: torch.Tensor) -> torch.Tensor:
     return out if out.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def row_stride(x: torch.Tensor) -> int | None:
-    """The distance between consecutive rows (last dimensions) of `x`, in elements; None if no single one fits all."""
-    if x.is_contiguous():
-        return x.shape[-1]
+def row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The distance between consecutive rows (last dimensions) of a tensor, in elements; None if no single one fits."""
     found: int | None = None
     following = 0
-    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
         if size == 1:
             continue
         if found is None:
@@ -101,7 +126,7 @@ def row_stride(x: torch.Tensor) -> int | None:
         elif stride != following:
             return None
         following = stride * size
-    return x.shape[-1] if found is None else found
+    return shape[-1] if found is None else found
 
 
 @cache
@@ -117,6 +142,52 @@ def shared_memory(device: torch.device) -> int:
         return 64 * 2**10
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin) - 8 * 2**10
+
+
+class Launch:
+    """One way to launch one kernel: its grid, the arguments that a shape decides, and what was compiled for them.
+
+    Triton's own launch looks at every argument anew, for its kind and divisibility, and at the kernel's globals. An
+    op that has looked up its `Launch` by shape, strides and dtypes knows all of that but for the alignment of its
+    pointers, so the compiled kernel can be called at once.
+
+    Args:
+        kernel: a ``triton.jit`` function that takes pointers, then floats, then what `fixed` holds.
+        grid: programs along the first axis.
+        fixed: the remaining arguments in order: sizes, strides, compile-time constants.
+        options: num_warps and the like.
+    """
+
+    __slots__ = ("fixed", "grid", "kernel", "options", "run")
+
+    def __init__(self, kernel: Any, grid: int, *fixed: Any, **options: Any) -> None:
+        self.kernel, self.grid, self.fixed, self.options = kernel, grid, fixed, options
+        self.run: Callable[..., Any] | None = None
+
+    def __call__(self, pointers: tuple[torch.Tensor | None, ...], *floats: float) -> None:
+        """`pointers`: tensors of one device, or None where the constants say that it is not read."""
+        first = pointers[0]
+        assert first is not None
+        if INTERPRET:
+            self.kernel[(self.grid,)](*pointers, *floats, *self.fixed, **self.options)
+            return
+        if first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                self._launch(pointers, floats)
+        else:
+            self._launch(pointers, floats)
+
+    def _launch(self, pointers: tuple[torch.Tensor | None, ...], floats: tuple[float, ...]) -> None:
+        addresses = [None if t is None else t.data_ptr() for t in pointers]
+        aligned = True
+        for address in addresses:
+            aligned = aligned and (address is None or address % 16 == 0)
+        if aligned and self.run is not None:
+            self.run(*addresses, *floats, *self.fixed)
+            return
+        compiled = self.kernel[(self.grid,)](*pointers, *floats, *self.fixed, **self.options)
+        if aligned:
+            self.run = compiled[(self.grid, 1, 1)]
 
 
 def kernel_op(
@@ -137,7 +208,7 @@ def kernel_op(
         schema: name and signature, without the namespace.
         fake: outputs without values, for tracing.
         setup_context, backward: as `torch.library.CustomOpDef.register_autograd` takes them; `backward` may be given
-            None for an output that nobody used.
+            None for an output that nobody used. Second derivatives are refused.
         aside: indices of outputs that are kept for the backward pass alone and have no gradient.
     """
 
@@ -155,7 +226,8 @@ def kernel_op(
         traced = getattr(torch.ops.chronicals_trl, name).default
 
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling():
+            # AOT autograd traces backward formulas outside of Dynamo (torch 2.11), with tensors of a type of its own.
+            if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN_TYPES:
                 return traced(*args)
             return eager(*args) if torch.is_grad_enabled() else launch(*args)
 
@@ -171,19 +243,20 @@ def _eager_function(
     backward_formula: Callable[..., Any],
     aside: tuple[int, ...],
 ) -> Callable[..., Any]:
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            outputs = launch(*args)
-            ctx.set_materialize_grads(False)
-            setup_context(ctx, args, outputs)
-            if aside:
-                ctx.mark_non_differentiable(*(outputs[i] for i in aside))
-            return outputs
+    def forward(ctx: Any, *args: Any) -> Any:
+        outputs = launch(*args)
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, args, outputs)
+        if aside:
+            ctx.mark_non_differentiable(*(outputs[i] for i in aside))
+        return outputs
 
-        @staticmethod
-        def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-            return backward_formula(ctx, *grads)
+    @once_differentiable  # or kernels, which autograd does not see, would leave their part out without a word
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        return backward_formula(ctx, *grads)
 
-    Function.__name__ = Function.__qualname__ = name
-    return Function.apply
+    # By `type`, so that profiles and graphs show the op's name.
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
+    apply: Callable[..., Any] = function.apply
+    return apply

@@ -4,24 +4,40 @@ Source: Shazeer 2020, https://arxiv.org/abs/2002.05202; the tanh approximation i
 https://arxiv.org/abs/1606.08415. Computed in float32, rounded once; the backward pass recomputes the activation, so
 only gate and up are kept.
 
-`gated_mlp` is the whole block, down_proj(act(gate_proj(x)) * up_proj(x)), as one autograd node. It keeps x, gate and
-up: the product that down_proj's weight gradient needs is made again by the kernel that reads gate and up anyway, in
-the buffer of its own gradient. The two halves of the input gradient meet inside the second GEMM, not in an addition.
+`gated_mlp` is the whole block, down_proj(act(gate_proj(x)) * up_proj(x)), as one autograd node. The two halves of the
+input gradient meet inside the second GEMM, not in an addition. The product that down_proj's weight gradient needs is
+kept, as torch does, or (`recompute`) made again by the kernel that reads gate and up anyway, in the buffer of its own
+gradient: one more write for a third less to keep.
 
-Shapes: gate, up (..., I), which inside the kernels are R rows of I columns with a row stride each, so that the two
-halves of one fused projection (Phi-3) are read, and their gradients written, in place. M tokens, H hidden size.
+Shapes: gate, up (..., I), which inside the kernels are rows of I columns at one stride each, so that the two halves
+of one fused projection (Phi-3) are read, and their gradients written, in place. M tokens, H hidden size.
 """
 
 from __future__ import annotations
 
 # mypy: disable-error-code="no-untyped-def"
 # (Triton kernels: a pointer has no Python type.)
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
-from ._common import LAUNCHES, jit, kernel_op, math_dtype, tl, triton, unit_last_stride, use_triton
+from ._common import (
+    LAUNCHES,
+    MAX_LAUNCHES,
+    Launch,
+    autocast_dtype,
+    autocast_off,
+    jit,
+    kernel_op,
+    math_dtype,
+    row_stride,
+    tl,
+    triton,
+    use_triton,
+)
 
 # Elements and warps of a program. At the memory wall all sensible choices are within one percent (H100).
 _BLOCK, _WARPS = 1024, 8
@@ -72,7 +88,7 @@ def _activation(x, GELU: tl.constexpr):
 @jit
 def _tile(n_cols, BLOCK: tl.constexpr):
     """Row and columns of this program. One grid axis: the others end at 65,535."""
-    per_row = tl.cdiv(n_cols, BLOCK)
+    per_row = (n_cols - 1) // BLOCK + 1  # the sum in tl.cdiv would pass 2^31 for one row of just under that
     program = tl.program_id(0).to(tl.int64)
     return program // per_row, (program % per_row) * BLOCK + tl.arange(0, BLOCK)
 
@@ -104,36 +120,62 @@ def _backward_kernel(
         tl.store(out_ptr + row * rs + col, (value * up).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# -- launches: gate, up (R, I), or one gate (R, 2I) that holds both halves and no up ----------------------------------
+# -- launches: gate, up (..., I), or one gate (..., 2I) that holds both halves and no up ------------------------------
+
+Layout = tuple[int, ...]  # the strides of a tensor
 
 
 def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     return gate.chunk(2, dim=-1) if up is None else (gate, up)  # type: ignore[return-value]
 
 
-def _flat(*tensors: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns to launch over: one long row where all lie without gaps, so that no block is cut short."""
-    n_rows, n_cols = tensors[0].shape
-    if all(t.stride(0) == n_cols for t in tensors):
-        return 1, n_rows * n_cols
-    return n_rows, n_cols
+def _addressable(t: torch.Tensor) -> torch.Tensor:
+    """`t`, copied only if its rows do not lie at one stride with their elements side by side."""
+    return t if t.stride(-1) == 1 and row_stride(t.shape, t.stride()) is not None else t.contiguous()
+
+
+def _extent(shape: torch.Size, *layouts: Layout) -> tuple[int, int, list[Any]]:
+    """Programs, columns to launch over, and row strides; one long row where all lie without gaps."""
+    strides = [row_stride(shape, layout) for layout in layouts]
+    n_cols = shape[-1]
+    n_rows = shape.numel() // n_cols
+    if all(stride == n_cols for stride in strides):
+        n_rows, n_cols = 1, shape.numel()
+    return n_rows * triton.cdiv(n_cols, _BLOCK), n_cols, strides
+
+
+# Everything about a launch that shapes, strides and dtypes decide, looked up by them: `Launch` says why.
+
+
+@lru_cache(MAX_LAUNCHES)
+def _forward_launch(
+    shape: torch.Size, gate: Layout, up: Layout, device: torch.device, dtypes: Any, gelu: bool
+) -> Launch:
+    programs, n_cols, strides = _extent(shape, gate, up)
+    return Launch(_forward_kernel, programs, *strides, n_cols, gelu, _BLOCK, num_warps=_WARPS)
+
+
+@lru_cache(MAX_LAUNCHES)
+def _backward_launch(
+    shape: torch.Size, layouts: tuple[Layout, ...], device: torch.device, dtypes: Any, gelu: bool, has_out: bool
+) -> Launch:
+    programs, n_cols, strides = _extent(shape, *layouts)
+    return Launch(_backward_kernel, programs, *strides, n_cols, gelu, has_out, _BLOCK, num_warps=_WARPS)
 
 
 def _launch_forward(gate: torch.Tensor, up: torch.Tensor | None, gelu: bool) -> torch.Tensor:
     gate, up = _halves(gate, up)
     out = gate.new_empty(gate.shape)
-    n_rows, n_cols = _flat(gate, up)
+    launch = _forward_launch(gate.shape, gate.stride(), up.stride(), gate.device, (gate.dtype, up.dtype), gelu)
     LAUNCHES["gated_mlp"] += 1
-    _forward_kernel[(n_rows * triton.cdiv(n_cols, _BLOCK),)](
-        gate, up, out, gate.stride(0), up.stride(0), n_cols, GELU=gelu, BLOCK=_BLOCK, num_warps=_WARPS
-    )
+    launch((gate, up, out))
     return out
 
 
 def _launch_backward(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, gelu: bool, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up, or of both halves in one (R, 2I) and an empty tensor.
+    """Gradients of gate and up, or of both halves in one (..., 2I) and an empty tensor.
 
     `out`, if given, is `grad` itself, and is overwritten with the forward pass's result.
     """
@@ -142,12 +184,12 @@ def _launch_backward(
     d_gate, d_up = gate.new_empty(gate.shape), gate.new_empty(0) if up is None else up.new_empty(up.shape)
     gate, up = _halves(gate, up)
     left, right = _halves(d_gate, None if joint else d_up)
-    n_rows, n_cols = _flat(grad, gate, up, left, right)
-    LAUNCHES["gated_mlp_backward"] += 1
-    _backward_kernel[(n_rows * triton.cdiv(n_cols, _BLOCK),)](
-        grad, gate, up, left, right, out, grad.stride(0), gate.stride(0), up.stride(0), left.stride(0), n_cols,
-        GELU=gelu, HAS_OUT=out is not None, BLOCK=_BLOCK, num_warps=_WARPS,
+    launch = _backward_launch(
+        gate.shape, (grad.stride(), gate.stride(), up.stride(), left.stride()), gate.device,
+        (grad.dtype, gate.dtype, up.dtype), gelu, out is not None,
     )  # fmt: skip
+    LAUNCHES["gated_mlp_backward"] += 1
+    launch((grad, gate, up, left, right, out))
     return d_gate, d_up
 
 
@@ -155,7 +197,7 @@ def _launch_backward(
 
 
 def _fake(gate: torch.Tensor, up: torch.Tensor | None, gelu: bool) -> torch.Tensor:
-    return gate.new_empty(gate.shape[0], gate.shape[1] // 2) if up is None else gate.new_empty(gate.shape)
+    return gate.new_empty(gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2))
 
 
 def _backward_fake(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, gelu: bool) -> Any:
@@ -175,7 +217,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     gate, up = ctx.saved_tensors
-    d_gate, d_up = _backward_op(unit_last_stride(grad), gate, up, ctx.gelu)
+    d_gate, d_up = _backward_op(_addressable(grad), gate, up, ctx.gelu)
     return d_gate, None if up is None else d_up, None
 
 
@@ -195,11 +237,8 @@ def _gated(name: str, gate: torch.Tensor, up: torch.Tensor | None, gelu: bool) -
         raise ValueError(f"{name}: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}; they must be equal.")
     if not use_triton(gate, up) or gate.dim() == 0 or gate.numel() == 0:
         return _gated_reference(gate, up, gelu)
-    shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
-    # Views wherever the rows lie at one stride, as in both halves of a fused projection.
-    gate_RI = unit_last_stride(gate.reshape(-1, gate.shape[-1]))
-    up_RI = None if up is None else unit_last_stride(up.reshape(-1, up.shape[-1]))
-    return _op(gate_RI, up_RI, gelu).view(shape)
+    # Read in place wherever the rows lie at one stride, as in both halves of a fused projection.
+    return _op(_addressable(gate), None if up is None else _addressable(up), gelu)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
@@ -223,8 +262,6 @@ def geglu(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     return _gated("geglu", gate, up, gelu=True)
 
 
-KEEP_PRODUCT = False
-
 # -- the MLP as one autograd node ------------------------------------------------------------------------------------
 
 
@@ -237,30 +274,38 @@ class _GatedMLP(torch.autograd.Function):
         up_IH: torch.Tensor | None,
         down_HI: torch.Tensor,
         gelu: bool,
+        recompute: bool,
     ) -> torch.Tensor:
         gate_MI = x_MH @ gate_IH.t()
         up_MI = None if up_IH is None else x_MH @ up_IH.t()
         product_MI = _launch_forward(gate_MI, up_MI, gelu)
-        ctx.save_for_backward(x_MH, gate_MI, up_MI, gate_IH, up_IH, down_HI, product_MI if KEEP_PRODUCT else None)
+        kept_MI = None if recompute or not ctx.needs_input_grad[3] else product_MI
+        ctx.save_for_backward(x_MH, gate_MI, up_MI, kept_MI, gate_IH, up_IH, down_HI)
         ctx.gelu = gelu
         return product_MI @ down_HI.t()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_MH: torch.Tensor) -> Any:
-        x_MH, gate_MI, up_MI, gate_IH, up_IH, down_HI, kept_MI = ctx.saved_tensors
-        need_x, need_gate, need_up, need_down, _ = ctx.needs_input_grad
-        product_MI = grad_MH @ down_HI  # the product's gradient, then the product
-        again = need_down and kept_MI is None
-        d_gate_MI, d_up_MI = _launch_backward(product_MI, gate_MI, up_MI, ctx.gelu, out=product_MI if again else None)
-        product_MI = product_MI if kept_MI is None else kept_MI
-        d_down = grad_MH.t() @ product_MI if need_down else None
-        del product_MI
+        with autocast_off(grad_MH.device.type):
+            return _GatedMLP._gradients(ctx, grad_MH)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_MH: torch.Tensor) -> Any:
+        x_MH, gate_MI, up_MI, product_MI, gate_IH, up_IH, down_HI = ctx.saved_tensors
+        need_x, need_gate, need_up, need_down = ctx.needs_input_grad[:4]
+        d_product_MI = grad_MH @ down_HI
+        again = d_product_MI if need_down and product_MI is None else None
+        d_gate_MI, d_up_MI = _launch_backward(d_product_MI, gate_MI, up_MI, ctx.gelu, out=again)
+        product_MI = again if product_MI is None else product_MI
+        d_down = None if product_MI is None else grad_MH.t() @ product_MI
+        del d_product_MI, product_MI, again
         d_x = d_gate_MI @ gate_IH if need_x else None
         if d_x is not None and up_IH is not None:
             d_x.addmm_(d_up_MI, up_IH)
         d_gate = d_gate_MI.t() @ x_MH if need_gate else None
         d_up = d_up_MI.t() @ x_MH if need_up else None
-        return d_x, d_gate, d_up, d_down, None
+        return d_x, d_gate, d_up, d_down, None, None
 
 
 def gated_mlp(
@@ -270,8 +315,9 @@ def gated_mlp(
     down_weight: torch.Tensor,
     *,
     activation: str = "swiglu",
+    recompute: bool = False,
 ) -> torch.Tensor:
-    """``down(act(gate(x)) * up(x))`` for projections without bias, as one autograd node that keeps x, gate and up.
+    """``down(act(gate(x)) * up(x))`` for projections without bias, as one autograd node.
 
     Under autocast the GEMMs run in the autocast dtype, as `torch.nn.functional.linear` does. Where the kernels do not
     run, and under torch.compile, the same formula runs as separate ops.
@@ -281,6 +327,7 @@ def gated_mlp(
         gate_weight, up_weight: (I, H); or `gate_weight` (2I, H) with both, gate first, and `up_weight` None.
         down_weight: (H, I).
         activation: ``"swiglu"`` or ``"geglu"``.
+        recompute: keep x, gate and up alone, and make the product ``act(gate) * up`` again in the backward pass.
 
     Returns:
         (..., H).
@@ -296,8 +343,8 @@ def gated_mlp(
     wanted = [(2 * inner, width)] if up_weight is None else [(inner, width), (inner, width)]
     if given != [*wanted, (width, inner)]:
         raise ValueError(f"gated_mlp: weights of shapes {given} do not fit x of shape {tuple(x.shape)}.")
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, gate_weight, down_weight = x.to(dtype), gate_weight.to(dtype), down_weight.to(dtype)
         up_weight = None if up_weight is None else up_weight.to(dtype)
     one_dtype = x.dtype == gate_weight.dtype == down_weight.dtype
@@ -306,5 +353,5 @@ def gated_mlp(
         gate = F.linear(x, gate_weight)
         up = None if up_weight is None else F.linear(x, up_weight)
         return F.linear(ops[activation](gate, up), down_weight)
-    out = _GatedMLP.apply(x.reshape(-1, width), gate_weight, up_weight, down_weight, activation == "geglu")
+    out = _GatedMLP.apply(x.reshape(-1, width), gate_weight, up_weight, down_weight, activation == "geglu", recompute)
     return out.view(x.shape)

@@ -19,13 +19,15 @@ from __future__ import annotations
 
 # mypy: disable-error-code="no-untyped-def"
 # (Triton kernels: a pointer has no Python type.)
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
 from ._common import (
     LAUNCHES,
+    MAX_LAUNCHES,
+    Launch,
     empty_rows_like,
     jit,
     kernel_op,
@@ -78,14 +80,16 @@ def qk_norm_rope_reference(
 
 
 @jit
-def _tables(cos_ptr, sin_ptr, b, s, cb, cs, sb, ss, col, mask, half):
+def _tables(cos_ptr, sin_ptr, b, s, cb, cs, sb, ss, col, mask, half, REPEATS: tl.constexpr):
     """Both halves of cos and sin, (T, C) each."""
     cos_row = cos_ptr + (b * cb + s * cs)[:, None] + col[None, :]
     sin_row = sin_ptr + (b * sb + s * ss)[:, None] + col[None, :]
     c1 = tl.load(cos_row, mask=mask, other=0.0).to(tl.float32)
-    c2 = tl.load(cos_row + half, mask=mask, other=0.0).to(tl.float32)
     s1 = tl.load(sin_row, mask=mask, other=0.0).to(tl.float32)
-    s2 = tl.load(sin_row + half, mask=mask, other=0.0).to(tl.float32)
+    c2, s2 = c1, s1
+    if not REPEATS:
+        c2 = tl.load(cos_row + half, mask=mask, other=0.0).to(tl.float32)
+        s2 = tl.load(sin_row + half, mask=mask, other=0.0).to(tl.float32)
     return c1[:, None, :], c2[:, None, :], s1[:, None, :], s2[:, None, :]
 
 
@@ -97,67 +101,60 @@ def _rotated(x1, x2, c1, c2, s1, s2, TRANSPOSE: tl.constexpr):
 
 
 @jit
-def _rotate_heads(
-    x_ptr, y_ptr, weight_ptr, b, s, xb, xh, xs, yb, yh, ys, live, n_heads, c1, c2, s1, s2, eps, offset,
-    half: tl.constexpr, head_dim: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, TRANSPOSE: tl.constexpr,
-):  # fmt: skip
-    col = tl.arange(0, BLOCK_C)
-    for first in range(0, n_heads, BLOCK_H):
-        head = first + tl.arange(0, BLOCK_H)
-        inside = live[:, None, None] & (head < n_heads)[None, :, None]
-        mask = inside & (col < half)[None, None, :]
-        x_row = x_ptr + (b * xb + s * xs)[:, None, None] + head.to(tl.int64)[None, :, None] * xh
-        y_row = y_ptr + (b * yb + s * ys)[:, None, None] + head.to(tl.int64)[None, :, None] * yh
-        x1 = tl.load(x_row + col[None, None, :], mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(x_row + half + col[None, None, :], mask=mask, other=0.0).to(tl.float32)
-        if BLOCK_P > 0:
-            rest = 2 * half + tl.arange(0, BLOCK_P)
-            keep = inside & (rest < head_dim)[None, None, :]
-            xp = tl.load(x_row + rest[None, None, :], mask=keep, other=0.0).to(tl.float32)
-        if NORM:
-            square = tl.sum(x1 * x1 + x2 * x2, axis=2)
-            if BLOCK_P > 0:
-                square += tl.sum(xp * xp, axis=2)
-            rstd = tl.div_rn(1.0, tl.sqrt_rn(square / head_dim + eps))[:, :, None]
-            w1 = tl.load(weight_ptr + col, mask=col < half, other=0.0).to(tl.float32) + offset
-            w2 = tl.load(weight_ptr + half + col, mask=col < half, other=0.0).to(tl.float32) + offset
-            x1 = x1 * rstd * w1[None, None, :]
-            x2 = x2 * rstd * w2[None, None, :]
-            if BLOCK_P > 0:
-                wp = tl.load(weight_ptr + rest, mask=rest < head_dim, other=0.0).to(tl.float32) + offset
-                xp = xp * rstd * wp[None, None, :]
-        y1, y2 = _rotated(x1, x2, c1, c2, s1, s2, TRANSPOSE)
-        tl.store(y_row + col[None, None, :], y1.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(y_row + half + col[None, None, :], y2.to(y_ptr.dtype.element_ty), mask=mask)
-        if BLOCK_P > 0:
-            tl.store(y_row + rest[None, None, :], xp.to(y_ptr.dtype.element_ty), mask=keep)
-
-
-@jit
 def _kernel(
-    q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, qo_ptr, ko_ptr, n_tokens, seq_len, n_q, n_k, eps, offset,
+    q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, qo_ptr, ko_ptr, eps, offset, n_tokens, seq_len, n_q, n_k,
     qb, qh, qs, kb, kh, ks, qob, qoh, qos, kob, koh, kos, cb, cs, sb, ss,
-    half: tl.constexpr, head_dim: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
+    half: tl.constexpr, head_dim: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, TRANSPOSE: tl.constexpr, REPEATS: tl.constexpr,
 ):  # fmt: skip
-    # cos and sin are read once for all heads of q and k.
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # The heads of q and k are numbered through and a program takes a few of a few tokens: all of its loads are in
+    # flight at once, and neighbouring programs find cos and sin in the cache.
+    blocks = tl.cdiv(n_q + n_k, BLOCK_H)
+    token = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    col = tl.arange(0, BLOCK_C)
     live = token < n_tokens
     b = token // seq_len
     s = token % seq_len
-    col = tl.arange(0, BLOCK_C)
-    mask = live[:, None] & (col < half)[None, :]
-    c1, c2, s1, s2 = _tables(cos_ptr, sin_ptr, b, s, cb, cs, sb, ss, col, mask, half)
-    _rotate_heads(
-        q_ptr, qo_ptr, qw_ptr, b, s, qb, qh, qs, qob, qoh, qos, live, n_q, c1, c2, s1, s2, eps, offset,
-        half, head_dim, NORM, BLOCK_Q, BLOCK_C, BLOCK_P, TRANSPOSE,
-    )  # fmt: skip
-    _rotate_heads(
-        k_ptr, ko_ptr, kw_ptr, b, s, kb, kh, ks, kob, koh, kos, live, n_k, c1, c2, s1, s2, eps, offset,
-        half, head_dim, NORM, BLOCK_K, BLOCK_C, BLOCK_P, TRANSPOSE,
-    )  # fmt: skip
+    of_q = head < n_q
+    of_k = (head - n_q).to(tl.int64)
+    head = head.to(tl.int64)
+    inside = live[:, None, None] & (head < n_q + n_k)[None, :, None]
+    mask = inside & (col < half)[None, None, :]
+    q_at = (b * qb + s * qs)[:, None, None] + head[None, :, None] * qh
+    k_at = (b * kb + s * ks)[:, None, None] + of_k[None, :, None] * kh
+    x_row = tl.where(of_q[None, :, None], q_ptr + q_at, k_ptr + k_at)
+    c1, c2, s1, s2 = _tables(
+        cos_ptr, sin_ptr, b, s, cb, cs, sb, ss, col, live[:, None] & (col < half)[None, :], half, REPEATS
+    )
+    x1 = tl.load(x_row + col[None, None, :], mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_row + half + col[None, None, :], mask=mask, other=0.0).to(tl.float32)
+    if BLOCK_P > 0:
+        rest = 2 * half + tl.arange(0, BLOCK_P)
+        keep = inside & (rest < head_dim)[None, None, :]
+        xp = tl.load(x_row + rest[None, None, :], mask=keep, other=0.0).to(tl.float32)
+    if NORM:
+        square = tl.sum(x1 * x1 + x2 * x2, axis=2)
+        if BLOCK_P > 0:
+            square += tl.sum(xp * xp, axis=2)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(square / head_dim + eps))[:, :, None]
+        weight_row = tl.where(of_q[:, None], qw_ptr + col[None, :], kw_ptr + col[None, :])
+        w1 = tl.load(weight_row, mask=(col < half)[None, :], other=0.0).to(tl.float32) + offset
+        w2 = tl.load(weight_row + half, mask=(col < half)[None, :], other=0.0).to(tl.float32) + offset
+        x1 = x1 * rstd * w1[None, :, :]
+        x2 = x2 * rstd * w2[None, :, :]
+        if BLOCK_P > 0:
+            weight_rest = tl.where(of_q[:, None], qw_ptr + rest[None, :], kw_ptr + rest[None, :])
+            wp = tl.load(weight_rest, mask=(rest < head_dim)[None, :], other=0.0).to(tl.float32) + offset
+            xp = xp * rstd * wp[None, :, :]
+    y1, y2 = _rotated(x1, x2, c1, c2, s1, s2, TRANSPOSE)
+    q_to = (b * qob + s * qos)[:, None, None] + head[None, :, None] * qoh
+    k_to = (b * kob + s * kos)[:, None, None] + of_k[None, :, None] * koh
+    y_row = tl.where(of_q[None, :, None], qo_ptr + q_to, ko_ptr + k_to)
+    tl.store(y_row + col[None, None, :], y1.to(qo_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_row + half + col[None, None, :], y2.to(qo_ptr.dtype.element_ty), mask=mask)
+    if BLOCK_P > 0:
+        tl.store(y_row + rest[None, None, :], xp.to(qo_ptr.dtype.element_ty), mask=keep)
 
 
 @jit
@@ -226,10 +223,11 @@ def _store_share(share_ptr, dw1, dw2, dwp, half: tl.constexpr, head_dim: tl.cons
 @jit
 def _norm_backward_kernel(
     gq_ptr, gk_ptr, q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, qs_ptr, ks_ptr,
-    n_tokens, seq_len, n_q, n_k, eps, offset, gqb, gqh, gqs, gkb, gkh, gks, qb, qh, qs, kb, kh, ks,
+    eps, offset, n_tokens, seq_len, n_q, n_k, gqb, gqh, gqs, gkb, gkh, gks, qb, qh, qs, kb, kh, ks,
     dqb, dqh, dqs, dkb, dkh, dks, cb, cs, sb, ss,
     half: tl.constexpr, head_dim: tl.constexpr, NEED_DW: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    REPEATS: tl.constexpr,
 ):  # fmt: skip
     col = tl.arange(0, BLOCK_C)
     qd1 = tl.zeros([BLOCK_C], dtype=tl.float32)
@@ -244,7 +242,7 @@ def _norm_backward_kernel(
         b = token // seq_len
         s = token % seq_len
         mask = live[:, None] & (col < half)[None, :]
-        c1, c2, s1, s2 = _tables(cos_ptr, sin_ptr, b, s, cb, cs, sb, ss, col, mask, half)
+        c1, c2, s1, s2 = _tables(cos_ptr, sin_ptr, b, s, cb, cs, sb, ss, col, mask, half, REPEATS)
         qd1, qd2, qdp = _norm_backward_heads(
             gq_ptr, q_ptr, dq_ptr, qw_ptr, b, s, gqb, gqh, gqs, qb, qh, qs, dqb, dqh, dqs, live, n_q, c1, c2, s1, s2,
             eps, offset, qd1, qd2, qdp, half, head_dim, BLOCK_Q, BLOCK_C, BLOCK_P,
@@ -262,59 +260,88 @@ def _norm_backward_kernel(
 # -- launches --------------------------------------------------------------------------------------------------------
 
 
-class _Config(NamedTuple):
-    """How the kernels are launched for one head layout."""
-
-    block_t: int
-    block_q: int
-    block_k: int
-    block_c: int
-    block_p: int
-
-
-# One warp a program, and few heads at a time: chosen on an H100 from some 60 combinations a head layout.
+# One warp a program, few heads at a time: chosen on an H100 from some 30 combinations a head layout.
 _WARPS = 1
-_BACKWARD_PROGRAMS = 8  # for each multiprocessor
+_PAIRS, _NORM_PAIRS, _HEADS = 256, 512, 2
+_BACKWARD_PROGRAMS = 8  # of the norm, for each multiprocessor
 
 
-@cache
-def _config(n_q: int, n_k: int, half: int, head_dim: int, norm: bool) -> _Config:
-    block_c = triton.next_power_of_2(half)
-    block_p = triton.next_power_of_2(head_dim - 2 * half) if head_dim > 2 * half else 0
-    pairs, heads = (512, 2) if norm else (1024, 8)
-    heads = min(heads, max(1, pairs // block_c))
-    block_q = min(triton.next_power_of_2(n_q), heads)
-    block_k = min(triton.next_power_of_2(n_k), heads)
-    return _Config(max(1, pairs // (block_c * max(block_q, block_k))), block_q, block_k, block_c, block_p)
+class _Blocks(NamedTuple):
+    tokens: int
+    heads: int
+    columns: int
+    rest: int
 
 
-def _table_strides(cos: torch.Tensor, sin: torch.Tensor) -> list[int]:
+def _blocks(n_heads: int, half: int, head_dim: int, pairs: int) -> _Blocks:
+    """A program's share of tokens, heads and columns: `pairs` rotated pairs together."""
+    columns = triton.next_power_of_2(half)
+    heads = min(triton.next_power_of_2(n_heads), _HEADS, max(1, pairs // columns))
+    rest = triton.next_power_of_2(head_dim - 2 * half) if head_dim > 2 * half else 0
+    return _Blocks(max(1, pairs // (columns * heads)), heads, columns, rest)
+
+
+Layout = tuple[int, ...]  # the strides of a tensor
+
+
+def _tables_of(cos: torch.Tensor, sin: torch.Tensor) -> Layout:
     """Batch and sequence strides of both; a table shared by the whole batch is read with batch stride 0."""
-    return [stride for t in (cos, sin) for stride in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
+    return tuple(stride for t in (cos, sin) for stride in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1)))
+
+
+# Everything about a launch that shapes, strides and dtypes decide, looked up by them: `Launch` says why.
+
+
+@lru_cache(MAX_LAUNCHES)
+def _forward_launch(
+    shape: torch.Size, n_k: int, layouts: tuple[Layout, ...], tables: Layout, half: int, device: torch.device,
+    dtypes: Any, norm: bool, transpose: bool, repeats: bool,
+) -> Launch:  # fmt: skip
+    batch, n_q, seq_len, head_dim = shape
+    blocks = _blocks(n_q + n_k, half, head_dim, _NORM_PAIRS if norm else _PAIRS)
+    programs = triton.cdiv(batch * seq_len, blocks.tokens) * triton.cdiv(n_q + n_k, blocks.heads)
+    return Launch(
+        _kernel, programs, batch * seq_len, seq_len, n_q, n_k,
+        *(stride for layout in layouts for stride in layout[:3]), *tables,
+        half, head_dim, norm, *blocks, transpose, repeats, num_warps=_WARPS,
+    )  # fmt: skip
+
+
+@lru_cache(MAX_LAUNCHES)
+def _norm_backward_launch(
+    shape: torch.Size, n_k: int, layouts: tuple[Layout, ...], tables: Layout, half: int, device: torch.device,
+    dtypes: Any, need_dw: bool, repeats: bool,
+) -> Launch:  # fmt: skip
+    batch, n_q, seq_len, head_dim = shape
+    tokens, heads, columns, rest = _blocks(max(n_q, n_k), half, head_dim, _NORM_PAIRS)
+    heads_k = min(heads, triton.next_power_of_2(n_k))
+    programs = min(triton.cdiv(batch * seq_len, tokens), _BACKWARD_PROGRAMS * multiprocessors(device))
+    return Launch(
+        _norm_backward_kernel, programs, batch * seq_len, seq_len, n_q, n_k,
+        *(stride for layout in layouts for stride in layout[:3]), *tables,
+        half, head_dim, need_dw, tokens, heads, heads_k, columns, rest, repeats, num_warps=_WARPS,
+    )  # fmt: skip
 
 
 def _launch(
     q: torch.Tensor,
     k: torch.Tensor,
-    weights: tuple[torch.Tensor, torch.Tensor] | None,
+    weights: tuple[torch.Tensor, torch.Tensor] | tuple[None, None],
     eps: float,
     offset: float,
     cos: torch.Tensor,
     sin: torch.Tensor,
     transpose: bool,
+    repeats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, n_q, seq_len, head_dim = q.shape
-    half = cos.shape[-1] // 2
     q_out, k_out = empty_rows_like(q), empty_rows_like(k)
-    config = _config(n_q, k.shape[1], half, head_dim, weights is not None)
-    q_weight, k_weight = weights or (None, None)
-    _kernel[(triton.cdiv(batch * seq_len, config.block_t),)](
-        q, k, q_weight, k_weight, cos, sin, q_out, k_out, batch * seq_len, seq_len, n_q, k.shape[1], eps, offset,
-        *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3], *_table_strides(cos, sin),
-        half=half, head_dim=head_dim, NORM=weights is not None, BLOCK_T=config.block_t, BLOCK_Q=config.block_q,
-        BLOCK_K=config.block_k, BLOCK_C=config.block_c, BLOCK_P=config.block_p, TRANSPOSE=transpose,
-        num_warps=_WARPS,
+    norm = weights[0] is not None
+    launch = _forward_launch(
+        q.shape, k.shape[1], tuple(t.stride() for t in (q, k, q_out, k_out)), _tables_of(cos, sin),
+        cos.shape[-1] // 2, q.device, tuple(None if t is None else t.dtype for t in (q, k, *weights, cos, sin)),
+        norm, transpose, repeats,
     )  # fmt: skip
+    launch((q, k, *weights, cos, sin, q_out, k_out), eps, offset)
     return q_out, k_out
 
 
@@ -325,12 +352,14 @@ def _gradient(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 # -- rotation alone --------------------------------------------------------------------------------------------------
 
 
-def _fake(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transpose: bool) -> Any:
+def _fake(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transpose: bool, repeats: bool
+) -> Any:
     return empty_rows_like(q), empty_rows_like(k)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    _, _, cos, sin, ctx.transpose = inputs
+    _, _, cos, sin, ctx.transpose, ctx.repeats = inputs
     ctx.save_for_backward(cos, sin)
     ctx.meta = [(o.shape, o.dtype, o.device) for o in output]
 
@@ -341,14 +370,18 @@ def _backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         torch.zeros(shape, dtype=dtype, device=device) if g is None else unit_last_stride(g)
         for g, (shape, dtype, device) in zip(grads, ctx.meta, strict=True)
     )
-    return (*_op(gq, gk, cos, sin, not ctx.transpose), None, None, None)
+    return (*_op(gq, gk, cos, sin, not ctx.transpose, ctx.repeats), None, None, None, None)
 
 
-@kernel_op("qk_rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transpose) -> (Tensor, Tensor)", _fake,
-           setup_context=_setup_context, backward=_backward)  # fmt: skip
-def _op(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transpose: bool) -> Any:
+@kernel_op(
+    "qk_rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool transpose, bool repeats) -> (Tensor, Tensor)",
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+def _op(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transpose: bool, repeats: bool) -> Any:
     LAUNCHES["qk_rope_backward" if transpose else "qk_rope"] += 1
-    return _launch(q, k, None, 0.0, 0.0, cos, sin, transpose)
+    return _launch(q, k, (None, None), 0.0, 0.0, cos, sin, transpose, repeats)
 
 
 # -- norm and rotation -----------------------------------------------------------------------------------------------
@@ -356,7 +389,8 @@ def _op(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, 
 
 def _norm_backward_fake(
     gq: torch.Tensor, gk: torch.Tensor, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor,
-    k_weight: torch.Tensor, eps: float, offset: float, cos: torch.Tensor, sin: torch.Tensor, need_dw: bool,
+    k_weight: torch.Tensor, eps: float, offset: float, cos: torch.Tensor, sin: torch.Tensor, repeats: bool,
+    need_dw: bool,
 ) -> Any:  # fmt: skip
     dw = [torch.empty_like(w) if need_dw else w.new_empty(0) for w in (q_weight, k_weight)]
     return empty_rows_like(q), empty_rows_like(k), *dw
@@ -364,27 +398,23 @@ def _norm_backward_fake(
 
 @kernel_op(
     "qk_norm_rope_backward(Tensor gq, Tensor gk, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, "
-    "float offset, Tensor cos, Tensor sin, bool need_dw) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float offset, Tensor cos, Tensor sin, bool repeats, bool need_dw) -> (Tensor, Tensor, Tensor, Tensor)",
     _norm_backward_fake,
 )
 def _norm_backward_op(
     gq: torch.Tensor, gk: torch.Tensor, q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor,
-    k_weight: torch.Tensor, eps: float, offset: float, cos: torch.Tensor, sin: torch.Tensor, need_dw: bool,
+    k_weight: torch.Tensor, eps: float, offset: float, cos: torch.Tensor, sin: torch.Tensor, repeats: bool,
+    need_dw: bool,
 ) -> Any:  # fmt: skip
-    batch, n_q, seq_len, head_dim = q.shape
-    half = cos.shape[-1] // 2
     dq, dk = empty_rows_like(q), empty_rows_like(k)
-    config = _config(n_q, k.shape[1], half, head_dim, True)
-    programs = min(triton.cdiv(batch * seq_len, config.block_t), _BACKWARD_PROGRAMS * multiprocessors(q.device))
-    shares = torch.empty(2, programs if need_dw else 0, head_dim, device=q.device, dtype=torch.float32)
-    LAUNCHES["qk_norm_rope_backward"] += 1
-    _norm_backward_kernel[(programs,)](
-        gq, gk, q, k, q_weight, k_weight, cos, sin, dq, dk, shares[0], shares[1], batch * seq_len, seq_len,
-        n_q, k.shape[1], eps, offset, *gq.stride()[:3], *gk.stride()[:3], *q.stride()[:3], *k.stride()[:3],
-        *dq.stride()[:3], *dk.stride()[:3], *_table_strides(cos, sin), half=half, head_dim=head_dim, NEED_DW=need_dw,
-        BLOCK_T=config.block_t, BLOCK_Q=config.block_q, BLOCK_K=config.block_k, BLOCK_C=config.block_c,
-        BLOCK_P=config.block_p, num_warps=_WARPS,
+    launch = _norm_backward_launch(
+        q.shape, k.shape[1], tuple(t.stride() for t in (gq, gk, q, k, dq, dk)), _tables_of(cos, sin),
+        cos.shape[-1] // 2, q.device, tuple(t.dtype for t in (gq, gk, q, k, q_weight, k_weight, cos, sin)), need_dw,
+        repeats,
     )  # fmt: skip
+    shares = torch.empty(2, launch.grid if need_dw else 0, q.shape[-1], device=q.device, dtype=torch.float32)
+    LAUNCHES["qk_norm_rope_backward"] += 1
+    launch((gq, gk, q, k, q_weight, k_weight, cos, sin, dq, dk, shares[0], shares[1]), eps, offset)
     if not need_dw:
         return dq, dk, q_weight.new_empty(0), k_weight.new_empty(0)
     return dq, dk, sum_shares(shares[0], torch.empty_like(q_weight)), sum_shares(shares[1], torch.empty_like(k_weight))
@@ -392,13 +422,13 @@ def _norm_backward_op(
 
 def _norm_fake(
     q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, offset: float,
-    cos: torch.Tensor, sin: torch.Tensor,
+    cos: torch.Tensor, sin: torch.Tensor, repeats: bool,
 ) -> Any:  # fmt: skip
     return empty_rows_like(q), empty_rows_like(k)
 
 
 def _norm_setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, q_weight, k_weight, ctx.eps, ctx.offset, cos, sin = inputs
+    q, k, q_weight, k_weight, ctx.eps, ctx.offset, cos, sin, ctx.repeats = inputs
     ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
 
 
@@ -406,24 +436,35 @@ def _norm_backward(ctx: Any, gq: torch.Tensor | None, gk: torch.Tensor | None) -
     q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
     need_dw = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
     dq, dk, dq_weight, dk_weight = _norm_backward_op(
-        _gradient(gq, q), _gradient(gk, k), q, k, q_weight, k_weight, ctx.eps, ctx.offset, cos, sin, need_dw
+        _gradient(gq, q),
+        _gradient(gk, k),
+        q,
+        k,
+        q_weight,
+        k_weight,
+        ctx.eps,
+        ctx.offset,
+        cos,
+        sin,
+        ctx.repeats,
+        need_dw,
     )
-    return dq, dk, dq_weight if need_dw else None, dk_weight if need_dw else None, None, None, None, None
+    return dq, dk, dq_weight if need_dw else None, dk_weight if need_dw else None, None, None, None, None, None
 
 
 @kernel_op(
     "qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, float offset, Tensor cos, "
-    "Tensor sin) -> (Tensor, Tensor)",
+    "Tensor sin, bool repeats) -> (Tensor, Tensor)",
     _norm_fake,
     setup_context=_norm_setup_context,
     backward=_norm_backward,
 )
 def _norm_op(
     q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, offset: float,
-    cos: torch.Tensor, sin: torch.Tensor,
+    cos: torch.Tensor, sin: torch.Tensor, repeats: bool,
 ) -> Any:  # fmt: skip
     LAUNCHES["qk_norm_rope"] += 1
-    return _launch(q, k, (q_weight, k_weight), eps, offset, cos, sin, False)
+    return _launch(q, k, (q_weight, k_weight), eps, offset, cos, sin, False, repeats)
 
 
 # -- public ----------------------------------------------------------------------------------------------------------
@@ -449,14 +490,15 @@ def _check(name: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: 
 
 
 def _takes(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *weights: torch.Tensor) -> bool:
-    """Whether the kernels run; they give no gradient to cos and sin."""
+    """Whether the kernels run: they give no gradient to cos and sin, and read q and k through one pointer."""
     tables_learn = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     empty = q.numel() == 0 or k.numel() == 0 or cos.shape[-1] == 0
-    return use_triton(q, k, cos, sin, *weights) and not tables_learn and not empty
+    alike = q.dtype == k.dtype and len({w.dtype for w in weights}) <= 1
+    return use_triton(q, k, cos, sin, *weights) and alike and not tables_learn and not empty
 
 
 def qk_rope(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, repeats: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate queries and keys by their positions.
 
@@ -464,6 +506,8 @@ def qk_rope(
         q: (B, Hq, S, D), bf16, fp16, fp32 (or fp64: reference), any strides.
         k: (B, Hk, S, D), likewise.
         cos, sin: (B or 1, S, R), R even and at most D; any floating dtype. The two halves of R may differ.
+        repeats: the caller knows that they do not, as in the tables that transformers' models make: the second half
+            is then not read.
 
     Returns:
         q and k rotated, each in its own dtype (eager torch would promote to that of cos), in the input's layout.
@@ -476,7 +520,7 @@ def qk_rope(
     if not _takes(q, k, cos, sin):
         return qk_rope_reference(q, k, cos, sin)
     q, k, cos, sin = (unit_last_stride(t) for t in (q, k, cos, sin))
-    return _op(q, k, cos, sin, False)
+    return _op(q, k, cos, sin, False, repeats)
 
 
 def qk_norm_rope(
@@ -489,11 +533,12 @@ def qk_norm_rope(
     sin: torch.Tensor,
     *,
     offset: float = 0.0,
+    repeats: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm of each head of q and of k, then their rotation, rounded once.
 
     Args:
-        q, k, cos, sin: as for `qk_rope`.
+        q, k, cos, sin, repeats: as for `qk_rope`.
         q_weight, k_weight: (D,), any floating dtype; their gradients are summed in float32.
         eps, offset: as for `rms_norm`; the same for q and k.
 
@@ -513,4 +558,4 @@ def qk_norm_rope(
     if not _takes(q, k, cos, sin, q_weight, k_weight):
         return qk_norm_rope_reference(q, k, q_weight, k_weight, eps, cos, sin, offset)
     q, k, cos, sin = (unit_last_stride(t) for t in (q, k, cos, sin))
-    return _norm_op(q, k, q_weight.contiguous(), k_weight.contiguous(), eps, offset, cos, sin)
+    return _norm_op(q, k, q_weight.contiguous(), k_weight.contiguous(), float(eps), float(offset), cos, sin, repeats)

@@ -20,13 +20,15 @@ from __future__ import annotations
 
 # mypy: disable-error-code="no-untyped-def"
 # (Triton kernels: a pointer has no Python type.)
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, overload
 
 import torch
 
 from ._common import (
     LAUNCHES,
+    MAX_LAUNCHES,
+    Launch,
     empty_rows_like,
     jit,
     kernel_op,
@@ -78,7 +80,7 @@ def _inverse_rms(h, eps, WIDTH: tl.constexpr):
 
 @jit
 def _forward_kernel(
-    x_ptr, res_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, n_rows, n1, n2, xs0, xs1, xs2, ys0, ys1, ys2, eps, offset,
+    x_ptr, res_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, eps, offset, n_rows, n1, n2, xs0, xs1, xs2, ys0, ys1, ys2,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, HAS_RESIDUAL: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -101,8 +103,8 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    gy_ptr, gh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, share_ptr, n_rows, n1, n2,
-    gs0, gs1, gs2, hs0, hs1, hs2, ds0, ds1, ds2, offset,
+    gy_ptr, gh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, share_ptr, offset, n_rows, n1, n2,
+    gs0, gs1, gs2, hs0, hs1, hs2, ds0, ds1, ds2,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, HAS_GH: tl.constexpr, NEED_DW: tl.constexpr,
     FLAT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -180,21 +182,58 @@ def _backward_config(width: int, bytes_per_element: int, device: torch.device) -
     )
 
 
-def _strides(x: torch.Tensor, flat: int | None) -> tuple[int, int, int]:
-    """Strides of the three dimensions in front of the last, `x` having at most four."""
-    if flat is not None:
-        return 0, 0, flat
-    outer = x.stride()[:-1]
-    return (0,) * (3 - len(outer)) + tuple(outer)  # type: ignore[return-value]
+Layout = tuple[int, ...]  # the strides of a tensor
+
+
+def _row_strides(shape: torch.Size, *layouts: Layout) -> tuple[bool, list[int], tuple[int, int]]:
+    """How the kernels find rows: whether at one stride in each tensor, all strides, and the inner row dimensions."""
+    flat = [row_stride(shape, layout) for layout in layouts]
+    if None not in flat:
+        return True, [stride for row in flat for stride in (0, 0, row)], (1, 1)  # type: ignore[misc]
+    padding = (0,) * (4 - len(shape))
+    return False, [s for layout in layouts for s in (*padding, *layout[:-1])], ((1, 1, *shape)[-3], shape[-2])
+
+
+# Everything about a launch that shapes, strides and dtypes decide, looked up by them: `Launch` says why.
+
+
+@lru_cache(MAX_LAUNCHES)
+def _forward_launch(
+    shape: torch.Size, x: Layout, y: Layout, device: torch.device, dtypes: Any, has_residual: bool
+) -> Launch:
+    width, n_rows = shape[-1], shape[:-1].numel()
+    config = _forward_config(width)
+    flat, strides, inner = _row_strides(shape, x, y)
+    return Launch(
+        _forward_kernel, triton.cdiv(n_rows, config.block_r), n_rows, *inner, *strides,
+        width, config.block_r, config.block_w, has_residual, flat, num_warps=config.warps,
+    )  # fmt: skip
+
+
+@lru_cache(MAX_LAUNCHES)
+def _backward_launch(
+    shape: torch.Size, gy: Layout, h: Layout, dx: Layout, device: torch.device, dtypes: Any, loaded: int,
+    has_gh: bool, need_dw: bool,
+) -> Launch:  # fmt: skip
+    width, n_rows = shape[-1], shape[:-1].numel()
+    config = _backward_config(width, loaded, device)
+    flat, strides, inner = _row_strides(shape, gy, h, dx)
+    programs = min(triton.cdiv(n_rows, config.block_r), config.programs * multiprocessors(device))
+    return Launch(
+        _backward_kernel, programs, n_rows, *inner, *strides,
+        width, config.block_r, config.block_w, has_gh, need_dw, flat, config.stages, num_warps=config.warps,
+    )  # fmt: skip
+
+
+@lru_cache(MAX_LAUNCHES)
+def _sum_launch(n_shares: int, width: int, device: torch.device, dtype: torch.dtype) -> Launch:
+    block_s = min(256, triton.next_power_of_2(n_shares))
+    return Launch(_sum_shares_kernel, triton.cdiv(width, 32), n_shares, width, block_s, 32, num_warps=8)
 
 
 def sum_shares(shares: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Column sums of `shares` (P, W) float32 into `out` (W,) of any dtype, in a fixed order."""
-    n_shares, width = shares.shape
-    block_s = min(256, triton.next_power_of_2(n_shares))
-    _sum_shares_kernel[(triton.cdiv(width, 32),)](
-        shares, out, n_shares, width, BLOCK_S=block_s, BLOCK_C=32, num_warps=8
-    )
+    _sum_launch(*shares.shape, out.device, out.dtype)((shares, out))
     return out
 
 
@@ -224,23 +263,15 @@ def _backward_op(
     offset: float,
     need_dw: bool,
 ) -> Any:
-    width = h.shape[-1]
-    n_rows = h.numel() // width
     dx = empty_rows_like(h)
     loaded = gy.element_size() + h.element_size() + (gh.element_size() if gh is not None else 0)
-    config = _backward_config(width, loaded, h.device)
-    programs = min(triton.cdiv(n_rows, config.block_r), config.programs * multiprocessors(h.device))
-    shares = torch.empty(programs if need_dw else 0, width, device=h.device, dtype=torch.float32)
-    rows = [row_stride(t) for t in (gy, h, dx)]
-    flat = None not in rows
-    gs, hs, ds = (_strides(t, r if flat else None) for t, r in zip((gy, h, dx), rows, strict=True))
-    n1, n2 = (1, 1) if flat else ((1, 1, *h.shape)[-3], h.shape[-2])
-    LAUNCHES["rms_norm_backward"] += 1
-    _backward_kernel[(programs,)](
-        gy, gh if gh is not None else gy, h, weight, rstd, dx, shares, n_rows, n1, n2, *gs, *hs, *ds, offset,
-        WIDTH=width, BLOCK_R=config.block_r, BLOCK_W=config.block_w, HAS_GH=gh is not None, NEED_DW=need_dw,
-        FLAT=flat, STAGES=config.stages, num_warps=config.warps,
+    launch = _backward_launch(
+        h.shape, gy.stride(), h.stride(), dx.stride(), h.device, (gy.dtype, h.dtype, weight.dtype), loaded,
+        gh is not None, need_dw,
     )  # fmt: skip
+    shares = torch.empty(launch.grid if need_dw else 0, h.shape[-1], device=h.device, dtype=torch.float32)
+    LAUNCHES["rms_norm_backward"] += 1
+    launch((gy, gh, h, weight, rstd, dx, shares), offset)
     return dx, sum_shares(shares, torch.empty_like(weight)) if need_dw else weight.new_empty(0)
 
 
@@ -273,22 +304,12 @@ def _fake(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, 
     aside=(2,),
 )
 def _op(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float) -> Any:
-    width = x.shape[-1]
-    n_rows = x.numel() // width
     y = empty_rows_like(x)
     h = empty_rows_like(x) if residual is not None else x.new_empty(0)
-    rstd = torch.empty(n_rows, device=x.device, dtype=torch.float32)
-    x_row, y_row = row_stride(x), row_stride(y)
-    flat = x_row is not None and y_row is not None
-    n1, n2 = (1, 1) if flat else ((1, 1, *x.shape)[-3], x.shape[-2])
-    config = _forward_config(width)
+    rstd = torch.empty(x.shape[:-1].numel(), device=x.device, dtype=torch.float32)
+    launch = _forward_launch(x.shape, x.stride(), y.stride(), x.device, (x.dtype, weight.dtype), residual is not None)
     LAUNCHES["rms_norm"] += 1
-    _forward_kernel[(triton.cdiv(n_rows, config.block_r),)](
-        x, residual if residual is not None else x, weight, y, h, rstd, n_rows, n1, n2,
-        *_strides(x, x_row if flat else None), *_strides(y, y_row if flat else None), eps, offset,
-        WIDTH=width, BLOCK_R=config.block_r, BLOCK_W=config.block_w, HAS_RESIDUAL=residual is not None, FLAT=flat,
-        num_warps=config.warps,
-    )  # fmt: skip
+    launch((x, residual, weight, y, h, rstd), eps, offset)
     return y, h, rstd
 
 
@@ -345,7 +366,7 @@ def rms_norm(
     if x.dim() > 4:
         x = x.reshape(-1, shape[-1])
         residual = residual.reshape(-1, shape[-1]) if residual is not None else None
-    y, h, _ = _op(x, residual, weight.contiguous(), eps, offset)
+    y, h, _ = _op(x, residual, weight.contiguous(), float(eps), float(offset))
     if y.shape != shape:
         y, h = y.view(shape), h.view(shape) if residual is not None else h
     return y if residual is None else (y, h)

@@ -185,11 +185,12 @@ def _attention_forward(
         q, k, v = _autocast(query, key, value)
         if backend in VARLEN_BACKENDS and q.dtype in HALF and dropout == 0.0:
             scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-            q_THD, k_THD, v_THD = (tensor.transpose(1, 2)[0] for tensor in (q, k, v))
+            # squeeze, not [0]: the backward of a selection fills a buffer with zeros and copies into it.
+            q_THD, k_THD, v_THD = (tensor.transpose(1, 2).squeeze(0) for tensor in (q, k, v))
             out_THD = VARLEN_BACKENDS[backend](
                 q_THD, k_THD, v_THD, cu_seq_lens_q, max_length_q or num_tokens, scale, sliding_window
             )
-            return out_THD[None], None
+            return out_THD.unsqueeze(0), None
         # The CPU, fp32, or attention dropout: no varlen kernel has them.
         attention_mask = block_diagonal_mask(cu_seq_lens_q, num_tokens, sliding_window)
     return sdpa_attention_forward(

@@ -24,7 +24,8 @@ from chronicals_trl.report import ActivationReport, PartReport
 _PATCHED = "_chronicals_patched"
 _PREVIOUS = "_chronicals_previous_forward"
 
-# Verdicts by (part, class, its forward, shape, device, dtype): a spec, or a Mismatch.
+# Verdicts on one model's blocks by (part, class, its forward, shape, traits, device, dtype): a spec, or a Mismatch.
+# Emptied at the start of `patch_model`: another model may have another configuration, which its blocks may read.
 _verdicts: dict[tuple[Any, ...], Any] = {}
 
 
@@ -57,6 +58,7 @@ def patch_model(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     resolved = config if isinstance(config, ChronicalsConfig) else ChronicalsConfig.resolve(config)
     unpatch_model(model)
+    _verdicts.clear()
     require_finite(model)
     base = base_model(model)
     device, dtype = placement(model)
@@ -75,10 +77,16 @@ def patch_model(
                 reason = f"cannot be judged on this model ({type(error).__name__}: {error})"
                 report.set(PartReport(name, "off", reason=reason, omitted=True))
 
-    backend = kernel_backend(device)
-    settle("rms_norm", lambda: _swap_blocks(model, "rms_norm", device, dtype, backend))
-    settle("gated_mlp", lambda: _swap_blocks(model, "gated_mlp", device, dtype, backend))
-    settle("qk_rope", lambda: _swap_blocks(model, "qk_rope", device, dtype, backend))
+    settle("rms_norm", lambda: _swap_blocks(model, "rms_norm", device, dtype))
+    recompute = resolved.recompute_mlp
+    settle(
+        "gated_mlp",
+        lambda: _swap_blocks(model, "gated_mlp", device, dtype, lambda spec: spec._replace(recompute=recompute)),
+    )
+    repeats = rope.tables_repeat(model)
+    settle(
+        "qk_rope", lambda: _swap_blocks(model, "qk_rope", device, dtype, lambda spec: spec._replace(repeats=repeats))
+    )
     report.notes += _join_blocks(model, device, dtype)
     settle("attention", lambda: _swap_attention(base, resolved, device))
     settle("head", lambda: _swap_head(base, resolved, device, dtype))
@@ -169,7 +177,7 @@ _BLOCKS: dict[str, tuple[Callable, Callable, Callable, Callable]] = {
     ),
     "gated_mlp": (
         match.gated_mlp_layout,
-        lambda module: tuple(type(getattr(module, n, None)) for n in match.ACTIVATION_NAMES),
+        lambda module: None,
         match.verify_gated_mlp,
         lambda module: match.gated_mlp_forward,
     ),
@@ -183,7 +191,9 @@ _BLOCKS: dict[str, tuple[Callable, Callable, Callable, Callable]] = {
 _WHAT = {"rms_norm": "RMSNorm", "gated_mlp": "gated MLP", "qk_rope": "attention with rotary position embedding"}
 
 
-def _swap_blocks(model: nn.Module, part: str, device: torch.device, dtype: torch.dtype, backend: str) -> PartReport:
+def _swap_blocks(
+    model: nn.Module, part: str, device: torch.device, dtype: torch.dtype, adapt: Callable[[Any], Any] | None = None
+) -> PartReport:
     looks_like, shape, verify, forward = _BLOCKS[part]
     swapped, left = 0, Counter[str]()
     for module in model.modules():
@@ -196,11 +206,11 @@ def _swap_blocks(model: nn.Module, part: str, device: torch.device, dtype: torch
         if isinstance(verdict, Mismatch):
             left[f"{type(module).__name__}: {verdict}"] += 1
         else:
-            _install(module, forward(module), verdict)
+            _install(module, forward(module), verdict if adapt is None else adapt(verdict))
             swapped += 1
     reason = "; ".join(f"{count} left out, {why}" for why, count in left.items()) or None
     if swapped:
-        return PartReport(part, "on", modules=swapped, backend=backend, reason=reason)
+        return PartReport(part, "on", modules=swapped, backend=kernel_backend(device), reason=reason)
     return PartReport(part, "off", reason=reason or f"the model has no {_WHAT[part]}", omitted=True)
 
 
@@ -216,8 +226,7 @@ def _join_blocks(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
                 for name in rope.PROJECTIONS:
                     _install(module._modules[name], rope.handed_linear_forward)  # type: ignore[arg-type]
         elif "forward" not in module.__dict__ and decoder.looks_like_decoder_layer(module):
-            traits = decoder.decoder_traits(module)
-            verdict = _remembered("decoder", decoder.verify_decoder_layer, module, traits, device, dtype)
+            verdict = _remembered("decoder", decoder.verify_decoder_layer, module, None, device, dtype)
             if not isinstance(verdict, Mismatch):
                 _install(module, decoder.decoder_forward, verdict)
                 counts["residual additions joined to the norms"] += 1
@@ -226,9 +235,9 @@ def _join_blocks(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _remembered(
-    part: str, verify: Callable[..., Any], module: Any, traits: Any, device: torch.device, dtype: torch.dtype
+    part: str, verify: Callable[..., Any], module: Any, shape: Any, device: torch.device, dtype: torch.dtype
 ) -> Any:
-    key = (part, type(module), type(module).forward, traits, device, dtype)
+    key = (part, type(module), type(module).forward, shape, match.traits(module), device, dtype)
     if key not in _verdicts:
         _verdicts[key] = _verdict(verify, module, device, dtype)
     return _verdicts[key]

@@ -55,16 +55,22 @@ class AttentionSpec(NamedTuple):
 
     norm: NormSpec | None = None  # of q_norm and k_norm, done by the rotation
     shares_input: bool = False  # q_proj, k_proj and v_proj as one node
+    repeats: bool = False  # cos and sin are known to repeat their first half
 
 
-class _NormedCos(NamedTuple):
-    """Travels in the place of cos through the block's forward, which only hands it on, to our rotation."""
-
-    cos: Tensor
+class _Norms(NamedTuple):
     q_weight: Tensor
     k_weight: Tensor
     eps: float
     offset: float
+
+
+class _Cos(NamedTuple):
+    """Travels in the place of cos through the block's forward, which only hands it on, to our rotation."""
+
+    cos: Tensor
+    repeats: bool
+    norms: _Norms | None
 
 
 # -- forwards --------------------------------------------------------------------------------------------------------
@@ -85,15 +91,18 @@ def _copy_with_rope(forward: types.FunctionType) -> Callable[..., Any]:
     original = forward.__globals__[ROPE_NAME]
 
     def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1, **kwargs: Any) -> Any:
-        if isinstance(cos, _NormedCos):
-            if unsqueeze_dim == 1 and not kwargs:
-                return qk_norm_rope(q, k, cos.q_weight, cos.k_weight, cos.eps, cos.cos, sin, offset=cos.offset)
-            q = rms_norm(q, cos.q_weight, cos.eps, offset=cos.offset)
-            k = rms_norm(k, cos.k_weight, cos.eps, offset=cos.offset)
-            cos = cos.cos
-        if unsqueeze_dim != 1 or kwargs:
-            return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **kwargs)
-        return qk_rope(q, k, cos, sin)
+        cos, repeats, norms = cos if isinstance(cos, _Cos) else (cos, False, None)
+        usual = unsqueeze_dim == 1 and not kwargs
+        if norms is not None and usual:
+            return qk_norm_rope(
+                q, k, norms.q_weight, norms.k_weight, norms.eps, cos, sin, offset=norms.offset, repeats=repeats
+            )
+        if norms is not None:
+            q = rms_norm(q, norms.q_weight, norms.eps, offset=norms.offset)
+            k = rms_norm(k, norms.k_weight, norms.eps, offset=norms.offset)
+        if usual:
+            return qk_rope(q, k, cos, sin, repeats=repeats)
+        return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **kwargs)
 
     copied = types.FunctionType(
         forward.__code__,
@@ -116,13 +125,15 @@ def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     told: list[nn.Module] = []
     try:
         tables = kwargs.get("position_embeddings")
-        if spec.norm is not None and tables is not None and unhooked(self.q_norm) and unhooked(self.k_norm):
-            eps = getattr(self.q_norm, spec.norm.epsilon_name)
-            cos = _NormedCos(tables[0], self.q_norm.weight, self.k_norm.weight, eps, spec.norm.offset)
-            kwargs["position_embeddings"] = (cos, tables[1])
-            for norm in (self.q_norm, self.k_norm):
-                norm.__dict__[PASS_THROUGH] = True
-                told.append(norm)
+        if tables is not None:
+            norms = None
+            if spec.norm is not None and unhooked(self.q_norm) and unhooked(self.k_norm):
+                eps = getattr(self.q_norm, spec.norm.epsilon_name)
+                norms = _Norms(self.q_norm.weight, self.k_norm.weight, eps, spec.norm.offset)
+                for norm in (self.q_norm, self.k_norm):
+                    norm.__dict__[PASS_THROUGH] = True
+                    told.append(norm)
+            kwargs["position_embeddings"] = (_Cos(tables[0], spec.repeats, norms), tables[1])
         shared = spec.shares_input and torch.is_grad_enabled()
         projections = [getattr(self, name) for name in PROJECTIONS] if shared else []
         # The handing-over is the projection's own forward: PEFT may have put a layer of its own in its place since.
@@ -150,6 +161,34 @@ def handed_linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
 attention_forward.__name__ = handed_linear_forward.__name__ = "forward"
 
 
+def tables_repeat(model: nn.Module) -> bool:
+    """Whether every rotary embedding of `model` gives cos and sin whose second half is the first once more."""
+    found = [
+        module
+        for module in model.modules()
+        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+    ]
+    try:
+        return bool(found) and all(_repeats(table) for module in found for table in _tables_of(copy.deepcopy(module)))
+    except Exception:  # a rotary embedding of another make, or without values yet: nothing is taken for granted
+        return False
+
+
+def _tables_of(rotary: nn.Module) -> list[Tensor]:
+    """cos and sin of a few positions, for each kind of layer that `rotary` (a copy: it may adapt itself) knows."""
+    position_ids = torch.tensor([[0, 1, 2, 3, 500]], device=next(rotary.buffers()).device)
+    kinds: list[dict[str, Any]] = [{}]
+    if "layer_type" in inspect.signature(type(rotary).forward).parameters:
+        kinds = [{"layer_type": kind} for kind in set(rotary.config.layer_types)]  # type: ignore[union-attr, arg-type]
+    x = torch.zeros(1, device=position_ids.device)
+    return [table for kind in kinds for table in rotary(x, position_ids, **kind)]
+
+
+def _repeats(table: Tensor) -> bool:
+    first, second = table.chunk(2, dim=-1)
+    return torch.equal(first, second)
+
+
 # -- recognition and verification ------------------------------------------------------------------------------------
 
 
@@ -161,13 +200,11 @@ def looks_like_rope_attention(module: nn.Module) -> bool:
 
 
 def attention_traits(module: nn.Module) -> tuple[Any, ...]:
-    """What a verdict on an attention block depends on besides its class."""
+    """What a verdict on an attention block depends on besides its class and its settings."""
     norms = [getattr(module, name, None) for name in NORMS]
     return (
-        getattr(module, "head_dim", None),
-        getattr(module, "num_key_value_groups", None),
-        tuple((norm.__dict__.get(SPEC), parameter_shape(norm.weight)) for norm in norms if norm is not None),
-        tuple((type(m), getattr(m, "bias", None) is None) for m in map(module._modules.get, PROJECTIONS)),
+        tuple(parameter_shape(norm.weight) for norm in norms if norm is not None),
+        tuple(getattr(m, "bias", None) is None for m in map(module._modules.get, PROJECTIONS)),
     )
 
 
@@ -272,8 +309,10 @@ def _verify_front(module: Any, spec: AttentionSpec, device: torch.device) -> Non
         for name in NORMS:
             if name in module._modules:
                 norm = module._modules[name]
-                weight = parameter(*parameter_shape(norm.weight), scale=1.0)
-                parts[name] = shallow_twin(norm, parameters={"weight": weight})
+                # Over single heads, or over all heads together (OLMo 2), of which the twins have fewer.
+                alone = parameter_shape(norm.weight) == (head_dim,)
+                width = head_dim if alone else sizes[name.replace("norm", "proj")]
+                parts[name] = shallow_twin(norm, parameters={"weight": parameter(width, scale=1.0)})
 
         def twin(modules: dict[str, nn.Module]) -> Any:
             copied = shallow_twin(module, modules=modules)
