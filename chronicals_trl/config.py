@@ -214,8 +214,8 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 def _parse_text(key: str, text: str) -> object:
     """An environment variable's text as the type that its field has; text that does not fit is left for the check."""
     word = text.strip()
-    if key in PARTS or key == "strict":
-        # "on" and "off" are a part's own words; for `strict` they mean true and false.
+    if key in PARTS or _CHECKS[key] is _boolean:
+        # "on" and "off" are a part's own words; for a boolean they mean true and false.
         return True if word.lower() in _TRUE else False if word.lower() in _FALSE else word
     if key == "lora_plus_embedding_lr" and word.lower() in ("none", "null", ""):
         return None

@@ -65,6 +65,7 @@ def test_booleans_and_case_of_parts() -> None:
         ("HEAD", "Auto", "auto"),
         ("STRICT", "yes", True),
         ("STRICT", "off", False),
+        ("RECOMPUTE_MLP", "1", True),
         ("LOGIT_BUDGET_MIB", " 135 ", 135),
         ("LORA_PLUS_RATIO", "8", 8.0),
         ("LORA_PLUS_EMBEDDING_LR", "1e-4", 1e-4),
