@@ -16,6 +16,7 @@ from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from chronicals_trl import __version__
+from chronicals_trl._environment import check_environment
 from chronicals_trl._register import register
 
 USAGE = """\
@@ -44,14 +45,23 @@ def main() -> None:
         if len(arguments) == 1:
             sys.stderr.write(f"Argument expected for the -m option\n{USAGE}")
             raise SystemExit(2)
-        register()
+        _register()
         _run_module(arguments[1], arguments[2:])
     elif first.startswith("-"):
         sys.stderr.write(f"unknown option {first}\n{USAGE}")
         raise SystemExit(2)
     else:
-        register()
+        _register()
         _run_script(first, arguments[1:])
+
+
+def _register() -> None:
+    try:
+        # Here, and not in the script's SFTConfig alone: the script may never make one of ours.
+        check_environment()
+    except ValueError as error:
+        _fail(str(error), 2)
+    register()
 
 
 def _fail(message: str, code: int) -> NoReturn:

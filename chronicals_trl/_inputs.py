@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
+from numpy.typing import NDArray
+from torch import nn
 
 from chronicals_trl.config import ChronicalsConfig
+from chronicals_trl.optim.lora_plus import trainable_kinds
 from chronicals_trl.report import PartReport
 
 if TYPE_CHECKING:
@@ -27,15 +33,15 @@ def check(args: Any, given: dict[str, Any]) -> None:
         args: the SFTConfig.
         given: the trainer's arguments by name.
     """
-    packs = args.packing or bool(args.eval_packing)
+    packs = packing_setting(args)
     if packs and args.max_length is None:
         raise ValueError(
-            "packing=True needs max_length, the number of tokens of a packed row, but it is None. Set max_length."
+            f"{packs}=True needs max_length, the number of tokens of a packed row, but it is None. Set max_length."
         )
     if packs and args.max_length < 2:
         raise ValueError(
-            f"max_length={args.max_length}: a packed row of fewer than 2 tokens has nothing to predict. Set "
-            "max_length to the model's context length, such as 2048."
+            f"{packs}=True with max_length={args.max_length}: a packed row of fewer than 2 tokens has nothing to "
+            "predict. Set max_length to the model's context length, such as 2048."
         )
     if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         return
@@ -56,7 +62,11 @@ def _check_data(name: str, data: Dataset | IterableDataset, args: Any, *, has_fo
         raise ValueError(f"`{name}` is empty: there is nothing to train on. Check the split name and the filters.")
     columns = set(example)
     text = {args.dataset_text_field, "messages", "conversations", "input_ids", "image", "images"}
-    if has_formatting or columns & text or {"prompt", "completion"} <= columns:
+    if has_formatting:
+        return
+    if columns & text or {"prompt", "completion"} <= columns:
+        for column in _columns_read(columns, args.dataset_text_field):
+            _check_column(name, data, example, column)
         return
     raise ValueError(
         f"`{name}` has no text: its columns are {sorted(columns)}. TRL reads {args.dataset_text_field!r} "
@@ -65,9 +75,187 @@ def _check_data(name: str, data: Dataset | IterableDataset, args: Any, *, has_fo
     )
 
 
+def _columns_read(columns: set[str], text_field: str) -> list[str]:
+    """The columns that TRL will read, in its order of precedence."""
+    for group in (["input_ids"], ["prompt", "completion"], ["messages"], ["conversations"], [text_field]):
+        if set(group) <= columns:
+            return group
+    return []
+
+
+def _check_column(name: str, data: Dataset | IterableDataset, example: Any, column: str) -> None:
+    """Raise ValueError where a row of `column` is missing or is no text (or messages, or tokens)."""
+    if isinstance(data, Dataset) and data.format["type"] != "custom":
+        values = data.data.column(column)
+        missing = _selected(data, values.is_null().to_numpy()) if values.null_count else np.zeros(0, dtype=bool)
+        count, total, first = int(missing.sum()), f" of {len(data):,}", int(missing.argmax()) if len(missing) else 0
+        kind: Any = values.type
+        fits = pa.types.is_null(kind) or _is_nested(kind) or (_is_text(kind) and column != "input_ids")
+    else:  # of a stream the first row is known; of a transform likewise
+        count, total, first = int(example[column] is None), "", 0
+        kind = type(example[column]).__name__
+        fits = not isinstance(example[column], (bool, int, float))
+    if count:
+        raise ValueError(
+            f"`{name}` has no value (None) in the column {column!r} of {count:,}{total} rows, first in row {first}. "
+            f"Drop them: dataset.filter(lambda row: row[{column!r}] is not None)."
+        )
+    if not fits:
+        raise ValueError(
+            f"`{name}` holds {kind} in the column {column!r}, where TRL reads "
+            + (
+                "lists of token ids: rename the column, or tokenise it."
+                if column == "input_ids"
+                else "text. Name the text column with dataset_text_field, or convert this one: "
+                f"dataset.cast_column({column!r}, datasets.Value('string'))."
+            )
+        )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view())
+
+
+def _is_nested(kind: pa.DataType) -> bool:
+    return bool(_is_list(kind) or pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType))
+
+
+def require_labels(data: Any, limit: int | None) -> None:
+    """Raise ValueError when no document has a token to learn; stops at the first that has one.
+
+    The first token of a document has no predecessor to be predicted from.
+
+    Args:
+        data: the prepared training set; a stream is not looked at.
+        limit: tokens after which a document will be cut off; None if it will not be.
+    """
+    if not isinstance(data, Dataset):
+        return
+    column = "labels" if "labels" in data.column_names else "input_ids"
+    if not _is_list(data.data.schema.field(column).type):
+        return
+    for table in data.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        for chunk in table.column(0).chunks:
+            offsets = chunk.offsets.to_numpy()
+            values = chunk.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+            positions = np.arange(len(values)) - np.repeat(offsets[:-1] - offsets[0], np.diff(offsets))
+            learnable = (values != -100) & (positions > 0)
+            if limit is not None:
+                learnable &= positions < limit
+            if learnable.any():
+                return
+    raise ValueError(
+        f"`train_dataset` has nothing to learn: none of its {len(data):,} documents has a labelled token after its "
+        f"first one{'' if limit is None else f' and below max_length={limit}'}. Look at the labels (all -100? then "
+        "the prompts may fill max_length, or a mask be empty) and at the texts (empty, or of one token?)."
+    )
+
+
+def require_known_tokens(name: str, data: Any, vocabulary: int) -> None:
+    """Raise ValueError when a token of `data` has no row in the embedding, which a GPU answers with a device assert.
+
+    One pass of pyarrow over the columns; a stream is not looked at.
+    """
+    if not isinstance(data, Dataset):
+        return
+    for column in {"input_ids", "labels"} & set(data.column_names):
+        kind = data.data.schema.field(column).type
+        if not (_is_list(kind) and pa.types.is_integer(kind.value_type)):
+            continue
+        low, high = _extremes(data.data.column(column))
+        outside = low < (0 if column == "input_ids" else -100) or high >= vocabulary
+        if outside and data._indices is not None:  # the rows that are not selected count for nothing
+            tables = data.select_columns([column]).with_format("arrow").iter(batch_size=1000)
+            lows, highs = zip(*(_extremes(table.column(0)) for table in tables), strict=True)
+            low, high = min(lows), max(highs)
+        if low < (0 if column == "input_ids" else -100) or high >= vocabulary:
+            wrong = f"as large as {high}" if high >= vocabulary else f"as small as {low}"
+            raise ValueError(
+                f"`{name}` has {column} {wrong}, but the model's embedding has {vocabulary} rows (0 to "
+                f"{vocabulary - 1}): the data was made with another tokenizer, or the model needs "
+                "model.resize_token_embeddings(len(tokenizer))."
+            )
+
+
+def _extremes(column: pa.ChunkedArray) -> tuple[int, int]:
+    low, high = 0, 0
+    for chunk in column.chunks:
+        found = pc.min_max(chunk.flatten())
+        if found["min"].is_valid:
+            low, high = min(low, found["min"].as_py()), max(high, found["max"].as_py())
+    return low, high
+
+
+def came_packed(name: str, data: Dataset | IterableDataset, max_length: int) -> bool:
+    """Whether the rows are packed already: by `trl.pack_dataset`, or ours that `evaluate` hands over again.
+
+    Judged by what such rows are, `input_ids` with `seq_lengths` that add up to them, and not by the column's name
+    alone: a user may have a column called "seq_lengths" of another meaning, and a selection of packed rows is packed.
+
+    Raises:
+        ValueError: `seq_lengths` that do not add up, or a row longer than `max_length`.
+    """
+    if isinstance(data, Dataset):
+        if not {"input_ids", "seq_lengths"} <= set(data.column_names):
+            return False
+        kind = data.data.schema.field("seq_lengths").type
+        if not (_is_list(kind) and pa.types.is_integer(kind.value_type)):
+            return False  # one number a row, say: a column of the user's own, which TRL drops as well
+        tokens, sums = list_lengths(data, "input_ids"), _list_sums(data, "seq_lengths")
+    else:
+        row = next(iter(data), None) or {}
+        if not ("input_ids" in row and isinstance(row.get("seq_lengths"), (list, tuple))):
+            return False
+        # The collator checks the other rows of a stream as they come.
+        tokens, sums = np.array([len(row["input_ids"])]), np.array([sum(row["seq_lengths"])])
+    wrong = np.flatnonzero(tokens != sums)
+    if len(wrong):
+        raise ValueError(
+            f"The {name} has a column 'seq_lengths', as packed rows have, but in row {wrong[0]} it adds up to "
+            f"{sums[wrong[0]]} and there are {tokens[wrong[0]]} input_ids. If the rows are documents, remove the "
+            "column (dataset.remove_columns('seq_lengths')); if they are packed rows, pack them again."
+        )
+    longest = int(tokens.max(initial=0))
+    if longest > max_length:
+        raise ValueError(
+            f"The {name} came packed (it has 'seq_lengths') in rows of up to {longest} tokens, but "
+            f"max_length={max_length}. Set max_length={longest}, or pass the documents in place of packed rows."
+        )
+    return True
+
+
+def list_lengths(data: Dataset, column: str) -> NDArray[np.int64]:
+    """The lengths of a list column's rows, without reading the values."""
+    lengths = pc.list_value_length(data.data.column(column)).fill_null(0).to_numpy().astype(np.int64)
+    return _selected(data, lengths)
+
+
+def _list_sums(data: Dataset, column: str) -> NDArray[np.int64]:
+    sums = []
+    for chunk in data.data.column(column).chunks:
+        offsets = chunk.offsets.to_numpy()
+        running = np.concatenate([[0], np.cumsum(chunk.values.to_numpy(zero_copy_only=False), dtype=np.int64)])
+        sums.append(running[offsets[1:]] - running[offsets[:-1]])
+    return _selected(data, np.concatenate([np.zeros(0, dtype=np.int64), *sums]))
+
+
+def _selected(data: Dataset, values: NDArray[Any]) -> NDArray[Any]:
+    """One value a row of the table -> one a row of the data set, which a filter or a shuffle has reordered."""
+    return values if data._indices is None else values[data._indices.column(0).to_numpy()]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def packing_setting(args: Any) -> str | None:
+    """The argument that asks for packing, to name in errors; None where nothing is packed."""
+    return "packing" if args.packing else "eval_packing" if args.eval_packing else None
+
+
 def packing_part(args: Any, config: ChronicalsConfig) -> PartReport:
     """Whether this package packs, decided from the arguments alone: the data is prepared before the model is seen."""
-    if not (args.packing or args.eval_packing):
+    if packing_setting(args) is None:
         return PartReport("packing", "off", reason="packing=False: the data is used as it comes")
     if config.packing == "off":
         return PartReport("packing", "off", reason="packing='off' in the configuration: TRL packs")
@@ -119,13 +307,24 @@ def conflicts(trainer: SFTTrainer, stock: type, own: type) -> dict[str, str]:
     return leave_out
 
 
+def other_attention(model: Any) -> str:
+    """The attention implementations that `model` supports beside its own, quoted, for a remedy; "" without any."""
+    current = model.config.get_text_config()._attn_implementation
+    names = []
+    # A back end of ours stands in for "sdpa".
+    if getattr(model, "_supports_sdpa", False) and current != "sdpa" and "chronicals" not in current:
+        names.append("sdpa")
+    if getattr(model, "_supports_flash_attn", False):
+        flash = getattr(model, "_compatible_flash_implementations", None) or ["flash_attention_2"]
+        names += [name for name in flash if name != current]
+    return " or ".join(map(repr, names))
+
+
 def lora_plus_part(trainer: SFTTrainer, config: ChronicalsConfig) -> PartReport:
     """Whether the optimizer's groups will be split; refuses a DeepSpeed configuration that would undo it."""
-    if config.lora_plus == "off":
-        return PartReport("lora_plus", "off", reason="lora_plus='off' in the configuration")
-    adapters = sum("lora_B" in name and p.requires_grad for name, p in trainer.model.named_parameters())
-    if not adapters:
-        return PartReport("lora_plus", "off", reason="the model has no trainable LoRA adapter")
+    part = lora_plus_of_model(trainer.model, config)
+    if part.state == "off":
+        return part
     if trainer.optimizer is not None:
         return PartReport("lora_plus", "off", reason="the optimizer was passed in and is used as it is", omitted=True)
     deepspeed = getattr(trainer.args, "hf_deepspeed_config", None)
@@ -135,4 +334,24 @@ def lora_plus_part(trainer: SFTTrainer, config: ChronicalsConfig) -> PartReport:
                 f"The DeepSpeed configuration has its own {key!r}, which would lose LoRA+'s learning rates. Remove "
                 "that section (optim and lr_scheduler_type of the arguments take its place), or set lora_plus='off'."
             )
-    return PartReport("lora_plus", "on", modules=adapters, backend=f"ratio {config.lora_plus_ratio:g}")
+    return part
+
+
+def lora_plus_of_model(model: nn.Module, config: ChronicalsConfig) -> PartReport:
+    """Whether LoRA+ has something to do in `model`, and which rates it sets."""
+    if config.lora_plus == "off":
+        return PartReport("lora_plus", "off", reason="lora_plus='off' in the configuration")
+    counts = trainable_kinds(model)
+    if not any(counts.values()):
+        return PartReport("lora_plus", "off", reason="the model has no trainable LoRA adapter")
+    embeddings = counts["embedding"] if config.lora_plus_embedding_lr is not None else 0
+    if not counts["B"] and not embeddings:
+        reason = (
+            "LoRA is on embeddings alone, which learn at the optimizer's rate: set lora_plus_embedding_lr"
+            if counts["embedding"]
+            else "no lora_B matrix is trainable"
+        )
+        return PartReport("lora_plus", "off", reason=reason)
+    rates = [f"ratio {config.lora_plus_ratio:g}"] if counts["B"] else []
+    rates += [f"embedding_lr {config.lora_plus_embedding_lr:g}"] if embeddings else []
+    return PartReport("lora_plus", "on", modules=counts["B"] + embeddings, backend=", ".join(rates))

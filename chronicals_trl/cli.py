@@ -65,7 +65,8 @@ def _sft(arguments: list[str]) -> int:
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
     from trl.scripts import sft
 
-    from chronicals_trl.config import ENV_FLAG
+    from chronicals_trl._environment import ENV_FLAG
+    from chronicals_trl.config import _FromEnvironment
 
     parser = sft.make_parser(prog="chronicals-trl sft")
     *_, from_config, from_command_line = parser.parse_args_and_config(
@@ -73,8 +74,10 @@ def _sft(arguments: list[str]) -> int:
     )
     launch_arguments = resolve_accelerate_config_argument(from_config + from_command_line)
     script_arguments = _without(arguments, from_command_line)
-    # The YAML file's value has become the parser's default, and its `env:` section is in os.environ by now.
-    if not isinstance(parser.get_default("use_chronicals"), bool) and ENV_FLAG not in os.environ:
+    # The YAML file's value has become the parser's default, quoted words and numbers as they are; SFTConfig reads
+    # them. Its `env:` section is in os.environ by now.
+    from_yaml = parser.get_default("use_chronicals")
+    if (from_yaml is None or isinstance(from_yaml, _FromEnvironment)) and ENV_FLAG not in os.environ:
         # In front: of two values the last one counts, so one that the user gave still wins.
         script_arguments = ["--use_chronicals", "True", *script_arguments]
     launch = launch_command_parser().parse_args(
@@ -96,7 +99,7 @@ def _without(items: list[str], taken: list[str]) -> list[str]:
 
 
 def _doctor(model: str | None, as_json: bool) -> int:
-    """Print the findings; 1 when a needed library is missing or too old, else 0."""
+    """Print the findings; 1 when a needed library is missing or too old, or the model cannot be read, else 0."""
     packages = {name: _package(name) for name in FLOORS}
     findings: dict[str, Any] = {
         "chronicals-trl": __version__,
@@ -106,13 +109,17 @@ def _doctor(model: str | None, as_json: bool) -> int:
     }
     sound = all(packages[name]["state"] in ("ok", "newer than tested") for name in REQUIRED)
     # Without torch, or with one too old, the rest could only fail.
-    report = None
+    report, problem = None, None
     if sound:
         findings["gpus"] = _gpus()
         findings["backends"] = _backends()
         if model is not None:
-            report = _what_would_be_on(model)
-            findings["model"] = {"name": model, **report.to_dict()}
+            try:
+                report = _what_would_be_on(model)
+                findings["model"] = {"name": model, **report.to_dict()}
+            except Exception as error:  # a wrong name, no network, a configuration of no causal language model ...
+                problem = f"cannot read the model {model!r}: {_first_line(error)}. Pass a model's folder or hub id."
+                findings["model"] = {"name": model, "error": problem}
     if as_json:
         print(json.dumps(findings, indent=2))
     else:
@@ -120,7 +127,14 @@ def _doctor(model: str | None, as_json: bool) -> int:
         if report is not None:
             print(f"\nOn {model} (structure only, from its config; weights and quantisation not looked at):")
             report.print()
-    return 0 if sound else 1
+        if problem is not None:
+            print(f"\n{problem}")
+    return 0 if sound and problem is None else 1
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def _package(name: str) -> dict[str, str | None]:

@@ -17,13 +17,12 @@ from typing import Any, ClassVar, cast
 
 from trl.trainer.sft_config import SFTConfig as TrlSFTConfig
 
+from chronicals_trl._environment import ENV_FLAG, ENV_PREFIX, check_environment
 from chronicals_trl._versions import check_floors
 
 PARTS = ("rms_norm", "gated_mlp", "qk_rope", "attention", "head", "packing", "lora", "lora_plus")
 PART_STATES = ("auto", "on", "off")
 ATTENTION_BACKENDS = ("auto", "flash_attn_4", "varlen", "sdpa")
-ENV_PREFIX = "CHRONICALS_"
-ENV_FLAG = ENV_PREFIX + "USE_CHRONICALS"
 
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
@@ -168,6 +167,11 @@ class ChronicalsConfig:
         return cls(**{**from_env, **_read_explicit(explicit)})
 
 
+def without_trainer_parts(config: ChronicalsConfig) -> ChronicalsConfig:
+    """`config` for `patch_model`, which cannot tell whether the parts that its caller sets afterwards will be on."""
+    return dataclasses.replace(config, packing="auto", lora_plus="auto")
+
+
 _FIELDS = tuple(f.name for f in dataclasses.fields(ChronicalsConfig))
 
 
@@ -198,28 +202,20 @@ def _read_explicit(explicit: Mapping[str, Any] | str | None) -> dict[str, Any]:
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     """The settings that the environment holds, checked; errors name the variable."""
+    check_environment(environ)
     values = {}
     for variable, text in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable == ENV_FLAG:
-            continue
-        key = variable[len(ENV_PREFIX) :].lower()
-        if key not in _FIELDS:
-            allowed = [ENV_PREFIX + name.upper() for name in _FIELDS]
-            near = difflib.get_close_matches(variable, [*allowed, ENV_FLAG], n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"Environment variable {variable!r} (value {text!r}) names no setting.{hint} Unset it, or use one of: "
-                f"{', '.join([*allowed, ENV_FLAG])}."
-            )
-        values[key] = _CHECKS[key](f"environment variable {variable}", _parse_text(key, text))
+        if variable.startswith(ENV_PREFIX) and variable != ENV_FLAG:
+            key = variable[len(ENV_PREFIX) :].lower()
+            values[key] = _CHECKS[key](f"environment variable {variable}", _parse_text(key, text))
     return values
 
 
 def _parse_text(key: str, text: str) -> object:
     """An environment variable's text as the type that its field has; text that does not fit is left for the check."""
     word = text.strip()
-    if key in PARTS or key == "strict":
-        # "on" and "off" are a part's own words; for `strict` they mean true and false.
+    if key in PARTS or _CHECKS[key] is _boolean:
+        # "on" and "off" are a part's own words; for a boolean they mean true and false.
         return True if word.lower() in _TRUE else False if word.lower() in _FALSE else word
     if key == "lora_plus_embedding_lr" and word.lower() in ("none", "null", ""):
         return None
@@ -249,13 +245,28 @@ class _FromEnvironment:
 _FROM_ENVIRONMENT = cast(bool, _FromEnvironment())
 
 
-def _flag_from_environment() -> bool:
-    text = os.environ.get(ENV_FLAG, "").strip()
-    if text == "" or text.lower() in _FALSE:
-        return False
-    if text.lower() in _TRUE:
-        return True
-    raise ValueError(f"Environment variable {ENV_FLAG} must be one of {', '.join(_TRUE + _FALSE)}, got {text!r}.")
+def read_flag(value: object) -> bool:
+    """`use_chronicals` as a bool: from the environment where it was not given (the default, or None).
+
+    Raises:
+        TypeError, ValueError: neither a bool nor one of the words for it; "off" counted as true would train with the
+            flag on.
+    """
+    if value is None or isinstance(value, _FromEnvironment):
+        return _word("environment variable " + ENV_FLAG, os.environ.get(ENV_FLAG, "").strip() or "off")
+    return _word("use_chronicals", value)
+
+
+def _word(where: str, value: object) -> bool:
+    if isinstance(value, (bool, int, str)):
+        word = str(value).strip().lower()
+        if word in _TRUE + _FALSE:
+            return word in _TRUE
+        raise ValueError(f"{where} must be one of {', '.join(_TRUE + _FALSE)}, got {value!r}.")
+    raise TypeError(
+        f"{where} must be true or false, or one of {', '.join(_TRUE + _FALSE)}, got {value!r} of type "
+        f"{type(value).__name__}."
+    )
 
 
 @dataclass
@@ -263,8 +274,8 @@ class SFTConfig(TrlSFTConfig):
     """TRL's SFTConfig with the flag and its settings; with the flag off it means what TRL's means.
 
     Args:
-        use_chronicals: Whether training goes through chronicals-trl. Default: the environment's
-            `CHRONICALS_USE_CHRONICALS`, else False.
+        use_chronicals: Whether training goes through chronicals-trl; a bool, or one of the words true, yes, on, 1,
+            false, no, off, 0. Default (and None): the environment's `CHRONICALS_USE_CHRONICALS`, else False.
         chronicals_config: A dict, or JSON text on the command line, of `ChronicalsConfig`'s fields; kept as a plain
             dict of the keys that were given.
 
@@ -291,8 +302,9 @@ class SFTConfig(TrlSFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.use_chronicals, _FromEnvironment):
-            self.use_chronicals = _flag_from_environment()
+        # A misspelt CHRONICALS_USE_CHRONICALS leaves the flag off, and would pass unseen.
+        check_environment()
+        self.use_chronicals = read_flag(self.use_chronicals)
         if self.use_chronicals:
             # Before TRL's own checks: an old version below us could fail there with a less telling error.
             check_floors()

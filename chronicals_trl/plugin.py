@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -18,8 +18,9 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from chronicals_trl.config import ChronicalsConfig
-from chronicals_trl.model.patch import patch_model
+from chronicals_trl._inputs import lora_plus_of_model
+from chronicals_trl.config import ChronicalsConfig, without_trainer_parts
+from chronicals_trl.model.patch import patch_model, unpatch_model
 from chronicals_trl.optim.lora_plus import apply_lora_plus
 from chronicals_trl.report import ActivationReport, PartReport
 
@@ -82,20 +83,22 @@ class ChronicalsPlugin:
     def _patch(self, model: nn.Module, optimizers: list[Optimizer] | None) -> ActivationReport:
         config = self.config
         assert isinstance(config, ChronicalsConfig)
-        report = patch_model(model, config)
+        report = patch_model(model, without_trainer_parts(config))
         report.set(PartReport("packing", "off", reason="a raw loop brings its own batches: see packing.dataset"))
-        report.set(self._split(model, optimizers, config))
-        report.raise_for_omissions(config)
+        try:
+            report.set(self._split(model, optimizers, config))
+            report.raise_for_omissions(config)
+        except BaseException:
+            unpatch_model(model)
+            raise
         return report
 
     @staticmethod
     def _split(model: nn.Module, optimizers: list[Optimizer] | None, config: ChronicalsConfig) -> PartReport:
         """Split the groups of the model's optimizers; None stands for optimizers that may be another model's."""
-        adapters = sum("lora_B" in name and p.requires_grad for name, p in model.named_parameters())
-        if config.lora_plus == "off":
-            return PartReport("lora_plus", "off", reason="lora_plus='off' in the configuration")
-        if not adapters:
-            return PartReport("lora_plus", "off", reason="the model has no trainable LoRA adapter")
+        part = lora_plus_of_model(model, config)
+        if part.state == "off":
+            return part
         reasons = []
         if optimizers is None:
             reasons.append("several models in one call of prepare: pass each with its own optimizer, one by one")
@@ -116,9 +119,7 @@ class ChronicalsPlugin:
         reason = "; ".join(reasons) or None
         if not split:
             return PartReport("lora_plus", "off", reason=reason, omitted=True)
-        return PartReport(
-            "lora_plus", "on", modules=adapters, backend=f"ratio {config.lora_plus_ratio:g}", reason=reason
-        )
+        return replace(part, reason=reason)
 
 
 def _is_language_model(item: Any) -> bool:

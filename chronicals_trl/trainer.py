@@ -20,17 +20,19 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
+from trl.trainer.utils import get_config_model_id
 
 from chronicals_trl import _inputs
 from chronicals_trl._versions import installed, newer_than_tested
-from chronicals_trl.config import PARTS, ChronicalsConfig
+from chronicals_trl.config import PARTS, ChronicalsConfig, SFTConfig, read_flag, without_trainer_parts
 from chronicals_trl.model.attention import verify_isolation
 from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
-from chronicals_trl.model.patch import base_model, patch_model
+from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpatch_model
 from chronicals_trl.observe.throughput import ThroughputMeter
-from chronicals_trl.optim.lora_plus import apply_lora_plus
+from chronicals_trl.optim.lora_plus import apply_lora_plus, group_sizes
 from chronicals_trl.packing.collator import PackedCollator
 from chronicals_trl.packing.dataset import PackStats, pack_dataset
 from chronicals_trl.report import ActivationReport, PartReport
@@ -52,8 +54,8 @@ class SFTTrainer(TrlSFTTrainer):
         chronicals_report (ActivationReport): the state of every part.
 
     Raises:
-        ValueError: no usable text in a data set, an empty data set, packing into fewer than 2 tokens, or NaN weights;
-            each before the first step.
+        ValueError: no usable text in a data set, an empty data set, nothing to learn, tokens that the model does not
+            know, packing into fewer than 2 tokens, or NaN or infinite weights; each before the first step.
         RuntimeError: `strict=True`, or a part set to `"on"`, and the part does not fit; packed documents that the
             model does not keep apart.
     """
@@ -62,19 +64,37 @@ class SFTTrainer(TrlSFTTrainer):
 
     @functools.wraps(TrlSFTTrainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(TrlSFTTrainer.__init__).bind(self, *args, **kwargs).arguments
+        bound = inspect.signature(TrlSFTTrainer.__init__).bind(self, *args, **kwargs)
+        given = bound.arguments
+        if given.get("args") is None and "model" in given:
+            # As the parent would, but ours: CHRONICALS_USE_CHRONICALS counts here too.
+            model = given["model"]
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            given["args"] = SFTConfig(f"{name.split('/')[-1]}-SFT")
+            args, kwargs = bound.args[1:], bound.kwargs
         arguments: Any = given.get("args")
         self._chronicals: ChronicalsConfig | None = None
-        self._packing_stats: dict[str, PackStats] = {}
+        self._data_notes: dict[str, str] = {}
+        self._train_stats: PackStats | None = None
+        self._train_prepared = False
         self._lora_plus = False
         self._lora_b_group: int | None = None  # of the optimizer's groups, the one whose rate is logged
         self._lora_b_rate: float | Tensor | None = None
-        if not getattr(arguments, "use_chronicals", False):
+        self._lora_plus_rates = ""  # which rates it sets, as the report has it
+        self._stock_groups: list[dict[str, Any]] = []  # the optimizer's groups before the split
+        # The class's default, "look at the environment", is what stock TRL's pickled arguments fall back to: off.
+        flag = getattr(arguments, "use_chronicals", False)
+        if not (flag and read_flag(flag)):
             reason = "use_chronicals=False"
             if arguments is not None and not hasattr(arguments, "use_chronicals"):
                 reason = f"the arguments are a plain {type(arguments).__module__}.{type(arguments).__qualname__}"
             self.chronicals_report = ActivationReport.all_off(reason)
+            if _unpatch(given.get("model")):
+                self.chronicals_report.notes.append("the model came patched, by an earlier run: unpatched")
             super().__init__(*args, **kwargs)
+            # The report of an earlier run in this folder would say what is not true of this one.
+            if (Path(self.args.output_dir) / REPORT_FILE).exists():
+                self._save_report()
             if self.args.should_log:
                 logger.warning(
                     "chronicals-trl is off (%s): this run is stock TRL. To switch it on, set use_chronicals=True in "
@@ -87,17 +107,36 @@ class SFTTrainer(TrlSFTTrainer):
         _inputs.check(arguments, given)
         self._chronicals = config
         self._packing = _inputs.packing_part(arguments, config)
+        _unpatch(given.get("model"))
         super().__init__(*args, **kwargs)
+        self._check_tokens()
         self._meter = ThroughputMeter(device=self.args.device)
         self._real_tokens: int | Tensor = 0
         self._token_mask: Tensor | None = None
         self._batch_tokens: int | None = None
         self._router_share: float | Tensor = 1.0
-        self.chronicals_report = self._activate(config)
+        try:
+            self.chronicals_report = self._activate(config)
+        except BaseException:
+            unpatch_model(self.model)  # the caller still has the model, and may go on without us
+            raise
         if self.args.should_log:
             self.chronicals_report.print()
             logger.info(self.chronicals_report.log_line())
         self._save_report()
+
+    def _check_tokens(self) -> None:
+        embedding = base_model(self.model).get_input_embeddings()
+        vocabulary = getattr(embedding, "num_embeddings", None)
+        if vocabulary is None:  # PEFT's layer around one, perhaps
+            inner = getattr(embedding, "base_layer", None) or getattr(embedding, "original_module", None)
+            vocabulary = getattr(inner, "num_embeddings", None)
+        if vocabulary is None:
+            return
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        _inputs.require_known_tokens("train_dataset", self.train_dataset, vocabulary)
+        for key, dataset in evaluation.items():
+            _inputs.require_known_tokens(f"eval_dataset[{key!r}]" if key else "eval_dataset", dataset, vocabulary)
 
     # -- activation --------------------------------------------------------------------------------------------------
 
@@ -112,6 +151,7 @@ class SFTTrainer(TrlSFTTrainer):
                 leave_out |= dict.fromkeys(apart, "off on another rank")
                 report = self._patch(config, leave_out)
         self._lora_plus = report["lora_plus"].state == "on"
+        self._lora_plus_rates = report["lora_plus"].backend or ""
         self._head = report["head"].state == "on"
         if self._packing.state == "on":
             self._use_packed_collator()
@@ -121,7 +161,7 @@ class SFTTrainer(TrlSFTTrainer):
         return report
 
     def _patch(self, config: ChronicalsConfig, leave_out: dict[str, str]) -> ActivationReport:
-        report = patch_model(self.model, config, leave_out=leave_out)
+        report = patch_model(self.model, without_trainer_parts(config), leave_out=leave_out)
         report.set(self._packing)
         lora_plus = _inputs.lora_plus_part(self, config)
         if "lora_plus" in leave_out and lora_plus.state == "on":
@@ -130,44 +170,50 @@ class SFTTrainer(TrlSFTTrainer):
         return report
 
     def _use_packed_collator(self) -> None:
-        stats = self._packing_stats.get("train")
+        stats = self._train_stats
         text_config = base_model(self.model).config.get_text_config()
         # Linear-attention and state-space layers start a new state at each entry of cu_seqlens: exact ones for them.
         hybrid = not set(getattr(text_config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
-        whole = stats if stats and len(self._packing_stats) == 1 else None
         self.data_collator = PackedCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             capacity=self.args.max_length,
-            max_segment_length=whole.max_segment_length if whole else None,
-            max_docs_per_bin=whole.max_docs_per_bin if whole else None,
+            max_segment_length=stats.max_segment_length if stats else None,
+            max_docs_per_bin=stats.max_docs_per_bin if stats else None,
             cu_seqlens_bucket=None if hybrid else CU_SEQLENS_BUCKET,
             fallback=self.data_collator,  # type: ignore[has-type]
             emit_token_mask=self.aux_loss_enabled,
+            filler_ids=_first_tokens(self.train_dataset),
         )
 
     def _check_isolation(self) -> None:
+        model = base_model(self.model)
         with self.compute_loss_context_manager():
             leak = verify_isolation(self.model, self.args.device)
         peft_config = getattr(self.model, "active_peft_config", None)
+        setting = _inputs.packing_setting(self.args)
         if leak is not None and getattr(peft_config, "is_prompt_learning", False):
             raise RuntimeError(
-                f"packing=True, but with PEFT's {type(peft_config).__name__} packed documents attend to each other "
+                f"{setting}=True, but with PEFT's {type(peft_config).__name__} packed documents attend to each other "
                 f"({leak}): its virtual tokens stand before the row, not before each document, and it drops "
-                "position_ids. Set packing=False, or use LoRA."
+                f"position_ids. Set {setting}=False, or use LoRA."
             )
         if leak is not None:
+            others = _inputs.other_attention(model)
+            remedy = f", or load the model with attn_implementation={others}" if others else ""
             raise RuntimeError(
-                f"packing=True, but this model lets packed documents attend to each other ({leak}). Set "
-                "packing=False, or load the model with an attn_implementation that keeps them apart, such as 'sdpa'."
+                f"{setting}=True, but this model lets packed documents attend to each other ({leak}). Set "
+                f"{setting}=False{remedy}."
             )
 
     def _notes(self, config: ChronicalsConfig) -> list[str]:
-        notes = [f"packing {name}: {stats.describe()}" for name, stats in self._packing_stats.items()]
+        notes = list(self._data_notes.values())
         if self._lora_plus:
-            notes.append(
-                f"LoRA+: B learns at {config.lora_plus_ratio:g} times the learning rate of A; lora_plus='off' "
-                "restores one rate for both"
-            )
+            rates = []
+            if "ratio" in self._lora_plus_rates:
+                rates.append(f"B learns at {config.lora_plus_ratio:g} times the learning rate of A")
+            if "embedding_lr" in self._lora_plus_rates:
+                rates.append(f"LoRA's embedding matrices at {config.lora_plus_embedding_lr:g}")
+            notes.append(f"LoRA+: {', '.join(rates)}; lora_plus='off' restores one rate for all")
         notes += self._router_notes()
         for package in ("trl", "transformers"):
             version = installed(package)
@@ -203,16 +249,32 @@ class SFTTrainer(TrlSFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Dataset | IterableDataset:
-        if self._chronicals is None or not packing or self._packing.state == "off":
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if "seq_lengths" in (dataset.column_names or ()):
-            return dataset  # packed before, and handed over a second time by `evaluate`
+        prepare = super()._prepare_dataset
+        if self._chronicals is None:
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        # TRL prepares the training set first; the name does not tell, since a key of an eval_dataset may be "train".
+        training, self._train_prepared = not self._train_prepared, True
+        name = "train" if training else "eval" if dataset_name == "eval" else f"eval[{dataset_name!r}]"
+        packs = packing and self._packing.state == "on"
+        if packs and _inputs.came_packed(f"{name} data set", dataset, args.max_length):
+            self._data_notes[name] = f"packing {name}: the rows came packed (seq_lengths) and are used as they are"
+            return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
         # Without max_length and packing the parent only tokenises and builds labels: truncating here would lose the
         # tokens that bfd_split keeps. A data set is shuffled as TRL does it, before and after packing.
         plain = copy.copy(args)
         plain.max_length = None
         plain.shuffle_dataset = False
-        dataset = super()._prepare_dataset(dataset, processing_class, plain, False, formatting_func, dataset_name)
+        if not packs and (packing or not isinstance(dataset, Dataset)):
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        dataset = prepare(dataset, processing_class, plain, False, formatting_func, dataset_name)
+        if training:
+            cuts = not packs or args.packing_strategy == "bfd"
+            _inputs.require_labels(dataset, args.max_length if cuts else None)
+        if not packs:
+            # The second step of two, so that what is cut off is seen: tokens are there, and are truncated now.
+            if args.max_length is not None:
+                self._note_truncation(name, dataset, args.max_length)
+            return prepare(dataset, processing_class, args, False, None, dataset_name)
         dataset = dataset.select_columns(["input_ids", "labels"])
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
@@ -221,11 +283,22 @@ class SFTTrainer(TrlSFTTrainer):
                 dataset,
                 args.max_length,
                 strategy=args.packing_strategy,
-                pad_bins_to_multiple_of=_inputs.bins_per_round(args, training=dataset_name == "train"),
+                pad_bins_to_multiple_of=_inputs.bins_per_round(args, training=training),
                 window=self._chronicals.packing_window,
             )
-        self._packing_stats[dataset_name] = stats
+        if training:
+            self._train_stats = stats
+        self._data_notes[name] = f"packing {name}: {stats.describe()}"
         return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
+
+    def _note_truncation(self, name: str, dataset: Dataset, max_length: int) -> None:
+        lengths = _inputs.list_lengths(dataset, "input_ids")
+        above = lengths[lengths > max_length]
+        if len(above):
+            self._data_notes[name] = (
+                f"{name}: {len(above):,} of {len(lengths):,} documents truncated to max_length={max_length:,} "
+                f"({int((above - max_length).sum()):,} tokens lost)"
+            )
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -340,14 +413,46 @@ class SFTTrainer(TrlSFTTrainer):
             self._split_groups(self._chronicals)
         return optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            # torch says that the groups differ; if LoRA+ is why, say so.
+            mismatch = self._lora_plus_mismatch(str(checkpoint))
+            if mismatch is None:
+                raise
+            raise ValueError(mismatch) from error
+
+    def _lora_plus_mismatch(self, checkpoint: str) -> str | None:
+        file = Path(checkpoint) / OPTIMIZER_NAME
+        if not file.is_file():
+            return None
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
+        layouts = group_sizes(self.model, self._stock_groups or self.optimizer.param_groups)
+        written = next((name for name, sizes in layouts.items() if sizes == [len(g["params"]) for g in saved]), None)
+        if written is None:
+            return None
+        remedy = {
+            "off": "lora_plus='off' in chronicals_config",
+            "on": "use_chronicals=True and lora_plus='auto'",
+            "on with lora_plus_embedding_lr": "use_chronicals=True, lora_plus='auto' and lora_plus_embedding_lr",
+        }[written]
+        return (
+            f"{checkpoint} was written with LoRA+ {written}, and this run has other parameter groups (LoRA+ "
+            f"{self._lora_plus_rates or 'off'}), which its optimizer state does not fit. Resume with {remedy}; or go "
+            f"on from the weights alone: remove {OPTIMIZER_NAME} and {SCHEDULER_NAME} from the checkpoint."
+        )
+
     def _split_groups(self, config: ChronicalsConfig) -> None:
+        stock = list(self.optimizer.param_groups)
         try:
             summary = apply_lora_plus(
                 self.optimizer, self.model, ratio=config.lora_plus_ratio, embedding_lr=config.lora_plus_embedding_lr
             )
             self._lora_b_group = next((i for i, group in enumerate(summary["groups"]) if group["lora_b"]), None)
+            self._stock_groups = stock
         except ValueError as error:
-            self._lora_plus = False
+            self._lora_plus, self._lora_plus_rates = False, ""
             self.chronicals_report.set(PartReport("lora_plus", "off", reason=str(error), omitted=True))
             self.chronicals_report.raise_for_omissions(config)
             self._save_report()
@@ -390,3 +495,19 @@ class SFTTrainer(TrlSFTTrainer):
             return super()._save_checkpoint(*args, **kwargs)
         with self._meter.excluding():
             return super()._save_checkpoint(*args, **kwargs)
+
+
+def _unpatch(model: Any) -> bool:
+    """Whether `model` (or the name of one) came patched, by an earlier trainer in a notebook say; now it is not."""
+    if not isinstance(model, nn.Module):
+        return False
+    patched = is_patched(model)
+    unpatch_model(model)
+    return patched
+
+
+def _first_tokens(dataset: Any) -> list[int]:
+    """A few real tokens, for batches of empty rows alone; a stream has no such rows, and is not read for them."""
+    rows = iter(dataset) if isinstance(dataset, Dataset) else iter(())
+    ids: Any = next((row["input_ids"] for row in rows if len(row["input_ids"])), [])
+    return [int(token) for token in ids[:16]]

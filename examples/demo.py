@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import signal
 import statistics
@@ -97,12 +98,14 @@ def unpack_model(gguf: Path, folder: Path) -> None:
     partial.rename(folder)  # last, so that an interrupted run leaves no half of a model behind
 
 
-def pick_precision(device: str) -> str:
-    """ "bf16" where the hardware gains from it, else "fp32"; old CPUs emulate bf16, many times slower."""
+def pick_precision(device: str) -> tuple[str, str]:
+    """ "bf16" where the hardware gains from it, else "fp32" (old CPUs emulate bf16, many times slower); and why."""
     import torch
 
     if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "the GPU has bf16"
+        return "fp32", "the GPU has no bf16 of its own"
 
     def seconds(dtype: torch.dtype) -> float:
         a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
@@ -113,7 +116,19 @@ def pick_precision(device: str) -> str:
             times.append(time.perf_counter() - start)
         return min(times)
 
-    return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "fp32"
+    bf16, fp32 = seconds(torch.bfloat16), seconds(torch.float32)
+    reason = f"a 512 x 1024 x 1024 product takes {1e3 * bf16:.1f} ms in bf16 and {1e3 * fp32:.1f} ms in fp32 here"
+    return ("bf16" if bf16 < fp32 else "fp32"), reason
+
+
+def cpu_name() -> str:
+    """The processor's model as Linux gives it, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 # -- scoring ----------------------------------------------------------------------------------------------------------
@@ -210,25 +225,25 @@ def run_training(command: list[str]) -> None:
         raise SystemExit(f"Training failed with exit status {status}; its own message is above.")
 
 
-def prepare_output(output_dir: Path, settings: dict[str, Any]) -> str:
+def prepare_output(output_dir: Path, settings: dict[str, Any]) -> tuple[str, str]:
     """Keeps what an interrupted run with the same settings left; anything else of an earlier run goes.
 
-    Returns the precision to use: that of the interrupted run, where there is one.
+    Returns the precision to use and the reason for it: those of the interrupted run, where there is one.
     """
     path = output_dir / "settings.json"
     if path.is_file() and not (output_dir / "metrics.json").exists():
         earlier = json.loads(path.read_text())
-        precision = earlier.pop("precision", None)
+        precision, reason = earlier.pop("precision", None), earlier.pop("precision_reason", "as the run began")
         if earlier == settings:
-            return precision
+            return precision, reason
     for name in ("data", "training"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     for name in ("metrics.json", "training.png", "before.json"):
         (output_dir / name).unlink(missing_ok=True)
     output_dir.mkdir(parents=True, exist_ok=True)
-    precision = pick_precision(settings["device"])
-    path.write_text(json.dumps({**settings, "precision": precision}, indent=2) + "\n")
-    return precision
+    precision, reason = pick_precision(settings["device"])
+    path.write_text(json.dumps({**settings, "precision": precision, "precision_reason": reason}, indent=2) + "\n")
+    return precision, reason
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
@@ -290,7 +305,7 @@ def run(args: argparse.Namespace) -> None:
     device_name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
 
     settings = {name: getattr(args, name) for name in ("num_train", "num_held_out", "max_length", "learning_rate")}
-    precision = prepare_output(args.output_dir, {**settings, "model": str(folder), "device": device})
+    precision, precision_reason = prepare_output(args.output_dir, {**settings, "model": str(folder), "device": device})
     command = training_command(args, folder, device, precision, torch.get_num_threads())
     train, held_out = generate(args.num_train, args.num_held_out)
     write_jsonl(args.output_dir / "data" / "train.jsonl", train)
@@ -305,6 +320,7 @@ def run(args: argparse.Namespace) -> None:
     before_file = args.output_dir / "before.json"
     if not before_file.is_file():
         say(f"Before training: the model answers the held-out rows ({device_name}, {precision}) ...")
+        print(f"    {precision}: {precision_reason}")
         before_file.write_text(json.dumps(answer(model, tokenizer, held_out), indent=2))
     before = json.loads(before_file.read_text())
     show(held_out, before)
@@ -331,7 +347,10 @@ def run(args: argparse.Namespace) -> None:
         "tokens_per_second": statistics.median(speeds),
         "final_loss": [row["loss"] for row in history if "loss" in row][-1],
         "device": device_name,
+        "cpu": cpu_name(),
+        "platform": platform.platform(),
         "precision": precision,
+        "precision_reason": precision_reason,
         "seconds": round(time.perf_counter() - _STARTED, 1),
         "report": json.loads((training / "chronicals_report.json").read_text()),
         "mistakes": [

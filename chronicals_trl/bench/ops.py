@@ -26,8 +26,8 @@ faster of its two.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import field, partial
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -22,6 +24,8 @@ __all__ = [
     "LAUNCHES",
     "MAX_LAUNCHES",
     "Launch",
+    "autocast_dtype",
+    "autocast_off",
     "backend",
     "empty_rows_like",
     "jit",
@@ -81,6 +85,22 @@ def use_triton(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
 def math_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that an op on `dtype` computes in: float64 stays (gradient checks), all else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _autocast_on(device_type: str) -> bool:
+    # Not torch.amp.is_autocast_available: torch 2.11 cannot trace it. Meta is the one device without autocast.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that a GEMM on `x` runs in under autocast; None without it, and for float64, which it leaves alone."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if _autocast_on(kind) and x.dtype != torch.float64 else None
+
+
+def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """For backward passes: ``loss.backward()`` may run inside an autocast region that the forward pass was not in."""
+    return torch.autocast(device_type, enabled=False) if _autocast_on(device_type) else contextlib.nullcontext()
 
 
 def unit_last_stride(x: torch.Tensor) -> torch.Tensor:
@@ -188,7 +208,7 @@ def kernel_op(
         schema: name and signature, without the namespace.
         fake: outputs without values, for tracing.
         setup_context, backward: as `torch.library.CustomOpDef.register_autograd` takes them; `backward` may be given
-            None for an output that nobody used.
+            None for an output that nobody used. Second derivatives are refused.
         aside: indices of outputs that are kept for the backward pass alone and have no gradient.
     """
 
@@ -206,7 +226,8 @@ def kernel_op(
         traced = getattr(torch.ops.chronicals_trl, name).default
 
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling():
+            # AOT autograd traces backward formulas outside of Dynamo (torch 2.11), with tensors of a type of its own.
+            if torch.compiler.is_compiling() or type(args[0]) not in _PLAIN_TYPES:
                 return traced(*args)
             return eager(*args) if torch.is_grad_enabled() else launch(*args)
 
@@ -230,6 +251,7 @@ def _eager_function(
             ctx.mark_non_differentiable(*(outputs[i] for i in aside))
         return outputs
 
+    @once_differentiable  # or kernels, which autograd does not see, would leave their part out without a word
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         return backward_formula(ctx, *grads)
 

@@ -22,11 +22,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from ._common import (
     LAUNCHES,
     MAX_LAUNCHES,
     Launch,
+    autocast_dtype,
+    autocast_off,
     jit,
     kernel_op,
     math_dtype,
@@ -85,7 +88,7 @@ def _activation(x, GELU: tl.constexpr):
 @jit
 def _tile(n_cols, BLOCK: tl.constexpr):
     """Row and columns of this program. One grid axis: the others end at 65,535."""
-    per_row = tl.cdiv(n_cols, BLOCK)
+    per_row = (n_cols - 1) // BLOCK + 1  # the sum in tl.cdiv would pass 2^31 for one row of just under that
     program = tl.program_id(0).to(tl.int64)
     return program // per_row, (program % per_row) * BLOCK + tl.arange(0, BLOCK)
 
@@ -282,7 +285,13 @@ class _GatedMLP(torch.autograd.Function):
         return product_MI @ down_HI.t()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_MH: torch.Tensor) -> Any:
+        with autocast_off(grad_MH.device.type):
+            return _GatedMLP._gradients(ctx, grad_MH)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_MH: torch.Tensor) -> Any:
         x_MH, gate_MI, up_MI, product_MI, gate_IH, up_IH, down_HI = ctx.saved_tensors
         need_x, need_gate, need_up, need_down = ctx.needs_input_grad[:4]
         d_product_MI = grad_MH @ down_HI
@@ -334,8 +343,8 @@ def gated_mlp(
     wanted = [(2 * inner, width)] if up_weight is None else [(inner, width), (inner, width)]
     if given != [*wanted, (width, inner)]:
         raise ValueError(f"gated_mlp: weights of shapes {given} do not fit x of shape {tuple(x.shape)}.")
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, gate_weight, down_weight = x.to(dtype), gate_weight.to(dtype), down_weight.to(dtype)
         up_weight = None if up_weight is None else up_weight.to(dtype)
     one_dtype = x.dtype == gate_weight.dtype == down_weight.dtype

@@ -24,12 +24,13 @@ the backward pass: under autocast that spares the low-precision copy of each fro
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ._common import autocast_dtype, autocast_off
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -130,7 +131,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_x = grad_a = grad_b = grad_bias = None
 
         # loss.backward() may run inside an autocast region that the forward pass was not in.
-        with _autocast_off(grad_y.device.type):
+        with autocast_off(grad_y.device.type):
             dy_NO = grad_y.reshape(-1, grad_y.shape[-1])
             wide_dy_NO = dy_NO.to(adapter_dtype)  # dy itself, but for fp32 adapters on a half-precision model
             if need_b:
@@ -164,8 +165,8 @@ def _compute_dtypes(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[to
     """The dtypes of the base GEMMs and of the adapter's, or None where ``lora_linear`` does not take these inputs."""
     if any(t.dtype not in _FLOATS for t in (x, weight, a, b)):
         return None
-    if _autocast_on(x.device.type) and x.dtype is not torch.float64:  # autocast leaves float64 alone
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         return dtype, dtype
     if weight.dtype != x.dtype or a.dtype != b.dtype or torch.promote_types(x.dtype, a.dtype) != a.dtype:
         return None
@@ -195,14 +196,3 @@ def _check_shapes(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor 
         raise ValueError(
             f"x has shape {tuple(x.shape)}: its last dimension must be weight's in features, {in_features}"
         )
-
-
-def _autocast_on(device_type: str) -> bool:
-    # Not torch.amp.is_autocast_available: torch 2.11 cannot trace it. Meta is the one device without autocast.
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    if _autocast_on(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()

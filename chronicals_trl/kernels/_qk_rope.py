@@ -19,7 +19,7 @@ from __future__ import annotations
 
 # mypy: disable-error-code="no-untyped-def"
 # (Triton kernels: a pointer has no Python type.)
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -101,67 +101,60 @@ def _rotated(x1, x2, c1, c2, s1, s2, TRANSPOSE: tl.constexpr):
 
 
 @jit
-def _rotate_heads(
-    x_ptr, y_ptr, weight_ptr, b, s, xb, xh, xs, yb, yh, ys, live, n_heads, c1, c2, s1, s2, eps, offset,
-    half: tl.constexpr, head_dim: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, TRANSPOSE: tl.constexpr,
-):  # fmt: skip
-    col = tl.arange(0, BLOCK_C)
-    for first in range(0, n_heads, BLOCK_H):
-        head = first + tl.arange(0, BLOCK_H)
-        inside = live[:, None, None] & (head < n_heads)[None, :, None]
-        mask = inside & (col < half)[None, None, :]
-        x_row = x_ptr + (b * xb + s * xs)[:, None, None] + head.to(tl.int64)[None, :, None] * xh
-        y_row = y_ptr + (b * yb + s * ys)[:, None, None] + head.to(tl.int64)[None, :, None] * yh
-        x1 = tl.load(x_row + col[None, None, :], mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(x_row + half + col[None, None, :], mask=mask, other=0.0).to(tl.float32)
-        if BLOCK_P > 0:
-            rest = 2 * half + tl.arange(0, BLOCK_P)
-            keep = inside & (rest < head_dim)[None, None, :]
-            xp = tl.load(x_row + rest[None, None, :], mask=keep, other=0.0).to(tl.float32)
-        if NORM:
-            square = tl.sum(x1 * x1 + x2 * x2, axis=2)
-            if BLOCK_P > 0:
-                square += tl.sum(xp * xp, axis=2)
-            rstd = tl.div_rn(1.0, tl.sqrt_rn(square / head_dim + eps))[:, :, None]
-            w1 = tl.load(weight_ptr + col, mask=col < half, other=0.0).to(tl.float32) + offset
-            w2 = tl.load(weight_ptr + half + col, mask=col < half, other=0.0).to(tl.float32) + offset
-            x1 = x1 * rstd * w1[None, None, :]
-            x2 = x2 * rstd * w2[None, None, :]
-            if BLOCK_P > 0:
-                wp = tl.load(weight_ptr + rest, mask=rest < head_dim, other=0.0).to(tl.float32) + offset
-                xp = xp * rstd * wp[None, None, :]
-        y1, y2 = _rotated(x1, x2, c1, c2, s1, s2, TRANSPOSE)
-        tl.store(y_row + col[None, None, :], y1.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(y_row + half + col[None, None, :], y2.to(y_ptr.dtype.element_ty), mask=mask)
-        if BLOCK_P > 0:
-            tl.store(y_row + rest[None, None, :], xp.to(y_ptr.dtype.element_ty), mask=keep)
-
-
-@jit
 def _kernel(
     q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, qo_ptr, ko_ptr, eps, offset, n_tokens, seq_len, n_q, n_k,
     qb, qh, qs, kb, kh, ks, qob, qoh, qos, kob, koh, kos, cb, cs, sb, ss,
-    half: tl.constexpr, head_dim: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-    TRANSPOSE: tl.constexpr, REPEATS: tl.constexpr,
+    half: tl.constexpr, head_dim: tl.constexpr, NORM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, TRANSPOSE: tl.constexpr, REPEATS: tl.constexpr,
 ):  # fmt: skip
-    # cos and sin are read once for all heads of q and k.
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # The heads of q and k are numbered through and a program takes a few of a few tokens: all of its loads are in
+    # flight at once, and neighbouring programs find cos and sin in the cache.
+    blocks = tl.cdiv(n_q + n_k, BLOCK_H)
+    token = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    col = tl.arange(0, BLOCK_C)
     live = token < n_tokens
     b = token // seq_len
     s = token % seq_len
-    col = tl.arange(0, BLOCK_C)
-    mask = live[:, None] & (col < half)[None, :]
-    c1, c2, s1, s2 = _tables(cos_ptr, sin_ptr, b, s, cb, cs, sb, ss, col, mask, half, REPEATS)
-    _rotate_heads(
-        q_ptr, qo_ptr, qw_ptr, b, s, qb, qh, qs, qob, qoh, qos, live, n_q, c1, c2, s1, s2, eps, offset,
-        half, head_dim, NORM, BLOCK_Q, BLOCK_C, BLOCK_P, TRANSPOSE,
-    )  # fmt: skip
-    _rotate_heads(
-        k_ptr, ko_ptr, kw_ptr, b, s, kb, kh, ks, kob, koh, kos, live, n_k, c1, c2, s1, s2, eps, offset,
-        half, head_dim, NORM, BLOCK_K, BLOCK_C, BLOCK_P, TRANSPOSE,
-    )  # fmt: skip
+    of_q = head < n_q
+    of_k = (head - n_q).to(tl.int64)
+    head = head.to(tl.int64)
+    inside = live[:, None, None] & (head < n_q + n_k)[None, :, None]
+    mask = inside & (col < half)[None, None, :]
+    q_at = (b * qb + s * qs)[:, None, None] + head[None, :, None] * qh
+    k_at = (b * kb + s * ks)[:, None, None] + of_k[None, :, None] * kh
+    x_row = tl.where(of_q[None, :, None], q_ptr + q_at, k_ptr + k_at)
+    c1, c2, s1, s2 = _tables(
+        cos_ptr, sin_ptr, b, s, cb, cs, sb, ss, col, live[:, None] & (col < half)[None, :], half, REPEATS
+    )
+    x1 = tl.load(x_row + col[None, None, :], mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_row + half + col[None, None, :], mask=mask, other=0.0).to(tl.float32)
+    if BLOCK_P > 0:
+        rest = 2 * half + tl.arange(0, BLOCK_P)
+        keep = inside & (rest < head_dim)[None, None, :]
+        xp = tl.load(x_row + rest[None, None, :], mask=keep, other=0.0).to(tl.float32)
+    if NORM:
+        square = tl.sum(x1 * x1 + x2 * x2, axis=2)
+        if BLOCK_P > 0:
+            square += tl.sum(xp * xp, axis=2)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(square / head_dim + eps))[:, :, None]
+        weight_row = tl.where(of_q[:, None], qw_ptr + col[None, :], kw_ptr + col[None, :])
+        w1 = tl.load(weight_row, mask=(col < half)[None, :], other=0.0).to(tl.float32) + offset
+        w2 = tl.load(weight_row + half, mask=(col < half)[None, :], other=0.0).to(tl.float32) + offset
+        x1 = x1 * rstd * w1[None, :, :]
+        x2 = x2 * rstd * w2[None, :, :]
+        if BLOCK_P > 0:
+            weight_rest = tl.where(of_q[:, None], qw_ptr + rest[None, :], kw_ptr + rest[None, :])
+            wp = tl.load(weight_rest, mask=(rest < head_dim)[None, :], other=0.0).to(tl.float32) + offset
+            xp = xp * rstd * wp[None, :, :]
+    y1, y2 = _rotated(x1, x2, c1, c2, s1, s2, TRANSPOSE)
+    q_to = (b * qob + s * qos)[:, None, None] + head[None, :, None] * qoh
+    k_to = (b * kob + s * kos)[:, None, None] + of_k[None, :, None] * koh
+    y_row = tl.where(of_q[None, :, None], qo_ptr + q_to, ko_ptr + k_to)
+    tl.store(y_row + col[None, None, :], y1.to(qo_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_row + half + col[None, None, :], y2.to(qo_ptr.dtype.element_ty), mask=mask)
+    if BLOCK_P > 0:
+        tl.store(y_row + rest[None, None, :], xp.to(qo_ptr.dtype.element_ty), mask=keep)
 
 
 @jit
@@ -267,30 +260,25 @@ def _norm_backward_kernel(
 # -- launches --------------------------------------------------------------------------------------------------------
 
 
-class _Config(NamedTuple):
-    """How the kernels are launched for one head layout."""
-
-    block_t: int
-    block_q: int
-    block_k: int
-    block_c: int
-    block_p: int
-
-
-# One warp a program, and few heads at a time: chosen on an H100 from some 60 combinations a head layout.
+# One warp a program, few heads at a time: chosen on an H100 from some 30 combinations a head layout.
 _WARPS = 1
-_BACKWARD_PROGRAMS = 8  # for each multiprocessor
+_PAIRS, _NORM_PAIRS, _HEADS = 256, 512, 2
+_BACKWARD_PROGRAMS = 8  # of the norm, for each multiprocessor
 
 
-@cache
-def _config(n_q: int, n_k: int, half: int, head_dim: int, norm: bool) -> _Config:
-    block_c = triton.next_power_of_2(half)
-    block_p = triton.next_power_of_2(head_dim - 2 * half) if head_dim > 2 * half else 0
-    pairs, heads = (512, 2) if norm else (1024, 8)
-    heads = min(heads, max(1, pairs // block_c))
-    block_q = min(triton.next_power_of_2(n_q), heads)
-    block_k = min(triton.next_power_of_2(n_k), heads)
-    return _Config(max(1, pairs // (block_c * max(block_q, block_k))), block_q, block_k, block_c, block_p)
+class _Blocks(NamedTuple):
+    tokens: int
+    heads: int
+    columns: int
+    rest: int
+
+
+def _blocks(n_heads: int, half: int, head_dim: int, pairs: int) -> _Blocks:
+    """A program's share of tokens, heads and columns: `pairs` rotated pairs together."""
+    columns = triton.next_power_of_2(half)
+    heads = min(triton.next_power_of_2(n_heads), _HEADS, max(1, pairs // columns))
+    rest = triton.next_power_of_2(head_dim - 2 * half) if head_dim > 2 * half else 0
+    return _Blocks(max(1, pairs // (columns * heads)), heads, columns, rest)
 
 
 Layout = tuple[int, ...]  # the strides of a tensor
@@ -310,11 +298,12 @@ def _forward_launch(
     dtypes: Any, norm: bool, transpose: bool, repeats: bool,
 ) -> Launch:  # fmt: skip
     batch, n_q, seq_len, head_dim = shape
-    config = _config(n_q, n_k, half, head_dim, norm)
+    blocks = _blocks(n_q + n_k, half, head_dim, _NORM_PAIRS if norm else _PAIRS)
+    programs = triton.cdiv(batch * seq_len, blocks.tokens) * triton.cdiv(n_q + n_k, blocks.heads)
     return Launch(
-        _kernel, triton.cdiv(batch * seq_len, config.block_t), batch * seq_len, seq_len, n_q, n_k,
+        _kernel, programs, batch * seq_len, seq_len, n_q, n_k,
         *(stride for layout in layouts for stride in layout[:3]), *tables,
-        half, head_dim, norm, *config, transpose, repeats, num_warps=_WARPS,
+        half, head_dim, norm, *blocks, transpose, repeats, num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -324,12 +313,13 @@ def _norm_backward_launch(
     dtypes: Any, need_dw: bool, repeats: bool,
 ) -> Launch:  # fmt: skip
     batch, n_q, seq_len, head_dim = shape
-    config = _config(n_q, n_k, half, head_dim, True)
-    programs = min(triton.cdiv(batch * seq_len, config.block_t), _BACKWARD_PROGRAMS * multiprocessors(device))
+    tokens, heads, columns, rest = _blocks(max(n_q, n_k), half, head_dim, _NORM_PAIRS)
+    heads_k = min(heads, triton.next_power_of_2(n_k))
+    programs = min(triton.cdiv(batch * seq_len, tokens), _BACKWARD_PROGRAMS * multiprocessors(device))
     return Launch(
         _norm_backward_kernel, programs, batch * seq_len, seq_len, n_q, n_k,
         *(stride for layout in layouts for stride in layout[:3]), *tables,
-        half, head_dim, need_dw, *config, repeats, num_warps=_WARPS,
+        half, head_dim, need_dw, tokens, heads, heads_k, columns, rest, repeats, num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -500,10 +490,11 @@ def _check(name: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: 
 
 
 def _takes(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *weights: torch.Tensor) -> bool:
-    """Whether the kernels run; they give no gradient to cos and sin."""
+    """Whether the kernels run: they give no gradient to cos and sin, and read q and k through one pointer."""
     tables_learn = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     empty = q.numel() == 0 or k.numel() == 0 or cos.shape[-1] == 0
-    return use_triton(q, k, cos, sin, *weights) and not tables_learn and not empty
+    alike = q.dtype == k.dtype and len({w.dtype for w in weights}) <= 1
+    return use_triton(q, k, cos, sin, *weights) and alike and not tables_learn and not empty
 
 
 def qk_rope(

@@ -174,21 +174,6 @@ def looks_like_decoder_layer(module: nn.Module) -> bool:
     )
 
 
-def decoder_traits(module: nn.Module) -> tuple[Any, ...]:
-    """What a verdict on a decoder layer depends on besides its class: its numbers, its norms, its dropout."""
-    numbers = {
-        name: value
-        for name, value in module.__dict__.items()
-        if isinstance(value, int | float | str) and not name.startswith("_") and name not in ("layer_idx", "training")
-    }
-    children = [
-        (name, type(child), child.__dict__.get(SPEC) if "layernorm" in name else None, getattr(child, "p", None))
-        for name, child in module.named_children()
-        if name not in ("self_attn", "mlp")
-    ]
-    return tuple(sorted((k, v) for k, v in numbers.items() if k != "gradient_checkpointing")), tuple(children)
-
-
 class _Stub(nn.Module):
     """Stands for attention or MLP: a fixed function of the hidden states, which remembers what else it was given."""
 

@@ -12,7 +12,8 @@ Legend: B batch, S sequence, H hidden, I intermediate.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -87,6 +88,34 @@ def plain_linear(module: nn.Module) -> bool:
         and ("forward" not in module.__dict__ or SPEC in module.__dict__)  # no other library's
         and unhooked(module)
     )
+
+
+# Of every module, and no part of what its forward computes.
+_NO_TRAITS = {"training", "gradient_checkpointing", "config"}
+
+
+def traits(module: nn.Module) -> tuple[Any, ...]:
+    """What a verdict on `module` depends on besides its class: its settings, and those of its small children.
+
+    The layer's number counts only where the forward reads it other than to find its cache. The configuration does not:
+    it is the model's, and verdicts are kept for one model.
+    """
+    ignored = _NO_TRAITS if _reads_layer_idx(module) else {*_NO_TRAITS, "layer_idx"}
+    settings = [
+        (name, value if isinstance(value, Hashable) else repr(value))
+        for name, value in sorted(module.__dict__.items())
+        if not name.startswith("_") and name not in ignored and not isinstance(value, Tensor)
+    ]
+    children = [
+        (name, type(child), child.__dict__.get(SPEC), repr(child) if not any(True for _ in child.parameters()) else "")
+        for name, child in module.named_children()
+    ]
+    return tuple(settings), tuple(children)
+
+
+def _reads_layer_idx(module: nn.Module) -> bool:
+    names = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return names is not None and "layer_idx" in names.co_names and "past_key_values" not in names.co_varnames
 
 
 def parameter_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -275,7 +304,14 @@ def gated_mlp_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     inner = (self.gate_up_proj,) if spec.fused else (self.gate_proj, self.up_proj)
     if torch.is_grad_enabled() and all(plain_linear(m) and m.bias is None for m in (*inner, self.down_proj)):
         up_weight = None if spec.fused else self.up_proj.weight
-        return gated_mlp(hidden_states, inner[0].weight, up_weight, self.down_proj.weight, activation=spec.activation)
+        return gated_mlp(
+            hidden_states,
+            inner[0].weight,
+            up_weight,
+            self.down_proj.weight,
+            activation=spec.activation,
+            recompute=spec.recompute,
+        )
     return self.down_proj(activation(*(projection(hidden_states) for projection in inner)))
 
 

@@ -24,7 +24,8 @@ from chronicals_trl.report import ActivationReport, PartReport
 _PATCHED = "_chronicals_patched"
 _PREVIOUS = "_chronicals_previous_forward"
 
-# Verdicts by (part, class, its forward, shape, device, dtype): a spec, or a Mismatch.
+# Verdicts on one model's blocks by (part, class, its forward, shape, traits, device, dtype): a spec, or a Mismatch.
+# Emptied at the start of `patch_model`: another model may have another configuration, which its blocks may read.
 _verdicts: dict[tuple[Any, ...], Any] = {}
 
 
@@ -37,7 +38,8 @@ def patch_model(
     """Swap the blocks of `model` for fused ones where they fit.
 
     Each candidate is recognised by structure and verified by number (`model.match`). Patching twice is patching once.
-    Packing and LoRA+ belong to the trainer and are off in the report until it sets them.
+    Packing and LoRA+ belong to the trainer (LoRA+ to the plugin, in a raw loop) and are off in the report until it
+    sets them; `"on"` for one of them is an error here.
 
     Args:
         model: a `PreTrainedModel`, or a PEFT model around one; changed in place.
@@ -48,7 +50,7 @@ def patch_model(
         The report: one line a part, on or off and why.
 
     Raises:
-        ValueError: a parameter holds NaN, or `config` is not valid.
+        ValueError: a parameter holds NaN or infinity, or `config` is not valid.
         TypeError: `model` is not a module.
         RuntimeError: with `strict=True` a part did not fit, or a part that is set to `"on"` did not.
     """
@@ -56,10 +58,11 @@ def patch_model(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     resolved = config if isinstance(config, ChronicalsConfig) else ChronicalsConfig.resolve(config)
     unpatch_model(model)
+    _verdicts.clear()
     require_finite(model)
     base = base_model(model)
     device, dtype = placement(model)
-    report = ActivationReport.all_off("not part of patch_model: the trainer decides")
+    report = ActivationReport.all_off("decided by the trainer, not by patch_model")
     skip = dict(leave_out or {})
 
     def settle(name: str, swap: Callable[[], PartReport]) -> None:
@@ -109,6 +112,11 @@ def unpatch_model(model: nn.Module) -> None:
         attention.restore_attention(module)
 
 
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch_model` has changed a block of `model`."""
+    return any(_PATCHED in module.__dict__ or "_chronicals_configs" in module.__dict__ for module in model.modules())
+
+
 # -- the model as a whole --------------------------------------------------------------------------------------------
 
 
@@ -129,19 +137,22 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def require_finite(model: nn.Module) -> None:
-    """Raise ValueError naming the first parameters that hold NaN; one device read for the whole model."""
+    """Raise ValueError naming the first parameters that hold NaN or infinity; one device read for the whole model."""
     names, flags = [], []
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.device.type != "meta" and parameter.numel():
             names.append(name)
-            # A sum is NaN if any element is; it reads the tensor once and needs no mask of its size.
-            flags.append(parameter.detach().sum(dtype=torch.float32).isnan())
+            # A sum is not finite if any element is not; it reads the tensor once and needs no mask of its size.
+            flags.append(~parameter.detach().sum(dtype=torch.float32).isfinite())
     if flags and bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any()):
-        bad = [name for name, flag in zip(names, flags, strict=True) if flag]
-        raise ValueError(
-            f"{len(bad)} parameter(s) of the model hold NaN before training, first: {bad[0]}. Nothing can be learned "
-            "from there: reload the checkpoint, or look for the run that wrote it."
-        )
+        suspects = {name for name, flag in zip(names, flags, strict=True) if flag}
+        # A sum of large finite weights may overflow: what is suspected is looked at element by element.
+        bad = [n for n, p in model.named_parameters() if n in suspects and not bool(p.detach().isfinite().all())]
+        if bad:
+            raise ValueError(
+                f"{len(bad)} parameter(s) of the model hold NaN or infinity before training, first: {bad[0]}. Nothing "
+                "can be learned from there: reload the checkpoint, or look for the run that wrote it."
+            )
 
 
 def _install(module: nn.Module, forward: Callable[..., Any], spec: Any = None) -> None:
@@ -166,7 +177,7 @@ _BLOCKS: dict[str, tuple[Callable, Callable, Callable, Callable]] = {
     ),
     "gated_mlp": (
         match.gated_mlp_layout,
-        lambda module: tuple(type(getattr(module, n, None)) for n in match.ACTIVATION_NAMES),
+        lambda module: None,
         match.verify_gated_mlp,
         lambda module: match.gated_mlp_forward,
     ),
@@ -215,8 +226,7 @@ def _join_blocks(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
                 for name in rope.PROJECTIONS:
                     _install(module._modules[name], rope.handed_linear_forward)  # type: ignore[arg-type]
         elif "forward" not in module.__dict__ and decoder.looks_like_decoder_layer(module):
-            traits = decoder.decoder_traits(module)
-            verdict = _remembered("decoder", decoder.verify_decoder_layer, module, traits, device, dtype)
+            verdict = _remembered("decoder", decoder.verify_decoder_layer, module, None, device, dtype)
             if not isinstance(verdict, Mismatch):
                 _install(module, decoder.decoder_forward, verdict)
                 counts["residual additions joined to the norms"] += 1
@@ -225,9 +235,9 @@ def _join_blocks(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _remembered(
-    part: str, verify: Callable[..., Any], module: Any, traits: Any, device: torch.device, dtype: torch.dtype
+    part: str, verify: Callable[..., Any], module: Any, shape: Any, device: torch.device, dtype: torch.dtype
 ) -> Any:
-    key = (part, type(module), type(module).forward, traits, device, dtype)
+    key = (part, type(module), type(module).forward, shape, match.traits(module), device, dtype)
     if key not in _verdicts:
         _verdicts[key] = _verdict(verify, module, device, dtype)
     return _verdicts[key]

@@ -200,13 +200,11 @@ def looks_like_rope_attention(module: nn.Module) -> bool:
 
 
 def attention_traits(module: nn.Module) -> tuple[Any, ...]:
-    """What a verdict on an attention block depends on besides its class."""
+    """What a verdict on an attention block depends on besides its class and its settings."""
     norms = [getattr(module, name, None) for name in NORMS]
     return (
-        getattr(module, "head_dim", None),
-        getattr(module, "num_key_value_groups", None),
-        tuple((norm.__dict__.get(SPEC), parameter_shape(norm.weight)) for norm in norms if norm is not None),
-        tuple((type(m), getattr(m, "bias", None) is None) for m in map(module._modules.get, PROJECTIONS)),
+        tuple(parameter_shape(norm.weight) for norm in norms if norm is not None),
+        tuple(getattr(m, "bias", None) is None for m in map(module._modules.get, PROJECTIONS)),
     )
 
 
@@ -311,8 +309,10 @@ def _verify_front(module: Any, spec: AttentionSpec, device: torch.device) -> Non
         for name in NORMS:
             if name in module._modules:
                 norm = module._modules[name]
-                weight = parameter(*parameter_shape(norm.weight), scale=1.0)
-                parts[name] = shallow_twin(norm, parameters={"weight": weight})
+                # Over single heads, or over all heads together (OLMo 2), of which the twins have fewer.
+                alone = parameter_shape(norm.weight) == (head_dim,)
+                width = head_dim if alone else sizes[name.replace("norm", "proj")]
+                parts[name] = shallow_twin(norm, parameters={"weight": parameter(width, scale=1.0)})
 
         def twin(modules: dict[str, nn.Module]) -> Any:
             copied = shallow_twin(module, modules=modules)

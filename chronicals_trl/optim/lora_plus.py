@@ -155,6 +155,32 @@ def apply_lora_plus(
     }
 
 
+def group_sizes(model: nn.Module, param_groups: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """Tensors in each group with LoRA+ off and on, by which a saved optimizer tells how its groups were split.
+
+    Args:
+        param_groups: unsplit.
+    """
+    sizes = {"off": [len(group["params"]) for group in param_groups]}
+    for name, embedding_lr in (("on", None), ("on with lora_plus_embedding_lr", 1.0)):
+        try:
+            groups = split_lora_plus_groups(model, param_groups, embedding_lr=embedding_lr)
+        except ValueError:  # nothing for LoRA+ to do
+            continue
+        sizes[name] = [len(group["params"]) for group in groups]
+    return sizes
+
+
+def trainable_kinds(model: nn.Module) -> dict[str, int]:
+    """How many trainable tensors of LoRA adapters there are: ``{"A", "B", "embedding"}``."""
+    kinds = _lora_kinds(model)
+    counts = dict.fromkeys(_KINDS[:-1], 0)
+    for parameter in model.parameters():
+        if parameter.requires_grad and id(parameter) in kinds:
+            counts[kinds[id(parameter)]] += 1
+    return counts
+
+
 def _lora_kinds(model: nn.Module) -> dict[int, str]:
     """id of parameter -> "A", "B" or "embedding", for the parameters of LoRA adapters."""
     kinds: dict[int, str] = {}

@@ -1,9 +1,16 @@
 """Packed rows in, one batch of static shape out.
 
 The keys and their meaning are those of TRL's `DataCollatorForLanguageModeling(padding_free=True)` on packed rows.
-What is added: each bin is padded to the capacity, so that every batch has the same shape. The padding of a bin is one
-document of its own, with positions from 0 and labels of -100, which `cu_seqlens` covers: a row of queries that no
-segment covers may hold NaN, and 0 · NaN in a weight gradient is NaN.
+What is added: each bin is padded to the capacity, so that every batch has the same shape. The padding of a bin, its
+tail, is one segment of its own with labels of -100, which `cu_seqlens` covers: a row of queries that no segment covers
+may hold NaN, and 0 · NaN in a weight gradient is NaN. Nobody reads the tail, but the model computes on it, so it holds
+nothing that the documents do not hold:
+
+- Its positions start again at the length of the batch's longest document. A larger one would change what dynamic and
+  long RoPE make of the documents (they look at the largest position in the batch) and has no row in a table of learned
+  positions.
+- Its tokens are those of the batch's first document over and over. The padding token's embedding may be all zeros,
+  where the gradient of a norm without an epsilon is NaN.
 
 Legend: N bins in the batch, C the capacity, S = N · C tokens in the one row, G segments (documents and paddings).
 """
@@ -36,26 +43,27 @@ class PackedCollator:
             in its document.
         cu_seq_lens_q, cu_seq_lens_k: (G + 1,) int32, or longer by the repeated last value (empty documents) where a
             bucket is set; one tensor under both names.
-        max_length_q, max_length_k: int, `max_segment_length`.
+        max_length_q, max_length_k: int, `max_segment_length`; the capacity for a batch with a longer segment.
         seq_idx: (1, S) int32, the segment that each token is in.
         num_real_tokens: int, tokens that are not padding. Not for the model: the trainer takes it out.
         token_mask: (1, S) bool, True where a token is not padding; only if asked for.
 
     Attributes:
-        pad_token_id: what padding holds.
+        pad_token_id: what padding holds in a batch without any token, unless `filler_ids` are given.
         capacity: C, the tokens that a bin is padded to.
-        max_segment_length: the longest segment of any batch, padding included (PackStats.max_segment_length); the
-            capacity when None. Static, because kernels are chosen by it.
+        max_segment_length: the longest segment of a training batch, padding included (PackStats.max_segment_length);
+            the capacity when None. Static, because kernels are chosen by it.
         max_docs_per_bin: most documents in a bin (PackStats.max_docs_per_bin). With a bucket set it makes the length
-            of `cu_seq_lens_*` the same for all batches of N bins.
+            of `cu_seq_lens_*` the same for all batches of N bins, and longer for a batch with more documents.
         cu_seqlens_bucket: round the length of `cu_seq_lens_*` up to a multiple of this; None keeps it exact, which
             linear-attention models need.
         fallback: the collator for rows that are not packed (without "seq_lengths"); None makes them an error.
         emit_token_mask: add `token_mask`.
+        filler_ids: real tokens for a batch without any (on one of several ranks all rows may be empty ones).
 
     Raises (when called):
         ValueError: rows that are not packed and no fallback; a row longer than the capacity, or whose `seq_lengths`
-            do not add up to its tokens; a segment longer than `max_segment_length`.
+            do not add up to its tokens.
     """
 
     pad_token_id: int
@@ -65,11 +73,10 @@ class PackedCollator:
     cu_seqlens_bucket: int | None = None
     fallback: Callable[[list[Any]], dict[str, Any]] | None = None
     emit_token_mask: bool = False
+    filler_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         self.capacity = check_capacity(self.capacity)
-        if self.max_segment_length is None:
-            self.max_segment_length = self.capacity
         for name in ("max_segment_length", "max_docs_per_bin", "cu_seqlens_bucket"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -86,35 +93,35 @@ class PackedCollator:
                 )
             return self.fallback(list(examples))
 
+        rows = [np.asarray(example["seq_lengths"], dtype=np.int64) for example in examples]
+        longest_document = max((int(row.max()) for row in rows if len(row)), default=1)
+        filler = self._filler(examples)
+
         size = len(examples) * self.capacity
-        input_ids_S = np.full(size, self.pad_token_id, dtype=np.int64)
+        input_ids_S = np.empty(size, dtype=np.int64)
         labels_S = np.full(size, IGNORE_INDEX, dtype=np.int64)
+        position_ids_S = np.empty(size, dtype=np.int64)
         real_S = np.zeros(size, dtype=bool)
         segments: list[NDArray[np.int64]] = []
-        for row, example in enumerate(examples):
-            seq_lengths = np.asarray(example["seq_lengths"], dtype=np.int64)
+        for row, (example, seq_lengths) in enumerate(zip(examples, rows, strict=True)):
             num_tokens = len(example["input_ids"])
             self._check_row(row, seq_lengths, num_tokens)
-            bin_ = slice(row * self.capacity, row * self.capacity + num_tokens)
-            input_ids_S[bin_] = example["input_ids"]
-            labels_S[bin_] = example.get("labels", example["input_ids"])
-            real_S[bin_] = True
+            begin = row * self.capacity
+            end, stop = begin + num_tokens, begin + self.capacity
+            input_ids_S[begin:end] = example["input_ids"]
+            labels_S[begin:end] = example.get("labels", example["input_ids"])
+            real_S[begin:end] = True
+            starts = np.cumsum(seq_lengths) - seq_lengths
+            labels_S[begin + starts] = IGNORE_INDEX
+            position_ids_S[begin:end] = np.arange(num_tokens) - np.repeat(starts, seq_lengths)
             segments.append(seq_lengths)
-            if num_tokens < self.capacity:
-                segments.append(np.array([self.capacity - num_tokens], dtype=np.int64))
+            if end < stop:
+                input_ids_S[end:stop] = np.resize(filler, stop - end)
+                position_ids_S[end:stop] = np.arange(stop - end) % longest_document
+                segments.append(np.array([stop - end], dtype=np.int64))
 
         segments_G = np.concatenate(segments)
-        longest = int(segments_G.max())
-        if self.max_segment_length is None or longest > self.max_segment_length:
-            raise ValueError(
-                f"A document, or the padding of a bin, has {longest} tokens; max_segment_length is "
-                f"{self.max_segment_length} and must be at least that: take the largest over the data sets that this "
-                "collator serves, or None for the capacity."
-            )
         cu_seqlens = np.concatenate([[0], np.cumsum(segments_G)])
-        starts_G = cu_seqlens[:-1]
-        labels_S[starts_G] = IGNORE_INDEX
-        position_ids_S = np.arange(size, dtype=np.int64) - np.repeat(starts_G, segments_G)
         seq_idx_S = np.repeat(np.arange(len(segments_G), dtype=np.int32), segments_G)
         cu_seqlens = np.pad(cu_seqlens, (0, self._padded_length(len(examples), len(cu_seqlens))), mode="edge")
 
@@ -126,10 +133,22 @@ class PackedCollator:
             "num_real_tokens": int(real_S.sum()),
         }
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.from_numpy(cu_seqlens.astype(np.int32))
-        batch["max_length_q"] = batch["max_length_k"] = self.max_segment_length
+        batch["max_length_q"] = batch["max_length_k"] = self._max_length(int(segments_G.max()))
         if self.emit_token_mask:
             batch["token_mask"] = torch.from_numpy(real_S)[None]
         return batch
+
+    def _filler(self, examples: Sequence[Example]) -> NDArray[np.int64]:
+        """What a tail holds, over and over: the first document of the batch."""
+        for example in examples:
+            if len(example["seq_lengths"]):
+                return np.asarray(example["input_ids"][: int(example["seq_lengths"][0])], dtype=np.int64)
+        return np.asarray(list(self.filler_ids) or [self.pad_token_id], dtype=np.int64)
+
+    def _max_length(self, longest: int) -> int:
+        """A bound on the batch's segments. A kernel that is told too small a maximum leaves queries out silently."""
+        known = self.max_segment_length
+        return self.capacity if known is None or longest > known else known
 
     def _check_row(self, row: int, seq_lengths: NDArray[np.int64], num_tokens: int) -> None:
         if num_tokens > self.capacity:

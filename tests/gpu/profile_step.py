@@ -107,7 +107,7 @@ def category(kernel: str, ops: list[str]) -> str:
     head = any(HEAD.search(op) for op in ops)
     if head and "gemv" in kernel:  # the entropy's sum of products
         return "cross-entropy pass"
-    if ATTENTION.search(kernel):  # before the GEMMs: its name may say that it is built with CUTLASS
+    if any(map(ATTENTION.search, [kernel, *ops])):  # before the GEMMs: its name may say that it is built with CUTLASS
         return "attention"
     # Memset: split-K products clear their workspace.
     if GEMM.search(kernel) or (kernel.startswith("Memset") and any("mm" in op for op in ops[:1])):

@@ -53,13 +53,11 @@ def assert_as_accurate(
 
 
 def run(fn: Callable[..., Tensors], inputs: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> Tensors:
-    """Outputs of `fn`, then the gradients of those `inputs` that require one, for the upstream `grads`."""
+    """Outputs of `fn`, then the gradients of those `inputs` that require one (0 if unused), for upstream `grads`."""
     outputs = fn(*inputs)
     wanted = [t for t in inputs if t.requires_grad]
-    return (
-        *outputs,
-        *torch.autograd.grad(outputs, wanted, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]),
-    )
+    upstream = [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
+    return (*outputs, *torch.autograd.grad(outputs, wanted, upstream, materialize_grads=True))
 
 
 def compare(
@@ -97,6 +95,29 @@ def eager_rms_norm(x, weight, eps, offset, residual=None):
     return (y,) if residual is None else (y, h)
 
 
+def rows_as(layout: str, shape: Sequence[int]) -> tuple[Sequence[int], Callable[[torch.Tensor], torch.Tensor]]:
+    """The shape of a leaf, and the view of it that an op is given; its rows (last dimensions) lie as `layout` says."""
+    if layout == "transposed":  # (B, S, heads, D) seen as (B, heads, S, D)
+        return shape, lambda t: t.transpose(1, 2)
+    if layout == "columns":  # the first columns of a wider tensor: gaps between rows, but one stride
+        return (*shape[:-1], shape[-1] + 8), lambda t: t[..., : shape[-1]]
+    if layout == "heads of a slice":  # (B, S, heads, D) of a fused projection: no one stride fits
+        *outer, heads, width = shape
+        return (*outer, (heads + 2) * width), lambda t: t[..., : heads * width].unflatten(-1, (heads, width))
+    assert layout == "plain"
+    return shape, lambda t: t
+
+
+def upstream_as(kind: str, like: torch.Tensor) -> torch.Tensor:
+    """A random gradient for a result that lies as `like` does: laid out so too, or contiguous, or expanded."""
+    shape, options = like.shape, {"device": like.device, "dtype": like.dtype}
+    if kind == "one row":
+        return torch.randn(shape[-1], **options).expand(shape)
+    if kind == "one number":  # what sum() sends back
+        return torch.randn((), **options).expand(shape)
+    return torch.randn(shape, **options) if kind == "contiguous" else torch.randn_like(like)
+
+
 def check_rms_norm(
     device: str,
     dtype: torch.dtype,
@@ -105,53 +126,155 @@ def check_rms_norm(
     scale: float = 1.0,
     offset: float = 0.0,
     residual: bool = False,
-    transposed: bool = False,
+    layout: str = "plain",
+    upstream: str = "like",
+    outputs: Sequence[int] = (0, 1),
 ) -> None:
+    """`outputs` of (y, x + residual) are differentiated; `layout` and `upstream` as above."""
     torch.manual_seed(0)
     eps = 1e-6
-    view = (lambda t: t.transpose(1, 2)) if transposed else (lambda t: t)
-
-    def as_tuple(out):
-        return out if isinstance(out, tuple) else (out,)
+    leaf_shape, view = rows_as(layout, shape)
+    picked = outputs if residual else (0,)
 
     def ours(x, w, *r):
-        out = as_tuple(kernels.rms_norm(view(x), w, eps, offset=offset, residual=view(r[0]) if r else None))
+        out = kernels.rms_norm(view(x), w, eps, offset=offset, residual=view(r[0]) if r else None)
+        out = out if residual else (out,)
         assert all(o.dtype == dtype for o in out)
-        return out
+        return tuple(out[i] for i in picked)
 
     def eager(x, w, *r):
-        return eager_rms_norm(view(x), w, eps, offset, *(view(t) for t in r))
+        out = eager_rms_norm(view(x), w, eps, offset, *(view(t) for t in r))
+        return tuple(out[i] for i in picked)
 
-    inputs = [leaf(shape, dtype, device, scale), leaf(shape[-1:], dtype, device, 0.3, 1.0 - offset)]
+    inputs = [leaf(leaf_shape, dtype, device, scale), leaf(shape[-1:], dtype, device, 0.3, 1.0 - offset)]
     if residual:
-        inputs.append(leaf(shape, dtype, device, scale))
-    grads = [torch.randn_like(view(inputs[0])) for _ in range(1 + residual)]
-    compare("rms_norm", (ours, eager, eager), inputs, grads)
+        inputs.append(leaf(leaf_shape, dtype, device, scale))
+    compare("rms_norm", (ours, eager, eager), inputs, [upstream_as(upstream, view(inputs[0])) for _ in picked])
 
 
 # Gated MLP ----------------------------------------------------------------------------------------------------------
 
 
-def check_gated_mlp(
-    device: str, dtype: torch.dtype, shape: Sequence[int], *, gelu: bool, scale: float = 1.0, fused: bool = False
+def eager_activation(gate, up, gelu):
+    return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+
+
+def check_gated_activation(
+    device: str,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    *,
+    gelu: bool,
+    scale: float = 1.0,
+    layout: str = "apart",
 ) -> None:
+    """`layout` of gate and up: "apart"; or in one tensor, given as its "halves" or as it is ("joint")."""
     torch.manual_seed(0)
     op = kernels.geglu if gelu else kernels.swiglu
 
     def eager(*tensors):
-        gate, up = tensors[0].chunk(2, -1) if fused else tensors
-        return ((F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up,)
+        return (eager_activation(*(tensors if layout == "apart" else tensors[0].chunk(2, -1)), gelu),)
 
     def ours(*tensors):
-        gate, up = tensors[0].chunk(2, -1) if fused else tensors
-        return (op(gate, up),)
+        return (op(*(tensors[0].chunk(2, -1) if layout == "halves" else tensors)),)
 
-    if fused:
-        inputs = [leaf((*shape[:-1], 2 * shape[-1]), dtype, device, scale)]
-    else:
+    if layout == "apart":
         # float16 ends at 65504: only the argument of the activation is scaled
         inputs = [leaf(shape, dtype, device, scale), leaf(shape, dtype, device, min(scale, 1.0))]
+    else:
+        inputs = [leaf((*shape[:-1], 2 * shape[-1]), dtype, device, scale)]
     compare(op.__name__, (ours, eager, eager), inputs, [torch.randn(*shape, device=device).to(dtype)])
+
+
+def freeze(inputs: dict[str, torch.Tensor], frozen: Sequence[str]) -> list[torch.Tensor]:
+    """The inputs, those named in `frozen` without a gradient."""
+    for name in frozen:
+        inputs[name].requires_grad_(False)
+    return list(inputs.values())
+
+
+def under(autocast: torch.dtype | None, device: str, fn: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    """`fn` in an autocast region, which the backward pass, as usual, is not in."""
+
+    def run_in_region(*inputs):
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            return fn(*inputs)
+
+    return run_in_region
+
+
+def check_gated_mlp(
+    device: str,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    inner: int,
+    *,
+    gelu: bool = False,
+    joint: bool = False,
+    scale: float = 1.0,
+    frozen: Sequence[str] = (),
+    autocast: torch.dtype | None = None,
+    **options: bool,
+) -> None:
+    """`shape` is x's, (..., H); `inner` is I; `frozen` names of "x", "gate", "up" and "down"; `options` of the op."""
+    torch.manual_seed(0)
+    width = shape[-1]
+
+    def ours(x, gate, *rest):
+        up, down = (None, *rest) if joint else rest
+        out = kernels.gated_mlp(x, gate, up, down, activation="geglu" if gelu else "swiglu", **options)
+        assert out.dtype == (autocast or dtype)
+        return (out,)
+
+    def eager(x, gate, *rest):
+        projected = F.linear(x, gate).chunk(2, -1) if joint else (F.linear(x, gate), F.linear(x, rest[0]))
+        return (F.linear(eager_activation(*projected, gelu), rest[-1]),)
+
+    shapes = {"gate": (2 * inner, width)} if joint else {"gate": (inner, width), "up": (inner, width)}
+    inputs = {"x": leaf(shape, dtype, device, scale)}
+    inputs |= {name: leaf(s, dtype, device, width**-0.5) for name, s in shapes.items()}
+    inputs["down"] = leaf((width, inner), dtype, device, inner**-0.5)
+    case = (under(autocast, device, ours), under(autocast, device, eager), eager)
+    compare("gated_mlp", case, freeze(inputs, frozen), [torch.randn(*shape, device=device).to(dtype)], summed=True)
+
+
+def check_shared_linear(
+    device: str,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    widths: Sequence[int],
+    *,
+    biases: Sequence[int] = (),
+    outputs: Sequence[int] | None = None,
+    frozen: Sequence[str] = (),
+    autocast: torch.dtype | None = None,
+) -> None:
+    """`biases` and `outputs`: indices of the layers with a bias and of the results that are differentiated (all).
+
+    `frozen` names of "x", "w0", "b0", "w1" and so on.
+    """
+    torch.manual_seed(0)
+    picked = range(len(widths)) if outputs is None else outputs
+
+    def arguments(tensors):
+        given = iter(tensors)
+        weights = [next(given) for _ in widths]
+        return weights, [next(given) if i in biases else None for i in range(len(widths))]
+
+    def ours(x, *tensors):
+        out = kernels.shared_linear(x, *arguments(tensors))
+        return tuple(out[i] for i in picked)
+
+    def eager(x, *tensors):
+        out = [F.linear(x, w, b) for w, b in zip(*arguments(tensors), strict=True)]
+        return tuple(out[i] for i in picked)
+
+    inputs = {"x": leaf(shape, dtype, device)}
+    inputs |= {f"w{i}": leaf((n, shape[-1]), dtype, device, shape[-1] ** -0.5) for i, n in enumerate(widths)}
+    inputs |= {f"b{i}": leaf((widths[i],), dtype, device) for i in biases}
+    grads = [torch.randn(*shape[:-1], widths[i], device=device).to(dtype) for i in picked]
+    case = (under(autocast, device, ours), under(autocast, device, eager), eager)
+    compare("shared_linear", case, freeze(inputs, frozen), grads, summed=True)
 
 
 # QK-RoPE ------------------------------------------------------------------------------------------------------------
@@ -173,6 +296,12 @@ def eager_rope(q, k, cos, sin):
     return apply(q), apply(k)
 
 
+def eager_norm_rope(q, k, q_weight, k_weight, eps, cos, sin, offset=0.0):
+    """transformers' Qwen3 attention (Gemma 3's with offset 1): the norm is rounded, then rotated in that dtype."""
+    (q,), (k,) = eager_rms_norm(q, q_weight, eps, offset), eager_rms_norm(k, k_weight, eps, offset)
+    return eager_rope(q, k, cos, sin)
+
+
 def rope_tables(batch: int, seq_len: int, width: int, device: str) -> Tensors:
     """cos and sin (batch, S, R) of shuffled positions, the two halves equal, as models make them."""
     positions = torch.stack([torch.randperm(4 * seq_len)[:seq_len] for _ in range(batch)])
@@ -186,29 +315,92 @@ def check_qk_rope(
     dtype: torch.dtype,
     shape: tuple[int, int, int, int, int],
     *,
+    norm: bool = False,
+    offset: float = 0.0,
     rotary_dim: int | None = None,
     table_batch: int = 1,
     scale: float = 1.0,
     uneven: bool = False,
+    repeats: bool = False,
+    layout: str = "projections",
+    outputs: Sequence[int] = (0, 1),
+    frozen: Sequence[str] = (),
 ) -> None:
-    """`shape` is (B, Hq, Hk, S, D); q and k lie in memory as (B, S, heads, D), as the projections give them."""
+    """qk_rope, or with `norm` qk_norm_rope. `shape` is (B, Hq, Hk, S, D).
+
+    `layout`: q and k lie in memory as (B, S, heads, D), as the "projections" give them, or as slices of one "fused"
+    projection (Phi-3), or "plain". `outputs` of (q, k) are differentiated; `frozen` names inputs.
+    """
     torch.manual_seed(0)
     batch, n_q, n_k, seq_len, head_dim = shape
     cos, sin = (t.to(dtype) for t in rope_tables(table_batch, seq_len, rotary_dim or head_dim, device))
     if uneven:  # the op promises the formula for any table, also one whose halves differ
         cos, sin = torch.randn_like(cos), torch.randn_like(sin)
 
-    def ours(q, k):
-        out = kernels.qk_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    known = {"repeats": True} if repeats else {}
+
+    def arguments(tensors):
+        if layout == "fused":
+            sizes = [n * head_dim for n in (n_q, n_k, n_k)]
+            q, k, _ = (t.unflatten(-1, (-1, head_dim)) for t in tensors[0].split(sizes, dim=-1))
+        else:
+            q, k = tensors[:2]
+        if layout != "plain":
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+        return (q, k, *tensors[-2:], 1e-6, cos, sin) if norm else (q, k, cos, sin)
+
+    def ours(*tensors):
+        if norm:
+            out = kernels.qk_norm_rope(*arguments(tensors), offset=offset, **known)
+        else:
+            out = kernels.qk_rope(*arguments(tensors), **known)
         assert all(o.dtype == dtype for o in out)
-        return out
+        return tuple(out[i] for i in outputs)
 
-    def eager(q, k):
-        return eager_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    def eager(*tensors):
+        out = eager_norm_rope(*arguments(tensors), offset) if norm else eager_rope(*arguments(tensors))
+        return tuple(out[i] for i in outputs)
 
-    inputs = [leaf((batch, seq_len, n, head_dim), dtype, device, scale) for n in (n_q, n_k)]
-    grads = [torch.randn(batch, n, seq_len, head_dim, device=device).to(dtype) for n in (n_q, n_k)]
-    compare("qk_rope", (ours, eager, eager), inputs, grads)
+    if layout == "fused":
+        inputs = {"qkv": leaf((batch, seq_len, (n_q + 2 * n_k) * head_dim), dtype, device, scale)}
+    else:
+        outer = (lambda n: (n, seq_len)) if layout == "plain" else (lambda n: (seq_len, n))
+        inputs = {
+            name: leaf((batch, *outer(n), head_dim), dtype, device, scale) for name, n in (("q", n_q), ("k", n_k))
+        }
+    if norm:
+        inputs |= {f"{n}_weight": leaf((head_dim,), dtype, device, 0.3, 1.0 - offset) for n in "qk"}
+    heads = [(n_q, n_k)[i] for i in outputs]
+    grads = [torch.randn(batch, n, seq_len, head_dim, device=device).to(dtype) for n in heads]
+    compare("qk_norm_rope" if norm else "qk_rope", (ours, eager, eager), freeze(inputs, frozen), grads)
+
+
+# All of them in a row, one feeding the next --------------------------------------------------------------------------
+
+
+def block_inputs(device: str = "cpu", shape: Sequence[int] = (2, 4, 16), head_dim: int = 8) -> Tensors:
+    """x and residual (B, S, W), weights (W,) and (D,), which all require a gradient; cos and sin."""
+    torch.manual_seed(0)
+    leaves = [leaf(s, torch.float32, device) for s in (shape, shape, shape[-1:], (head_dim,))]
+    return *leaves, *rope_tables(1, shape[1], head_dim, device)
+
+
+def block(x, residual, weight, head_weight, cos, sin):
+    y, h = kernels.rms_norm(x, weight, 1e-6, residual=residual)
+    joint = kernels.geglu(torch.cat([h, y], -1))
+    heads = kernels.swiglu(y, joint).unflatten(-1, (-1, head_weight.shape[0])).transpose(1, 2)
+    q, k = kernels.qk_rope(heads, kernels.geglu(heads, heads), cos, sin)
+    q, k = kernels.qk_norm_rope(q, k, head_weight, head_weight, 1e-6, cos, sin)
+    return (q * heads).sum() + k.pow(3).sum() + h.sum()
+
+
+def eager_block(x, residual, weight, head_weight, cos, sin):
+    y, h = eager_rms_norm(x, weight, 1e-6, 0.0, residual)
+    joint = eager_activation(h, y, gelu=True)
+    heads = eager_activation(y, joint, gelu=False).unflatten(-1, (-1, head_weight.shape[0])).transpose(1, 2)
+    q, k = eager_rope(heads, eager_activation(heads, heads, gelu=True), cos, sin)
+    q, k = eager_norm_rope(q, k, head_weight, head_weight, 1e-6, cos, sin)
+    return (q * heads).sum() + k.pow(3).sum() + h.sum()
 
 
 # Linear cross-entropy -----------------------------------------------------------------------------------------------

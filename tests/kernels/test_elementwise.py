@@ -28,8 +28,23 @@ def test_rms_norm(dtype, scale, offset, residual):
 
 @dtypes
 @pytest.mark.parametrize("residual", [False, True])
-def test_rms_norm_of_transposed_heads(dtype, residual):
-    check.check_rms_norm("cpu", dtype, (2, 5, 3, 24), transposed=True, residual=residual)
+@pytest.mark.parametrize("layout", ["transposed", "columns", "heads of a slice"])
+def test_rms_norm_of_strided_rows(dtype, layout, residual):
+    check.check_rms_norm("cpu", dtype, (2, 5, 3, 24), layout=layout, residual=residual)
+
+
+@dtypes
+@pytest.mark.parametrize("outputs", [(0,), (1,)], ids=["y", "sum"])
+def test_rms_norm_one_output_unused(dtype, outputs):
+    check.check_rms_norm("cpu", dtype, (2, 9, 37), residual=True, outputs=outputs)
+
+
+def test_rms_norm_gradients_of_the_two_summands_are_apart():
+    """They are the same numbers; scaling one in place (gradient clipping does) must leave the other alone."""
+    x, r = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
+    kernels.rms_norm(x, torch.ones(8), 1e-6, residual=r)[0].square().sum().backward()
+    torch.testing.assert_close(x.grad, r.grad)
+    assert x.grad.data_ptr() != r.grad.data_ptr()
 
 
 def test_rms_norm_weight_in_another_dtype():
@@ -50,10 +65,11 @@ def test_rms_norm_promotes_a_wider_residual():
 @dtypes
 @scales
 @pytest.mark.parametrize("gelu", [False, True], ids=["swiglu", "geglu"])
-def test_gated_mlp(dtype, scale, gelu):
-    check.check_gated_mlp("cpu", dtype, (2, 5, 67), gelu=gelu, scale=scale)
+def test_gated_activation(dtype, scale, gelu):
+    check.check_gated_activation("cpu", dtype, (2, 5, 67), gelu=gelu, scale=scale)
     if scale == 1.0:
-        check.check_gated_mlp("cpu", dtype, (2, 5, 67), gelu=gelu, fused=True)
+        for layout in ("halves", "joint"):
+            check.check_gated_activation("cpu", dtype, (2, 5, 67), gelu=gelu, layout=layout)
 
 
 @dtypes
@@ -61,15 +77,53 @@ def test_gated_mlp(dtype, scale, gelu):
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        ((2, 5, 2, 7, 16), {}),
-        ((2, 3, 3, 6, 24), {"table_batch": 2}),
-        ((1, 4, 1, 5, 20), {"rotary_dim": 12}),
-        ((1, 2, 1, 5, 8), {"uneven": True}),
+        ((2, 5, 2, 7, 16), {"repeats": True}),
+        ((2, 3, 3, 6, 24), {"table_batch": 2, "layout": "plain"}),
+        ((1, 4, 1, 5, 20), {"rotary_dim": 12, "layout": "fused"}),
+        ((1, 2, 1, 5, 8), {"uneven": True, "outputs": (1,)}),
     ],
     ids=str,
 )
 def test_qk_rope(dtype, scale, shape, options):
     check.check_qk_rope("cpu", dtype, shape, scale=scale, **options)
+
+
+NORM_ROPE = [
+    ((2, 5, 2, 7, 16), {"repeats": True}),
+    ((2, 3, 3, 6, 24), {"table_batch": 2, "offset": 1.0, "layout": "plain"}),
+    ((1, 7, 3, 5, 20), {"rotary_dim": 12, "layout": "fused"}),
+    ((1, 2, 1, 5, 8), {"uneven": True, "outputs": (0,)}),
+    ((2, 2, 1, 5, 8), {"outputs": (1,), "frozen": ("q_weight",)}),
+    ((1, 3, 1, 4, 12), {"frozen": ("q_weight", "k_weight")}),
+    ((1, 3, 1, 4, 12), {"frozen": ("q", "k", "k_weight"), "offset": 1.0, "outputs": (0,)}),
+]
+
+
+@dtypes
+@pytest.mark.parametrize(("shape", "options"), NORM_ROPE, ids=str)
+def test_qk_norm_rope(dtype, shape, options):
+    check.check_qk_rope("cpu", dtype, shape, norm=True, **options)
+
+
+@dtypes
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_qk_norm_rope_of_small_and_large_heads(dtype, scale):
+    check.check_qk_rope("cpu", dtype, (2, 5, 2, 7, 16), norm=True, scale=scale)
+
+
+def test_qk_norm_rope_weight_in_another_dtype():
+    """bf16 heads under a float32 norm weight: the gradient of the weight is good to float32."""
+    weights = [torch.randn(8, requires_grad=True) for _ in range(2)]
+    q, k = (torch.randn(2, n, 5, 8, dtype=torch.bfloat16) for n in (3, 1))
+    cos, sin = check.rope_tables(1, 5, 8, "cpu")
+    out = kernels.qk_norm_rope(q, k, *weights, 1e-6, cos, sin)
+    assert {t.dtype for t in out} == {torch.bfloat16}
+    grads = torch.autograd.grad(sum(t.sum() for t in out), weights)
+    wide = [w.detach().double().requires_grad_() for w in weights]
+    exact = check.eager_norm_rope(q.double(), k.double(), *wide, 1e-6, cos.double(), sin.double())
+    torch.testing.assert_close(
+        grads, torch.autograd.grad(sum(t.sum() for t in exact), wide), rtol=1e-5, atol=1e-5, check_dtype=False
+    )
 
 
 def test_qk_rope_keeps_its_own_dtype_under_float32_tables():
@@ -86,14 +140,29 @@ def test_qk_rope_tables_that_require_a_gradient_get_one():
     torch.testing.assert_close(ours, eager)
 
 
-def test_float64_gradients():
-    x, r, w = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 5), (3, 5), (5,)))
-    assert torch.autograd.gradcheck(lambda x, w, r: kernels.rms_norm(x, w, 1e-3, offset=1.0, residual=r), (x, w, r))
-    assert torch.autograd.gradcheck(kernels.swiglu, (x, r))
-    assert torch.autograd.gradcheck(kernels.geglu, (x, r))
-    q, k = (torch.randn(2, n, 3, 6, dtype=torch.float64, requires_grad=True) for n in (2, 1))
-    cos, sin = (torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(kernels.qk_rope, (q, k, cos, sin))
+def wide(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes"),
+    [
+        (lambda x, w: kernels.rms_norm(x, w, 1e-3), ((3, 5), (5,))),
+        (lambda x, w, r: kernels.rms_norm(x, w, 1e-3, offset=1.0, residual=r), ((3, 5), (5,), (3, 5))),
+        (kernels.swiglu, ((3, 5), (3, 5))),
+        (kernels.swiglu, ((3, 10),)),
+        (kernels.geglu, ((3, 5), (3, 5))),
+        (kernels.geglu, ((3, 10),)),
+        (kernels.qk_rope, ((2, 2, 3, 6), (2, 1, 3, 6), (1, 3, 4), (1, 3, 4))),
+        (
+            lambda q, k, qw, kw, cos, sin: kernels.qk_norm_rope(q, k, qw, kw, 1e-3, cos, sin, offset=1.0),
+            ((2, 2, 3, 6), (2, 1, 3, 6), (6,), (6,), (2, 3, 4), (2, 3, 4)),
+        ),
+    ],
+)  # fmt: skip
+def test_float64_gradients(op, shapes):
+    torch.manual_seed(0)
+    assert torch.autograd.gradcheck(op, tuple(wide(*shape) for shape in shapes))
 
 
 @settings(max_examples=25, deadline=None)
@@ -131,9 +200,13 @@ def test_qk_rope_any_shape(heads, batch, seq_len, half, rest):
 
 
 @settings(max_examples=25, deadline=None)
-@given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=4), fused=st.booleans(), gelu=st.booleans())
-def test_gated_mlp_any_shape(shape, fused, gelu):
-    check.check_gated_mlp("cpu", torch.float32, shape, gelu=gelu, fused=fused)
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    layout=st.sampled_from(["apart", "halves", "joint"]),
+    gelu=st.booleans(),
+)
+def test_gated_activation_any_shape(shape, layout, gelu):
+    check.check_gated_activation("cpu", torch.float32, shape, gelu=gelu, layout=layout)
 
 
 def test_empty_input():
@@ -143,46 +216,34 @@ def test_empty_input():
     assert x.grad.shape == x.shape
     assert torch.equal(w.grad, torch.zeros(8))
     q = torch.randn(1, 2, 0, 8, requires_grad=True)
-    sum(t.sum() for t in kernels.qk_rope(q, q, torch.ones(1, 0, 8), torch.ones(1, 0, 8))).backward()
+    tables = torch.ones(1, 0, 8), torch.ones(1, 0, 8)
+    sum(t.sum() for t in kernels.qk_rope(q, q, *tables)).backward()
     assert q.grad.shape == q.shape
-
-
-def block(x, residual, weight, cos, sin):
-    """The three ops in a row, one feeding the next."""
-    y, h = kernels.rms_norm(x, weight, 1e-6, residual=residual)
-    heads = kernels.swiglu(y, h).view(2, 4, 2, 8).transpose(1, 2)
-    q, k = kernels.qk_rope(heads, kernels.geglu(heads, heads), cos, sin)
-    return q.sum() + k.square().sum() + h.sum()
-
-
-def block_inputs():
-    torch.manual_seed(0)
-    x, residual = (torch.randn(2, 4, 16, requires_grad=True) for _ in range(2))
-    return x, residual, torch.randn(16, requires_grad=True), *check.rope_tables(1, 4, 8, "cpu")
-
-
-def eager_block(x, residual, weight, cos, sin):
-    y, h = check.eager_rms_norm(x, weight, 1e-6, 0.0, residual)
-    heads = (torch.nn.functional.silu(y) * h).view(2, 4, 2, 8).transpose(1, 2)
-    q, k = check.eager_rope(heads, torch.nn.functional.gelu(heads, approximate="tanh") * heads, cos, sin)
-    return q.sum() + k.square().sum() + h.sum()
+    w.grad = None
+    sum(t.sum() for t in kernels.qk_norm_rope(q, q, w, w, 1e-6, *tables)).backward()
+    assert torch.equal(w.grad, torch.zeros(8))
+    joint = torch.randn(0, 3, 8, requires_grad=True)
+    out = kernels.geglu(joint)
+    assert out.shape == (0, 3, 4)
+    out.sum().backward()
+    assert joint.grad.shape == joint.shape
 
 
 def wrapped_blocks():
     def reentrant(*inputs):
-        return checkpoint(block, *inputs, use_reentrant=True)
+        return checkpoint(check.block, *inputs, use_reentrant=True)
 
     def non_reentrant(*inputs):
-        return checkpoint(block, *inputs, use_reentrant=False)
+        return checkpoint(check.block, *inputs, use_reentrant=False)
 
     def autocast(*inputs):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return block(*inputs)
+            return check.block(*inputs)
 
     # inductor needs a C++ compiler, which CI may not have; the graph is the same
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    dynamic = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
-    return [block, reentrant, non_reentrant, autocast, compiled, dynamic]
+    compiled = torch.compile(check.block, fullgraph=True, backend="aot_eager")
+    dynamic = torch.compile(check.block, fullgraph=True, backend="aot_eager", dynamic=True)
+    return [check.block, reentrant, non_reentrant, autocast, compiled, dynamic]
 
 
 @pytest.mark.parametrize(
@@ -190,20 +251,20 @@ def wrapped_blocks():
 )
 def test_wrapped(index):
     torch._dynamo.reset()
-    inputs = block_inputs()
+    inputs = check.block_inputs()
     ours = wrapped_blocks()[index](*inputs)
-    eager = eager_block(*inputs)
+    eager = check.eager_block(*inputs)
     torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
     ours.backward()  # reentrant checkpoints refuse torch.autograd.grad
-    for tensor, grad in zip(inputs[:3], torch.autograd.grad(eager, inputs[:3]), strict=True):
+    for tensor, grad in zip(inputs[:4], torch.autograd.grad(eager, inputs[:4]), strict=True):
         torch.testing.assert_close(tensor.grad, grad, rtol=1e-4, atol=1e-4)
 
 
 def test_saved_tensors_survive_a_backward():
-    inputs = block_inputs()
-    loss = block(*inputs)
-    first = torch.autograd.grad(loss, inputs[:3], retain_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, inputs[:3]), strict=True))
+    inputs = check.block_inputs()
+    loss = check.block(*inputs)
+    first = torch.autograd.grad(loss, inputs[:4], retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, inputs[:4]), strict=True))
 
 
 def test_frozen_weight():
@@ -211,6 +272,12 @@ def test_frozen_weight():
     kernels.rms_norm(x, weight, 1e-6).sum().backward()
     assert weight.grad is None
     assert x.grad is not None
+
+
+def norm_rope(**changed):
+    heads, weight, table = torch.ones(1, 2, 4, 6), torch.ones(6), torch.ones(1, 4, 6)
+    given = {"q": heads, "k": heads, "q_weight": weight, "k_weight": weight, "cos": table, "sin": table} | changed
+    kernels.qk_norm_rope(**given, eps=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -223,10 +290,16 @@ def test_frozen_weight():
         ),
         (lambda: kernels.swiglu(torch.ones(2, 4), torch.ones(2, 3)), r"swiglu: gate.*\(2, 4\).*\(2, 3\)"),
         (lambda: kernels.geglu(torch.ones(4), torch.ones(1)), "geglu: gate"),
+        (lambda: kernels.swiglu(torch.ones(2, 5)), r"swiglu: gate.*\(2, 5\); without up.*must be even"),
+        (lambda: kernels.geglu(torch.ones(())), r"geglu: gate.*\(\); without up"),
         (lambda: kernels.qk_rope(*[torch.ones(1, 2, 4, 6)] * 2, *[torch.ones(1, 4, 8)] * 2), "is 8.*at most.*6"),
         (lambda: kernels.qk_rope(*[torch.ones(1, 2, 4, 6)] * 2, *[torch.ones(1, 4, 3)] * 2), "is 3; it must be even"),
         (lambda: kernels.qk_rope(*[torch.ones(1, 2, 4, 6)] * 2, *[torch.ones(4, 6)] * 2), r"cos has shape \(4, 6\)"),
         (lambda: kernels.qk_rope(*[torch.ones(2, 4, 6)] * 2, *[torch.ones(1, 4, 6)] * 2), r"q has shape \(2, 4, 6\)"),
+        (lambda: norm_rope(q_weight=torch.ones(4)), r"q_weight has shape \(4,\) and k_weight \(6,\).*D = 6"),
+        (lambda: norm_rope(k_weight=torch.ones(1, 6)), r"k_weight \(1, 6\)"),
+        (lambda: norm_rope(k=torch.ones(1, 2, 5, 6)), r"qk_norm_rope: q has.*k \(1, 2, 5, 6\)"),
+        (lambda: norm_rope(cos=torch.ones(3, 4, 6)), r"qk_norm_rope: cos has shape \(3, 4, 6\).*B = 1, S = 4"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(call, message):

@@ -13,18 +13,24 @@ from kernels import kernel_checks as check
 from kernels import test_elementwise as elementwise
 
 from chronicals_trl import kernels
-from chronicals_trl.kernels import _common
+from chronicals_trl.kernels import _common, _rms_norm
 
 pytestmark = pytest.mark.skipif(not _common.INTERPRET, reason="needs TRITON_INTERPRET=1 from the start")
+
+TABLES = check.rope_tables(1, 3, 8, "cpu")
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
 
+@pytest.fixture(autouse=True)
+def fresh_counts():
+    kernels.LAUNCHES.clear()
+
+
 @pytest.fixture
-def launched():
+def launched(fresh_counts):
     """Runs the test, then asserts that the named kernels ran, forward and backward."""
     expected: list[str] = []
-    kernels.LAUNCHES.clear()
     yield expected.extend
     assert expected
     for name in expected:
@@ -42,31 +48,72 @@ def test_interp_rms_norm(launched, dtype, scale, options):
 
 @dtypes
 @pytest.mark.parametrize("residual", [False, True])
-def test_interp_rms_norm_of_transposed_heads(launched, dtype, residual):
+@pytest.mark.parametrize("layout", ["transposed", "columns", "heads of a slice"])
+def test_interp_rms_norm_of_strided_rows(launched, dtype, layout, residual):
     launched(["rms_norm"])
-    check.check_rms_norm("cpu", dtype, (2, 5, 3, 24), transposed=True, residual=residual)
+    check.check_rms_norm("cpu", dtype, (2, 5, 3, 24), layout=layout, residual=residual)
 
 
-def test_interp_rms_norm_many_row_tiles(launched):
+@pytest.mark.parametrize("upstream", ["contiguous", "one row", "one number"])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "columns", "heads of a slice"])
+def test_interp_rms_norm_gradient_laid_out_otherwise(launched, layout, upstream):
+    launched(["rms_norm"])
+    check.check_rms_norm("cpu", torch.float32, (2, 5, 3, 24), layout=layout, upstream=upstream)
+    check.check_rms_norm("cpu", torch.float32, (2, 5, 3, 24), layout=layout, upstream=upstream, residual=True)
+
+
+@dtypes
+@pytest.mark.parametrize("outputs", [(0,), (1,)], ids=["y", "sum"])
+def test_interp_rms_norm_one_output_unused(launched, dtype, outputs):
+    launched(["rms_norm"])
+    check.check_rms_norm("cpu", dtype, (2, 9, 37), residual=True, outputs=outputs)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(9, 8), (5, 48), (6, 1536), (3, 4100), (2, 32768)], ids=str)
+def test_interp_rms_norm_widths(launched, rows, width):
+    launched(["rms_norm"])
+    check.check_rms_norm("cpu", torch.float32, (rows, width), residual=True)
+
+
+def test_interp_rms_norm_too_wide_for_a_program():
+    check.check_rms_norm("cpu", torch.float32, (2, _rms_norm.MAX_WIDTH + 1), residual=True)
+    assert not kernels.LAUNCHES
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((41, 600), {"offset": 1.0}),
+        ((35, 1100), {"residual": True}),
+        ((11, 5000), {}),
+        ((2, 70, 9, 24), {"layout": "transposed"}),
+    ],
+    ids=str,
+)
+def test_interp_rms_norm_many_row_tiles(launched, shape, options):
     """More tiles than programs, so that each program's loop adds to its share of the weight gradient."""
     launched(["rms_norm"])
-    check.check_rms_norm("cpu", torch.float32, (41, 600), offset=1.0)
+    cpu = torch.device("cpu")
+    config = _rms_norm._backward_config(shape[-1], 8 + 4 * options.get("residual", False), cpu)
+    n_rows = torch.Size(shape[:-1]).numel()
+    assert n_rows > config.block_r * config.programs * _common.multiprocessors(cpu)
+    check.check_rms_norm("cpu", torch.float32, shape, **options)
 
 
 @dtypes
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("gelu", [False, True], ids=["swiglu", "geglu"])
-def test_interp_gated_mlp(launched, dtype, scale, gelu):
+def test_interp_gated_activation(launched, dtype, scale, gelu):
     launched(["gated_mlp"])
-    check.check_gated_mlp("cpu", dtype, (2, 3, 67), gelu=gelu, scale=scale)
+    check.check_gated_activation("cpu", dtype, (2, 3, 67), gelu=gelu, scale=scale)
 
 
 @dtypes
-def test_interp_gated_mlp_reads_fused_halves_in_place(launched, dtype, monkeypatch):
+@pytest.mark.parametrize("layout", ["halves", "joint"])
+def test_interp_gated_activation_in_one_tensor(launched, dtype, layout):
     launched(["gated_mlp"])
-    check.check_gated_mlp("cpu", dtype, (2, 3, 1100), gelu=False, fused=True)
-    monkeypatch.setattr(torch.Tensor, "contiguous", lambda _: pytest.fail("a half was copied"))
-    kernels.swiglu(*torch.randn(2, 3, 64).chunk(2, -1))
+    check.check_gated_activation("cpu", dtype, (2, 3, 1100), gelu=False, layout=layout)
+    check.check_gated_activation("cpu", dtype, (67,), gelu=True, layout=layout)
 
 
 @dtypes
@@ -78,6 +125,10 @@ def test_interp_gated_mlp_reads_fused_halves_in_place(launched, dtype, monkeypat
         ((1, 4, 1, 5, 20), {"rotary_dim": 12}),
         ((1, 2, 1, 5, 8), {"uneven": True}),
         ((1, 9, 2, 2, 512), {}),  # heads in several passes
+        ((2, 3, 1, 5, 16), {"layout": "plain", "repeats": True}),
+        ((2, 3, 2, 5, 20), {"layout": "fused", "rotary_dim": 12, "repeats": True}),
+        ((1, 3, 2, 5, 8), {"outputs": (0,)}),
+        ((1, 3, 2, 5, 8), {"outputs": (1,), "layout": "fused"}),
     ],
     ids=str,
 )
@@ -86,11 +137,60 @@ def test_interp_qk_rope(launched, dtype, shape, options):
     check.check_qk_rope("cpu", dtype, shape, **options)
 
 
+@dtypes
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        *elementwise.NORM_ROPE,
+        ((1, 5, 2, 3, 512), {}),  # heads in several passes
+        ((1, 2, 1, 41, 256), {"rotary_dim": 128, "offset": 1.0}),  # tokens too: more tiles than programs
+    ],
+    ids=str,
+)
+def test_interp_qk_norm_rope(launched, dtype, shape, options):
+    launched(["qk_norm_rope"])
+    check.check_qk_rope("cpu", dtype, shape, norm=True, **options)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_interp_qk_norm_rope_of_small_and_large_heads(launched, scale):
+    launched(["qk_norm_rope"])
+    check.check_qk_rope("cpu", torch.float16, (2, 5, 2, 7, 16), norm=True, scale=scale)
+
+
+def test_interp_only_the_left_half_of_repeating_tables_is_read():
+    heads = torch.randn(1, 2, 5, 8)
+    whole = check.rope_tables(1, 5, 8, "cpu")
+    broken = [t.clone() for t in whole]
+    for t in broken:
+        t[..., 4:] = torch.nan
+    for ours, plain in zip(
+        kernels.qk_rope(heads, heads, *broken, repeats=True), kernels.qk_rope(heads, heads, *whole), strict=True
+    ):
+        assert torch.equal(ours, plain)
+
+
 def test_interp_layouts_are_kept():
     heads = torch.randn(2, 5, 3, 8).transpose(1, 2)
-    q, _ = kernels.qk_rope(heads, heads, *check.rope_tables(1, 5, 8, "cpu"))
-    assert q.stride() == heads.stride()
+    tables = check.rope_tables(1, 5, 8, "cpu")
+    assert kernels.qk_rope(heads, heads, *tables)[0].stride() == heads.stride()
+    assert kernels.qk_norm_rope(heads, heads, *[torch.ones(8)] * 2, 1e-6, *tables)[0].stride() == heads.stride()
     assert kernels.rms_norm(heads, torch.ones(8), 1e-6).stride() == heads.stride()
+
+
+def test_interp_strided_rows_are_read_in_place():
+    """What an op has saved for the backward pass is what it was given, not a copy."""
+    qkv = torch.randn(2, 5, 64, requires_grad=True)
+    q, k = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in qkv.split([32, 32], -1))
+    w = torch.ones(8)
+    for out, passed in (
+        (kernels.rms_norm(q, w, 1e-6), (q,)),
+        (kernels.qk_norm_rope(q, k, w, w, 1e-6, *check.rope_tables(1, 5, 8, "cpu"))[0], (q, k)),
+        (kernels.swiglu(*qkv.chunk(2, -1)), qkv.chunk(2, -1)),
+        (kernels.swiglu(qkv[..., 8:40]), (qkv[..., 8:40],)),
+    ):
+        for kept, t in zip(out.grad_fn.saved_tensors, passed, strict=False):
+            assert (kept.data_ptr(), kept.stride()) == (t.data_ptr(), t.stride())
 
 
 @settings(max_examples=20, deadline=None)
@@ -99,11 +199,20 @@ def test_interp_layouts_are_kept():
     width=st.integers(1, 40),
     residual=st.booleans(),
     stride=st.sampled_from([1, 2]),
+    gap=st.integers(0, 3),
+    half=st.booleans(),
+    data=st.data(),
 )
-def test_interp_rms_norm_any_shape(shape, width, residual, stride):
+def test_interp_rms_norm_any_shape(shape, width, residual, stride, gap, half, data):
+    """`gap` columns between rows, `stride` between elements, row dimensions in any order."""
     torch.manual_seed(0)
-    x, r = (torch.randn(*shape, width, stride)[..., 0].requires_grad_() for _ in range(2))
-    w = torch.randn(width, requires_grad=True)
+    dtype = torch.float16 if half else torch.float32
+    order = data.draw(st.permutations(range(len(shape))))
+    x, r = (
+        torch.randn(*shape, width + gap, stride).to(dtype)[..., :width, 0].permute(*order, -1).requires_grad_()
+        for _ in range(2)
+    )
+    w = torch.randn(width).to(dtype).requires_grad_()
     arguments = (x, w, r) if residual else (x, w)
 
     def run(fn):
@@ -113,7 +222,8 @@ def test_interp_rms_norm_any_shape(shape, width, residual, stride):
 
     ours = run(lambda x, w, r=None: kernels.rms_norm(x, w, 1e-6, residual=r))
     reference = run(lambda x, w, r=None: kernels.rms_norm_reference(x, w, 1e-6, 0.0, r))
-    torch.testing.assert_close(ours, reference, rtol=2e-5, atol=2e-5 * width)
+    tolerance = 2e-3 if half else 2e-5
+    torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance * width)
 
 
 @settings(max_examples=15, deadline=None)
@@ -122,16 +232,60 @@ def test_interp_rms_norm_any_shape(shape, width, residual, stride):
     seq_len=st.integers(1, 4),
     half=st.integers(1, 9),
     rest=st.integers(0, 5),
+    layout=st.sampled_from(["projections", "plain", "fused"]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    repeats=st.booleans(),
 )
-def test_interp_qk_rope_any_shape(heads, seq_len, half, rest):
-    check.check_qk_rope("cpu", torch.float32, (2, *heads, seq_len, 2 * half + rest), rotary_dim=2 * half)
+def test_interp_qk_rope_any_shape(heads, seq_len, half, rest, layout, dtype, repeats):
+    options = {"layout": layout, "rotary_dim": 2 * half, "repeats": repeats}
+    check.check_qk_rope("cpu", dtype, (2, *heads, seq_len, 2 * half + rest), **options)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    heads=st.tuples(st.integers(1, 5), st.integers(1, 3)),
+    seq_len=st.integers(1, 4),
+    half=st.integers(4, 9),
+    rest=st.integers(0, 5),
+    layout=st.sampled_from(["projections", "plain", "fused"]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    repeats=st.booleans(),
+)
+def test_interp_qk_norm_rope_any_shape(heads, seq_len, half, rest, layout, dtype, repeats):
+    options = {"layout": layout, "rotary_dim": 2 * half, "repeats": repeats, "norm": True}
+    check.check_qk_rope("cpu", dtype, (2, *heads, seq_len, 2 * half + rest), **options)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    layout=st.sampled_from(["apart", "halves", "joint"]),
+    gelu=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def test_interp_gated_activation_any_shape(shape, layout, gelu, dtype):
+    check.check_gated_activation("cpu", dtype, shape, gelu=gelu, layout=layout)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    width=st.integers(8, 24),
+    inner=st.integers(8, 40),
+    gelu=st.booleans(),
+    joint=st.booleans(),
+    recompute=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def test_interp_gated_mlp_any_shape(shape, width, inner, dtype, **options):
+    check.check_gated_mlp("cpu", dtype, (*shape, width), inner, **options)
 
 
 @pytest.mark.parametrize(
     "index", range(6), ids=["plain", "reentrant", "non_reentrant", "autocast", "compiled", "dynamic"]
 )
 def test_interp_wrapped(launched, index):
-    launched(["rms_norm", "gated_mlp", "qk_rope"])
+    launched(["rms_norm", "gated_mlp", "qk_rope", "qk_norm_rope"])
     elementwise.test_wrapped(index)
 
 
@@ -139,21 +293,12 @@ def test_interp_saved_tensors_survive_a_backward():
     elementwise.test_saved_tensors_survive_a_backward()
 
 
-def test_interp_one_output_unused():
-    """Autograd hands None or zeros for what is not used; either has to count as no gradient."""
-    torch.manual_seed(0)
-    q, k = (torch.randn(1, 2, 3, 8, requires_grad=True) for _ in range(2))
-    tables = check.rope_tables(1, 3, 8, "cpu")
-    grads = torch.autograd.grad(kernels.qk_rope(q, k, *tables)[0].square().sum(), (q, k))
-    torch.testing.assert_close(grads, (2 * q, torch.zeros_like(k)))
-    x, r, w = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8), torch.ones(8)
-    (grad,) = torch.autograd.grad(kernels.rms_norm(x, w, 1e-6, residual=r)[1].sum(), x)
-    torch.testing.assert_close(grad, torch.ones(3, 8))
-
-
 def test_interp_what_the_kernels_do_not_take_runs_the_reference():
     kernels.LAUNCHES.clear()
     for dtype in (torch.float64, torch.bfloat16):
         x = torch.randn(3, 8, dtype=dtype)
-        kernels.swiglu(kernels.rms_norm(x, torch.ones(8, dtype=dtype), 1e-6), x)
+        w, q, tables = torch.ones(8, dtype=dtype), x.view(1, 1, 3, 8), [t.to(dtype) for t in TABLES]
+        kernels.swiglu(kernels.rms_norm(x, w, 1e-6), x)
+        kernels.qk_norm_rope(*kernels.qk_rope(q, q, *tables), w, w, 1e-6, *tables)
+        kernels.gated_mlp(x, *[torch.ones(8, 8, dtype=dtype)] * 3)
     assert not kernels.LAUNCHES

@@ -11,15 +11,19 @@ import pytest
 
 from chronicals_trl.kernels import _common
 
+# The first is for the interpreter alone; the others hold for either path.
+FILES = ("test_interp_kernels.py", "test_kernel_op.py", "test_gated_mlp.py", "test_shared_linear.py")
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(_common.INTERPRET, reason="this process interprets the kernels already")
 @pytest.mark.skipif(not _common.HAS_TRITON, reason="triton is not installed")
-def test_kernels_run_interpreted():
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_run_interpreted(name):
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "interp"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("test_interp_kernels.py"))],
+        [*command, str(Path(__file__).with_name(name))],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=root,
         capture_output=True,

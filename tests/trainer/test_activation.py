@@ -205,6 +205,12 @@ def test_runner_without_a_script(tmp_path: Path, arguments: list[str], code: int
     assert words in getattr(done, where)
 
 
+def test_a_misspelt_variable_stops_the_runner(project: Path) -> None:
+    done = python("-m", "chronicals_trl", "app/show.py", cwd=project, CHRONICALS_USE_CHRONICAL="1")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "Did you mean 'CHRONICALS_USE_CHRONICALS'?" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_safe_path_keeps_the_folder_out(project: Path) -> None:
     if sys.version_info < (3, 11):
         pytest.skip("-P came with Python 3.11")

@@ -180,6 +180,8 @@ def test_demo_from_end_to_end_and_once_more(
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["exact_match"] == {"before": 0.0, "after": 0.0, "rows": 3}  # nobody learns it in so few steps
     assert len(metrics["mistakes"]) == 3 and metrics["tokens_per_second"] > 0
+    assert metrics["cpu"] == demo.cpu_name() != "" and metrics["platform"]
+    assert metrics["precision"] in ("bf16", "fp32") and "ms in bf16" in metrics["precision_reason"]
     assert {part["name"]: part["state"] for part in metrics["report"]["parts"]} == states(output / "training")
     assert set(states(output / "training").values()) == {"on"}
     assert (output / "training" / "adapter_model.safetensors").is_file()

@@ -18,6 +18,7 @@ from training_runs import SETTINGS, logged, run
 from transformers import TrainingArguments
 
 from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer, _inputs
+from chronicals_trl.model.patch import is_patched
 
 
 def make(tmp_path: Path, *, data=None, config_class: type = SFTConfig, family: str = "llama", **options):
@@ -104,6 +105,74 @@ def test_eval_packing(tmp_path: Path, packing: bool, eval_packing: bool | None) 
     )
 
 
+def test_evaluation_of_longer_documents_than_training_had(tmp_path: Path) -> None:
+    short = Dataset.from_dict({"text": [text[:20] for text in tiny_data.sentences(96)]})
+    trainer = make(tmp_path, packing=True, data=short, per_device_eval_batch_size=64)
+    assert trainer.data_collator.max_segment_length < 96
+    data = Dataset.from_dict({"text": [" and ".join(tiny_data.sentences(3, seed=9))] * 2})
+    alone = make(tmp_path, per_device_eval_batch_size=64).evaluate(data)
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+
+
+def test_an_eval_data_set_called_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def bins_per_round(args, *, training):
+        asked.append(training)
+        return 1
+
+    monkeypatch.setattr(_inputs, "bins_per_round", bins_per_round)
+    trainer = make(tmp_path, packing=True, eval_dataset={"train": tiny_data.text(6, seed=9)})
+    assert asked == [True, False]
+    assert trainer._train_stats.documents == 40
+    notes = [note for note in trainer.chronicals_report.notes if note.startswith("packing")]
+    assert notes[0].startswith("packing train: 40 documents")
+    assert notes[1].startswith("packing eval['train']: 6 documents")
+
+
+def test_a_users_column_called_seq_lengths(tmp_path: Path) -> None:
+    source = Counter(tuple(ids) for ids in tiny_data.tokenized()["input_ids"])
+    texts = tiny_data.text().map(lambda row: {"seq_lengths": [len(row["text"])]})
+    assert documents(make(tmp_path, packing=True, data=texts).train_dataset) == source
+    tokens = tiny_data.tokenized().map(lambda row: {"seq_lengths": len(row["input_ids"])})
+    assert documents(make(tmp_path, packing=True, data=tokens).train_dataset) == source
+    tokens = tiny_data.tokenized().map(lambda row: {"seq_lengths": [1, 1]})
+    with pytest.raises(ValueError, match=r"train data set has a column 'seq_lengths'.*row 0 it adds up to 2"):
+        make(tmp_path, packing=True, data=tokens)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_rows_that_trl_packed(tmp_path: Path, streams: bool) -> None:
+    tokens = tiny_data.tokenized().map(lambda row: {"labels": row["input_ids"]})
+    rows = trl.pack_dataset(tokens, 96, "bfd")
+    assert len(rows) > 8
+    data = rows.to_iterable_dataset() if streams else rows
+    ours = make(tmp_path, packing=True, data=data)
+    ours.train()
+    # Stock TRL trains on packed rows as they are where its preparation is skipped.
+    theirs = make(tmp_path, packing=True, data=data, use_chronicals=False,
+                  dataset_kwargs={"skip_prepare_dataset": True})  # fmt: skip
+    theirs.train()
+    assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), rel=1e-5)
+    assert any("came packed" in note for note in ours.chronicals_report.notes)
+    assert documents(make(tmp_path, packing=True, data=rows.select([3, 5])).train_dataset) == documents(
+        rows.select([3, 5])
+    )
+    with pytest.raises(ValueError, match=r"rows of up to \d+ tokens, but max_length=64. Set max_length=\d+"):
+        make(tmp_path, packing=True, data=data, max_length=64)
+
+
+def test_truncation_is_counted_without_packing(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_length=16, shuffle_dataset=True)
+    reference = make(tmp_path, max_length=16, shuffle_dataset=True, use_chronicals=False)
+    assert trainer.train_dataset["input_ids"] == reference.train_dataset["input_ids"]
+    lengths = [len(ids) for ids in tiny_data.tokenized()["input_ids"]]
+    count, lost = sum(n > 16 for n in lengths), sum(max(0, n - 16) for n in lengths)
+    expected = f"train: {count} of 40 documents truncated to max_length=16 ({lost} tokens lost)"
+    assert expected in trainer.chronicals_report.notes
+    assert not any("truncated" in note for note in make(tmp_path, max_length=96).chronicals_report.notes)
+
+
 def test_streaming_is_packed_in_windows_and_says_so(tmp_path: Path) -> None:
     stream = tiny_data.text().to_iterable_dataset()
     trainer = make(tmp_path, data=stream, packing=True, chronicals_config={"packing_window": 20})
@@ -115,10 +184,11 @@ def test_streaming_is_packed_in_windows_and_says_so(tmp_path: Path) -> None:
 
 
 def test_a_step_without_a_label_is_a_finite_zero(tmp_path: Path) -> None:
-    """Every label ignored: loss 0 and gradients 0, not 0/0; the weights stay as they are."""
+    """Every label of a step ignored: loss 0 and gradients 0, not 0/0; the weights stay as they are."""
     ids = tiny_data.tokenized(8)["input_ids"]
-    data = Dataset.from_dict({"input_ids": ids, "labels": [[-100] * len(row) for row in ids]})
+    data = Dataset.from_dict({"input_ids": ids, "labels": [ids[0], *([-100] * len(row) for row in ids[1:])]})
     trainer = make(tmp_path, data=data, packing=True, max_steps=1)
+    trainer.train_dataset = trainer.train_dataset.filter(lambda row: {*row["labels"]} == {-100})
     before = trainer.model.lm_head.weight.detach().clone()
     trainer.train()
     assert logged(trainer, "loss") == [0.0] and logged(trainer, "grad_norm") == [0.0]
@@ -194,12 +264,52 @@ def test_a_plain_config_counts_as_off_and_says_so(tmp_path: Path, caplog: pytest
     assert "chronicals-trl is off" in caplog.text
 
 
+def test_without_arguments_the_environment_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # transformers' defaults, bf16 among them, refuse a machine without a GPU: nothing of that is tested here.
+    monkeypatch.setattr(TrainingArguments, "_validate_args", lambda self: None, raising=False)
+    model = tiny_models.build("llama").to(torch.float32)
+    model.config._name_or_path = "somewhere/tiny"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for flag, state in (("0", "off"), ("1", "on")):
+        monkeypatch.setenv("CHRONICALS_USE_CHRONICALS", flag)
+        trainer = SFTTrainer(model, train_dataset=tiny_data.text(4), processing_class=tiny_data.tokenizer())
+        assert type(trainer.args) is SFTConfig and trainer.args.output_dir == "tiny-SFT"
+        assert trainer.chronicals_report["head"].state == state
+
+
 def test_strict(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="rms_norm is off"):
         make(tmp_path, family="gpt2", chronicals_config={"strict": True})
     make(tmp_path, chronicals_config={"strict": True})  # nothing is omitted here
-    with pytest.raises(RuntimeError, match="lora_plus"):
-        make(tmp_path, chronicals_config={"lora_plus": "on"})
+
+
+def test_on_for_the_trainers_own_parts(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = {"packing": "on", "lora_plus": "on", "lora": "on"}
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    report = make(tmp_path, packing=True, peft_config=lora, chronicals_config=config).chronicals_report
+    assert {report[name].state for name in config} == {"on"}
+    for config, reason in (
+        ({"lora_plus": "on"}, "lora_plus is off: the model has no trainable LoRA adapter"),
+        ({"packing": "on"}, "packing is off: packing=False"),
+    ):
+        model = tiny_models.build("llama")
+        with pytest.raises(RuntimeError, match=reason):
+            make(tmp_path, model=model, chronicals_config=config)
+        assert not is_patched(model)
+
+
+def test_a_flag_off_run_leaves_nothing_of_an_earlier_one(tmp_path: Path) -> None:
+    report = tmp_path / "out" / "chronicals_report.json"
+    make(tmp_path, use_chronicals=False)
+    assert not report.exists()
+    model = make(tmp_path).model
+    assert is_patched(model) and report.exists()
+    trainer = make(tmp_path, model=model, use_chronicals=False)
+    assert not is_patched(model) and model.config._attn_implementation == "sdpa"
+    assert any("came patched" in note for note in trainer.chronicals_report.notes)
+    assert {part["state"] for part in json.loads(report.read_text())["parts"]} == {"off"}
 
 
 # -- LoRA+ -----------------------------------------------------------------------------------------------------------
@@ -223,6 +333,46 @@ def test_lora_plus_groups_through_training(tmp_path: Path) -> None:
     assert any("8 times" in note for note in trainer.chronicals_report.notes)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_lora_plus_does_not_resume_without_its_groups(tmp_path: Path, first: bool) -> None:
+    peft = pytest.importorskip("peft")
+
+    def trainer(flag: bool, **settings):
+        return make(
+            tmp_path, use_chronicals=flag, max_steps=2, save_strategy="steps", save_steps=1,
+            peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"]), **settings,
+        )  # fmt: skip
+
+    trainer(first).train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    written, remedy = ("on", "lora_plus='auto'") if first else ("off", "lora_plus='off'")
+    with pytest.raises(ValueError, match=f"was written with LoRA\\+ {written}, and this run.*Resume with .*{remedy}"):
+        trainer(not first).train(resume_from_checkpoint=checkpoint)
+    trainer(True, chronicals_config={"lora_plus": "auto" if first else "off"}).train(resume_from_checkpoint=checkpoint)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (tmp_path / "out" / "checkpoint-1" / name).unlink()
+    trainer(not first).train(resume_from_checkpoint=checkpoint)
+
+
+def test_lora_plus_on_embeddings(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def trainer(targets: list[str], **config: float):
+        lora = peft.LoraConfig(r=2, target_modules=targets)
+        return make(tmp_path, peft_config=lora, chronicals_config=config)
+
+    part = trainer(["embed_tokens"]).chronicals_report["lora_plus"]
+    assert part.state == "off" and not part.omitted and "set lora_plus_embedding_lr" in part.reason
+    alone = trainer(["embed_tokens"], lora_plus_embedding_lr=0.5)
+    assert alone.chronicals_report["lora_plus"].backend == "embedding_lr 0.5"
+    assert any("LoRA+: LoRA's embedding matrices at 0.5;" in note for note in alone.chronicals_report.notes)
+    alone.train()
+    assert [group["initial_lr"] for group in alone.optimizer.param_groups] == [0.5]
+    assert not logged(alone, "learning_rate_lora_b")
+    both = trainer(["embed_tokens", "q_proj"], lora_plus_embedding_lr=0.5).chronicals_report
+    assert both["lora_plus"].backend == "ratio 16, embedding_lr 0.5"
+
+
 def test_lora_plus_leaves_a_given_optimizer_alone(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_models.build("llama"), peft.LoraConfig(r=4, target_modules="all-linear"))
@@ -244,7 +394,8 @@ def test_lora_plus_leaves_a_given_optimizer_alone(tmp_path: Path) -> None:
         ({"data": Dataset.from_dict({"txt": ["a"], "id": [1]})}, r"no text: its columns are \['id', 'txt'\]"),
         ({"eval_dataset": Dataset.from_dict({"txt": ["a"]})}, "`eval_dataset` has no text"),
         ({"eval_dataset": {"a": Dataset.from_dict({"text": []})}}, r"`eval_dataset\['a'\]` is empty"),
-        ({"packing": True, "max_length": 1}, "max_length=1: a packed row of fewer than 2 tokens"),
+        ({"eval_packing": True, "max_length": None}, "eval_packing=True needs max_length"),
+        ({"packing": True, "max_length": 1}, "packing=True with max_length=1: a packed row of fewer than 2 tokens"),
         ({"packing": True, "max_length": None}, "packing=True needs max_length"),
         ({"chronicals_config": {"atention": "off"}}, "unknown key 'atention'.*'attention'"),
     ],
@@ -254,15 +405,87 @@ def test_bad_input(tmp_path: Path, options: dict, message: str) -> None:
         make(tmp_path, **options)
 
 
+_TEXT = "Ada gives Bo 3 cups"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": [_TEXT, None]}, "no value .None. in the column 'text' of 1 of 2 rows, first in row 1"),
+        ({"text": [None, None]}, "'text' of 2 of 2 rows"),
+        ({"text": [1, 2]}, "holds int64 in the column 'text'.*cast_column"),
+        ({"prompt": ["a", "b"], "completion": ["c", None]}, "column 'completion' of 1 of 2 rows"),
+        ({"input_ids": ["a b", "c"]}, "holds string in the column 'input_ids', where TRL reads lists of token ids"),
+        ({"input_ids": [[5, 6], None]}, "column 'input_ids' of 1 of 2 rows"),
+        ({"messages": [[{"role": "user", "content": "a"}], None]}, "column 'messages' of 1 of 2 rows"),
+    ],
+)
+def test_missing_and_wrong_values(tmp_path: Path, columns: dict, message: str) -> None:
+    data = Dataset.from_dict(columns)
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, data=data)
+    with pytest.raises(ValueError, match="`eval_dataset`.*" + message):
+        make(tmp_path, eval_dataset=data)
+
+
+def test_missing_values_in_rows_and_columns_that_are_not_read(tmp_path: Path) -> None:
+    make(tmp_path, data=Dataset.from_dict({"text": [_TEXT, None, _TEXT]}).select([0, 2]))
+    make(tmp_path, data=Dataset.from_dict({"text": [_TEXT] * 2, "source": [None, 1]}))
+    ids = tiny_data.tokenized(2)["input_ids"]
+    make(tmp_path, data=Dataset.from_dict({"input_ids": ids, "text": [None, None]}))
+    stream = Dataset.from_dict({"text": [1, 2]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="holds int in the column 'text'"):
+        make(tmp_path, data=stream)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("columns", "options"),
+    [
+        ({"input_ids": [[5, 6, 7]] * 4, "labels": [[5, -100, -100]] * 4}, {}),
+        ({"input_ids": [[5], [6]]}, {}),
+        ({"text": [""] * 4}, {}),
+        ({"input_ids": [[5] * 20] * 4, "labels": [[-100] * 10 + [5] * 10] * 4}, {"max_length": 8}),
+        ({"text": [_TEXT] * 4}, {"max_length": 1, "packing": False}),
+    ],
+)
+def test_nothing_to_learn(tmp_path: Path, packing: bool, columns: dict, options: dict) -> None:
+    with pytest.raises(ValueError, match="`train_dataset` has nothing to learn: none of its"):
+        make(tmp_path, data=Dataset.from_dict(columns), **{"packing": packing, **options})
+
+
+def test_a_little_to_learn_is_enough(tmp_path: Path) -> None:
+    masked = {"input_ids": [5] * 20, "labels": [-100] * 20}
+    rows = [masked] * 1500 + [{"input_ids": [5] * 20, "labels": [-100] * 19 + [5]}]
+    make(tmp_path, data=Dataset.from_list(rows), packing=True, max_length=20)
+    make(tmp_path, data=Dataset.from_list(rows[-1:]), packing=True, max_length=8, packing_strategy="bfd_split")
+    with pytest.raises(ValueError, match="nothing to learn"):
+        make(tmp_path, data=Dataset.from_list(rows).select(range(1500)), packing=True)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_tokens_that_the_model_does_not_know(tmp_path: Path, packing: bool) -> None:
+    unknown = Dataset.from_dict({"input_ids": [[5, 6, 7], [5, 900, 6]]})
+    with pytest.raises(ValueError, match=r"`train_dataset` has .* as large as 900, but the model's embedding has 131"):
+        make(tmp_path, data=unknown, packing=packing)
+    with pytest.raises(ValueError, match=r"`eval_dataset\['a'\]` has .* as large as 900"):
+        make(tmp_path, packing=packing, eval_dataset={"a": unknown})
+    with pytest.raises(ValueError, match="as small as -1"):
+        make(tmp_path, data=Dataset.from_dict({"input_ids": [[5, 6, -1]]}), packing=packing)
+    make(tmp_path, data=unknown.select([0]), packing=packing)
+    make(tmp_path, data=Dataset.from_dict({"input_ids": [[5, 6, 130]]}), packing=packing)
+
+
 def test_empty_stream(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
         make(tmp_path, data=IterableDataset.from_generator(lambda: iter(())))
 
 
-def test_nan_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_are_not_finite(tmp_path: Path, value: str) -> None:
     model = tiny_models.build("llama")
-    model.lm_head.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"hold NaN before training, first: lm_head\.weight"):
+    model.lm_head.weight.data[0, 0] = float(value)
+    with pytest.raises(ValueError, match=r"hold NaN or infinity before training, first: lm_head\.weight"):
         make(tmp_path, model=model)
 
 
@@ -273,8 +496,14 @@ def test_a_model_that_mixes_documents_is_refused(tmp_path: Path, monkeypatch: py
         "transformers.models.llama.modeling_llama.create_causal_mask",
         lambda *, inputs_embeds, **_: torch.full((1, 1, *[inputs_embeds.shape[1]] * 2), -1e9).triu(1),
     )
-    with pytest.raises(RuntimeError, match="attend to each other"):
+    with pytest.raises(RuntimeError, match=r"^packing=True.*attend to each other.*Set packing=False, or .*'sdpa'"):
         make(tmp_path, model=model, packing=True)
+    assert not is_patched(model)
+    # Only what the model supports is recommended, and only the argument that was set.
+    monkeypatch.setattr(type(model), "_supports_sdpa", False)
+    monkeypatch.setattr(type(model), "_supports_flash_attn", False)
+    with pytest.raises(RuntimeError, match=r"^eval_packing=True.*Set eval_packing=False\.$"):
+        make(tmp_path, model=model, eval_packing=True, eval_dataset=tiny_data.text(6))
     make(tmp_path, model=model, packing=False)
 
 

@@ -33,19 +33,25 @@ def test_equals_trl_on_full_bins() -> None:
             assert ours[name] == expected, name
 
 
-def test_padding_is_a_document_of_its_own() -> None:
-    rows = [make_row([3, 2]), make_row([]), make_row([7], 20), make_row([8], 40)]
+def test_padding_is_a_segment_that_holds_nothing_new() -> None:
+    rows = [make_row([3, 2]), make_row([]), make_row([4, 3], 20), make_row([4, 4], 40)]
     batch = PackedCollator(pad_token_id=99, capacity=8, emit_token_mask=True)(rows)
-    n, p = -100, 99
+    n = -100
+    # The first document's tokens, and positions below the longest document's length.
     assert batch["input_ids"].tolist() == [
-        [1, 2, 3, 4, 5, p, p, p, *[p] * 8, *range(20, 27), p, *range(40, 48)],
+        [1, 2, 3, 4, 5, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, *range(20, 27), 1, *range(40, 48)],
     ]
     assert batch["labels"].tolist() == [
         [n, 2, 3, n, 5, n, n, n, *[n] * 8, n, 21, 22, 23, n, 25, 26, n, n, 41, 42, 43, n, 45, 46, 47],
     ]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, *range(8), *range(7), 0, *range(8)]]
-    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 8, 16, 23, 24, 32]
-    assert batch["seq_idx"].tolist() == [[*[0] * 3, *[1] * 2, *[2] * 3, *[3] * 8, *[4] * 7, 5, *[6] * 8]]
+    assert batch["position_ids"].tolist() == [
+        [0, 1, 2, 0, 1, 0, 1, 2, *[0, 1, 2, 3] * 2, 0, 1, 2, 3, 0, 1, 2, 0, *[0, 1, 2, 3] * 2],
+    ]
+    # The tail is one segment all the same, for attention and for linear-attention layers.
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 8, 16, 20, 23, 24, 28, 32]
+    assert batch["seq_idx"].tolist() == [
+        [*[0] * 3, *[1] * 2, *[2] * 3, *[3] * 8, *[4] * 4, *[5] * 3, 6, *[7] * 4, *[8] * 4],
+    ]
     assert batch["token_mask"].tolist() == [[*[True] * 5, *[False] * 11, *[True] * 7, False, *[True] * 8]]
     assert batch["num_real_tokens"] == 20 and type(batch["num_real_tokens"]) is int
     assert batch["max_length_q"] == batch["max_length_k"] == 8
@@ -58,10 +64,21 @@ def test_padding_is_a_document_of_its_own() -> None:
 
 
 def test_a_batch_of_only_padding() -> None:
-    batch = PackedCollator(pad_token_id=0, capacity=4)([make_row([])] * 2)
+    batch = PackedCollator(pad_token_id=9, capacity=4)([make_row([])] * 2)
     assert batch["num_real_tokens"] == 0
     assert batch["labels"].unique().tolist() == [-100]
     assert batch["cu_seq_lens_q"].tolist() == [0, 4, 8]
+    assert batch["input_ids"].tolist() == [[9] * 8] and batch["position_ids"].tolist() == [[0] * 8]
+    filled = PackedCollator(pad_token_id=9, capacity=4, filler_ids=[5, 6, 7])([make_row([])] * 2)
+    assert filled["input_ids"].tolist() == [[5, 6, 7, 5] * 2] and filled["num_real_tokens"] == 0
+
+
+def test_a_longer_segment_than_training_had_is_served() -> None:
+    """A data set that is only evaluated may have longer documents, or longer tails, than the plan that was made."""
+    collate = PackedCollator(pad_token_id=0, capacity=8, max_segment_length=4, max_docs_per_bin=2, cu_seqlens_bucket=2)
+    assert collate([make_row([4, 4])])["max_length_q"] == 4
+    assert collate([make_row([6, 2])])["max_length_q"] == 8
+    assert collate([make_row([3])])["max_length_q"] == 8  # its tail has 5 tokens
 
 
 def test_every_epoch_of_a_packed_data_set_has_one_shape() -> None:
@@ -145,9 +162,6 @@ def test_errors() -> None:
             collate([{**make_row([5]), "seq_lengths": seq_lengths}])
     with pytest.raises(ValueError, match="examples is empty"):
         collate([])
-    # A kernel that is told too small a maximum leaves queries out without a word.
-    with pytest.raises(ValueError, match="has 5 tokens; max_segment_length is 4"):
-        PackedCollator(pad_token_id=0, capacity=8, max_segment_length=4)([make_row([3])])
     with pytest.raises(ValueError, match="capacity is 1;"):
         PackedCollator(pad_token_id=0, capacity=1)
     with pytest.raises(ValueError, match="cu_seqlens_bucket is 0"):

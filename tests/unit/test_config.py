@@ -14,7 +14,7 @@ import trl.trainer.sft_config
 from transformers import HfArgumentParser
 from trl import TrlParser
 
-from chronicals_trl import _versions
+from chronicals_trl import _environment, _versions
 from chronicals_trl.config import PARTS, ChronicalsConfig, SFTConfig
 
 
@@ -65,6 +65,7 @@ def test_booleans_and_case_of_parts() -> None:
         ("HEAD", "Auto", "auto"),
         ("STRICT", "yes", True),
         ("STRICT", "off", False),
+        ("RECOMPUTE_MLP", "1", True),
         ("LOGIT_BUDGET_MIB", " 135 ", 135),
         ("LORA_PLUS_RATIO", "8", 8.0),
         ("LORA_PLUS_EMBEDDING_LR", "1e-4", 1e-4),
@@ -150,12 +151,12 @@ def test_sft_config_refuses_bad_settings_even_with_the_flag_off(tmp_path: Path) 
         make_args(tmp_path, chronicals_config={"atention": "off"})
 
 
-def test_sft_config_reports_a_bad_environment_when_the_flag_is_on(
+def test_sft_config_reports_a_bad_value_in_the_environment_when_the_flag_is_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CHRONICALS_HAED", "off")
+    monkeypatch.setenv("CHRONICALS_HEAD", "of")
     make_args(tmp_path)
-    with pytest.raises(ValueError, match="CHRONICALS_HAED"):
+    with pytest.raises(ValueError, match="CHRONICALS_HEAD"):
         make_args(tmp_path, use_chronicals=True)
 
 
@@ -255,3 +256,36 @@ def test_newer_than_tested_goes_by_minor_release() -> None:
     assert not _versions.newer_than_tested("trl", "1.16.3")
     assert _versions.newer_than_tested("trl", "1.17.0")
     assert not _versions.newer_than_tested("trl", "1.15.0")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("off", False), ("false", False), (" No ", False), (0, False), ("0", False), (False, False),
+     ("on", True), ("True", True), ("yes", True), (1, True), (True, True)],
+)  # fmt: skip
+def test_the_flag_takes_the_usual_words(tmp_path: Path, value: Any, expected: bool) -> None:
+    assert make_args(tmp_path, use_chronicals=value).use_chronicals is expected
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [("maybe", ValueError), (2, ValueError), ("", ValueError), (0.5, TypeError)]
+)
+def test_the_flag_refuses_all_else(tmp_path: Path, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="use_chronicals must be"):
+        make_args(tmp_path, use_chronicals=value)
+
+
+def test_a_flag_of_none_looks_at_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_args(tmp_path, use_chronicals=None).use_chronicals is False
+    monkeypatch.setenv("CHRONICALS_USE_CHRONICALS", "1")
+    assert make_args(tmp_path, use_chronicals=None).use_chronicals is True
+
+
+def test_a_misspelt_variable_is_an_error_with_the_flag_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHRONICALS_USE_CHRONICAL", "1")
+    with pytest.raises(ValueError, match="Did you mean 'CHRONICALS_USE_CHRONICALS'"):
+        make_args(tmp_path)
+
+
+def test_the_environments_names_are_the_configurations_fields() -> None:
+    assert tuple(field.name for field in dataclasses.fields(ChronicalsConfig)) == _environment.FIELDS

@@ -117,10 +117,23 @@ def test_doctor_shows_what_would_be_on(tmp_path: Path, capsys: pytest.CaptureFix
     assert parts["rms_norm"]["state"] == "on"
     assert parts["rms_norm"]["modules"] == 5  # two in each of two layers, one at the end
     assert parts["gated_mlp"]["modules"] == 2
+    assert {parts[name]["reason"] for name in ("packing", "lora_plus")} == {
+        "decided by the trainer, not by patch_model"
+    }
     assert cli.main(["doctor", "--model", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "gated_mlp" in text
     assert "transformers" in text
+
+
+def test_doctor_on_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("/nonexistent", str(tmp_path)):
+        assert cli.main(["doctor", "--model", name]) == 1
+        text = capsys.readouterr().out
+        assert "transformers" in text and text.splitlines()[-1].startswith(f"cannot read the model {name!r}: ")
+        assert cli.main(["doctor", "--model", name, "--json"]) == 1
+        assert "cannot read" in json.loads(capsys.readouterr().out)["model"]["error"]
 
 
 @pytest.fixture
@@ -163,6 +176,22 @@ def test_sft_leaves_the_flag_to_whoever_set_it(
     monkeypatch.setenv("CHRONICALS_USE_CHRONICALS", "0")
     assert cli.main([*SFT, str(tmp_path)]) == 0
     assert "--use_chronicals" not in launched[-1].training_script_args
+
+
+@pytest.mark.parametrize("value", ['"false"', "0", "'no'"])
+def test_sft_takes_a_quoted_flag_of_a_yaml_file(tmp_path: Path, launched: list[Namespace], value: str) -> None:
+    (tmp_path / "off.yaml").write_text(f"use_chronicals: {value}\n")
+    assert cli.main([*SFT, str(tmp_path), "--config", str(tmp_path / "off.yaml")]) == 0
+    assert "--use_chronicals" not in launched[-1].training_script_args
+
+
+def test_sft_refuses_a_flag_that_is_neither(
+    tmp_path: Path, launched: list[Namespace], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "off.yaml").write_text("use_chronicals: 2\n")
+    with pytest.raises(ValueError, match="use_chronicals must be one of true"):
+        cli.main([*SFT, str(tmp_path), "--config", str(tmp_path / "off.yaml")])
+    assert launched == []
 
 
 def test_sft_refuses_bad_settings_before_it_launches(tmp_path: Path, launched: list[Namespace]) -> None:

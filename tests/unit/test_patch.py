@@ -339,6 +339,22 @@ def test_nan_weights_are_named() -> None:
         patch_model(model)
 
 
+def test_infinite_weights_are_named_and_large_ones_are_not() -> None:
+    model = tiny_models.build("llama")
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data.fill_(3e38)  # finite, though their sum is not
+    patch_model(model)
+    weight.data[3, 4] = -float("inf")
+    with pytest.raises(ValueError, match=r"NaN or infinity .*first: model\.layers\.1\.mlp\.up_proj\.weight"):
+        patch_model(model)
+
+
+@pytest.mark.parametrize("part", ["packing", "lora_plus"])
+def test_the_trainers_parts_are_refused_with_the_true_reason(part: str) -> None:
+    with pytest.raises(RuntimeError, match=f"{part} is off: decided by the trainer, not by patch_model"):
+        patch_model(tiny_models.build("llama"), {part: "on"})
+
+
 def test_a_chosen_attention_implementation_is_kept() -> None:
     report = patch_model(tiny_models.build("llama", attn_implementation="eager"))
     assert report["attention"].state == "off" and "'eager'" in report["attention"].reason

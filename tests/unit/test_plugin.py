@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from chronicals_trl import ChronicalsPlugin
+from chronicals_trl.model.patch import is_patched
 
 
 def _train(model, *, plugin: bool, steps: int = 3, fused: bool = False) -> list[float]:
@@ -68,6 +69,23 @@ def test_lora_plus_needs_the_optimizer_in_the_same_call() -> None:
             assert rates[id(parameter)] == pytest.approx(4e-3 if "lora_B" in name else 1e-3)
     accelerator.prepare(lora())
     assert plugin.reports[-1]["lora_plus"].omitted and "same call" in plugin.reports[-1]["lora_plus"].reason
+
+
+def test_on_for_the_parts_that_the_plugin_sets() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_models.build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    plugin = ChronicalsPlugin({"lora_plus": "on"})
+    plugin.attach(Accelerator(cpu=True)).prepare(model, optimizer)
+    assert plugin.reports[0]["lora_plus"].state == "on"
+    for config, reason in (
+        ({"packing": "on"}, "packing is off: a raw loop brings its own batches"),
+        ({"lora_plus": "on"}, "lora_plus is off: the model has no trainable LoRA adapter"),
+    ):
+        model = tiny_models.build("llama")
+        with pytest.raises(RuntimeError, match=reason):
+            ChronicalsPlugin(config).attach(Accelerator(cpu=True)).prepare(model)
+        assert not is_patched(model)
 
 
 def test_documents_are_apart_even_with_a_cache() -> None:

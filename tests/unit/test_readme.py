@@ -105,7 +105,8 @@ def test_configuration_table() -> None:
     documented = [(key.strip("` "), row[1], row[2]) for row in rows for key in row[0].split(",")]
     fields = dataclasses.fields(ChronicalsConfig)
     assert [key for key, _, _ in documented] == [field.name for field in fields]
-    choices = dict.fromkeys(PARTS, PART_STATES) | {"attention_backend": ATTENTION_BACKENDS, "strict": (False, True)}
+    choices = dict.fromkeys(PARTS, PART_STATES) | {"attention_backend": ATTENTION_BACKENDS}
+    choices |= dict.fromkeys(("strict", "recompute_mlp"), (False, True))
     for (key, default, allowed), field in zip(documented, fields, strict=True):
         assert ast.literal_eval(default.strip("`")) == field.default, key
         if key in choices:

@@ -1,0 +1,322 @@
+"""What patching joins beyond single blocks: residual additions and norms, q/k/v, q/k norms, the MLP as one node."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import tiny_models
+import torch
+import transformers
+from torch import nn
+
+from chronicals_trl import patch_model, unpatch_model
+from chronicals_trl.kernels import _gated_mlp, _shared_linear
+from chronicals_trl.model import decoder, match, rope
+
+RESIDUALS = "residual additions joined to the norms in 2 layers"
+NORMS = "q/k norms done by the rotation in 2 layers"
+SHARED = "q, k and v as one node in 2 layers"
+JOINED = {
+    "llama": {RESIDUALS, SHARED},
+    "mistral": {RESIDUALS, SHARED},
+    "qwen2": {RESIDUALS, SHARED},
+    "smollm3": {RESIDUALS, SHARED},
+    "gemma2": {RESIDUALS, SHARED},
+    "qwen3": {RESIDUALS, NORMS, SHARED},
+    "gemma3": {RESIDUALS, NORMS, SHARED},
+    "qwen3_moe": {RESIDUALS, NORMS, SHARED},
+    "phi3": {RESIDUALS},  # one projection already
+    "granite": {SHARED},  # its residual branches are scaled
+    "olmo2": {SHARED},  # norms behind the branches, and over all heads
+    "gpt2": set(),
+}
+
+
+def gradients(model: nn.Module, **options) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    model(**tiny_models.packed_batch(), use_cache=False, **options).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def require_same(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_what_is_joined(family: str) -> None:
+    model = tiny_models.build(family)
+    bare = tiny_models.build(family)
+    assert set(patch_model(model).notes) == JOINED[family]
+    require_same(gradients(model), gradients(bare))
+
+
+def deferred_outputs(model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options) -> int:
+    """How many layers of one training pass hand their last addition on."""
+    made = []
+    original = decoder.Deferred.__init__
+
+    def count(self, *args):
+        made.append(self)
+        original(self, *args)
+
+    monkeypatch.setattr(decoder.Deferred, "__init__", count)
+    gradients(model, **options)
+    monkeypatch.undo()
+    return len(made)
+
+
+def patched(family: str = "llama", **options) -> nn.Module:
+    model = tiny_models.build(family, **options)
+    patch_model(model)
+    return model.train()
+
+
+def test_the_last_addition_travels(monkeypatch) -> None:
+    assert deferred_outputs(patched(num_hidden_layers=3), monkeypatch) == 2  # the last layer gives a tensor
+
+
+def test_the_addition_is_made_where_somebody_looks(monkeypatch) -> None:
+    expected = gradients(tiny_models.build("llama"))
+    model = patched()
+    seen = []
+    handle = model.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    assert deferred_outputs(model, monkeypatch) == 0
+    assert isinstance(seen[0], torch.Tensor)
+    require_same(gradients(model), expected)
+    handle.remove()
+    assert deferred_outputs(model, monkeypatch) == 1
+
+
+def test_a_hook_on_the_following_layer_gets_the_sum() -> None:
+    bare, model = tiny_models.build("llama").train(), patched()
+    seen = {}
+    for name, m in (("bare", bare), ("ours", model)):
+
+        def look(module, args, name=name):
+            x = args[0]
+            seen[name] = (x.shape, x + 1.0, 2 * x, x[:, 0], torch.tanh(x), torch.cat([x, x]), x.norm().item())
+
+        m.model.layers[1].register_forward_pre_hook(look)
+        gradients(m)
+    for ours, theirs in zip(seen["ours"], seen["bare"], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_goes_on(monkeypatch, reentrant: bool) -> None:
+    expected = gradients(tiny_models.build("qwen3"))
+    model = patched("qwen3")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    calls = []
+    original = decoder._layer
+    monkeypatch.setattr(decoder, "_layer", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    require_same(gradients(model), expected)
+    assert len(calls) == 4  # two layers, each computed a second time in the backward pass
+
+
+def test_hidden_states_are_those_of_the_stock_model() -> None:
+    bare, model = tiny_models.build("llama").train(), patched()
+    batch = tiny_models.packed_batch()
+    ours, theirs = (m(**batch, output_hidden_states=True, use_cache=False).hidden_states for m in (model, bare))
+    assert len(ours) == len(theirs) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_dropout_on_the_branches_is_not_lost() -> None:
+    notes = patch_model(tiny_models.build("phi3", resid_pdrop=0.3)).notes
+    assert RESIDUALS not in notes
+
+
+@pytest.mark.parametrize("first", [1.0, 0.3])
+def test_a_multiplier_is_judged_model_by_model(first: float) -> None:
+    """Granite with a multiplier of 1 is Llama; with another it is not, whatever was judged before."""
+    for multiplier in (first, 1.3 - first):
+        model = tiny_models.build("granite", residual_multiplier=multiplier)
+        assert (RESIDUALS in patch_model(model).notes) == (multiplier == 1.0)
+        require_same(gradients(model), gradients(tiny_models.build("granite", residual_multiplier=multiplier)))
+
+
+def test_a_setting_of_one_layer_is_judged_by_itself() -> None:
+    """Two instances of one class may compute different things: the second is not taken for the first."""
+
+    class Scaled(transformers.models.llama.modeling_llama.LlamaRMSNorm):
+        scale = 1.0
+
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) * self.scale
+
+    model = tiny_models.build("llama")
+    for layer, scale in zip(model.model.layers, (1.0, 3.0), strict=True):
+        norm = Scaled(model.config.hidden_size)
+        norm.scale = scale
+        layer.input_layernorm = norm
+    report = patch_model(model)
+    assert report["rms_norm"].modules == 4
+    assert "1 left out, Scaled" in report["rms_norm"].reason
+    assert "forward" not in model.model.layers[1].input_layernorm.__dict__
+
+
+def test_an_activation_function_is_judged_by_itself() -> None:
+    model = tiny_models.build("llama")
+    for layer, function in zip(model.model.layers, (nn.functional.silu, nn.functional.relu), strict=True):
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = function
+    report = patch_model(model)
+    assert report["gated_mlp"].modules == 1
+    assert "forward" not in model.model.layers[1].mlp.__dict__
+
+
+# -- who has hooked, replaced or frozen something gets what they would have got ---------------------------------------
+
+
+def nodes(monkeypatch, model: nn.Module) -> tuple[int, int]:
+    """Calls of the MLP's node and of the shared projections in one training pass."""
+    calls = {"mlp": 0, "shared": 0}
+
+    def counted(key, original):
+        def call(*args, **kwargs):
+            calls[key] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(match, "gated_mlp", counted("mlp", _gated_mlp.gated_mlp))
+    monkeypatch.setattr(rope, "shared_linear", counted("shared", _shared_linear.shared_linear))
+    gradients(model)
+    monkeypatch.undo()
+    return calls["mlp"], calls["shared"]
+
+
+def test_nodes_are_used(monkeypatch) -> None:
+    assert nodes(monkeypatch, patched()) == (2, 2)
+    assert nodes(monkeypatch, patched("phi3")) == (2, 0)
+
+
+@pytest.mark.parametrize("where", ["mlp.up_proj", "self_attn.k_proj", "self_attn.q_norm", "post_attention_layernorm"])
+def test_a_hooked_module_is_called(monkeypatch, where: str) -> None:
+    """Hooks see their module's own input and output (DeepSpeed ZeRO-3 gathers weights in them)."""
+    records = {}
+    for name in ("bare", "ours"):
+        model = tiny_models.build("qwen3").train() if name == "bare" else patched("qwen3")
+        module = model.model.layers[0].get_submodule(where)
+        seen = records[name] = []
+        module.register_forward_hook(lambda m, args, out, seen=seen: seen.append((args[0].detach(), out.detach())))
+        records[name + " gradients"] = gradients(model)
+    require_same(records["ours gradients"], records["bare gradients"])
+    assert len(records["ours"]) == 1
+    for ours, theirs in zip(records["ours"][0], records["bare"][0], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_global_hooks_see_every_module() -> None:
+    names = {}
+    for name, model in (("bare", tiny_models.build("llama").train()), ("ours", patched())):
+        seen = names[name] = []
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, out, seen=seen: seen.append(type(module).__name__)
+        )
+        gradients(model)
+        handle.remove()
+    # The activation inside an MLP is the op's from the start.
+    assert names["ours"] == [name for name in names["bare"] if name != "SiLUActivation"]
+
+
+def test_an_adapter_put_in_later_is_trained(monkeypatch) -> None:
+    """PEFT replaces q_proj and down_proj after patching: nothing is handed past its layers."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    wrapped = {}
+    for name in ("bare", "ours"):
+        model = tiny_models.build("llama") if name == "bare" else patched()
+        torch.manual_seed(1)
+        wrapped[name] = peft.get_peft_model(model, config).train()
+    require_same(gradients(wrapped["ours"]), gradients(wrapped["bare"]))
+    assert nodes(monkeypatch, wrapped["ours"]) == (0, 0)
+
+
+def test_frozen_projections_get_no_gradient() -> None:
+    models = [tiny_models.build("llama").train(), patched()]
+    for model in models:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(n in name for n in ("k_proj", "up_proj", "layers.1.mlp.down_proj")))
+    ours, theirs = gradients(models[1]), gradients(models[0])
+    assert not any("k_proj" in name for name in ours)
+    require_same(ours, theirs)
+
+
+def test_an_error_in_the_block_leaves_nothing_behind() -> None:
+    model = patched("qwen3")
+    block = model.model.layers[0].self_attn
+    with pytest.raises(RuntimeError):
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 3, 9), use_cache=False)
+    for child in block.children():
+        assert not {match.PASS_THROUGH, rope._HANDED} & set(child.__dict__)
+    x = torch.randn(1, 3, block.head_dim)
+    torch.testing.assert_close(block.q_norm(x), type(block.q_norm).forward(block.q_norm, x))
+
+
+def test_copies_and_pickles_train_themselves() -> None:
+    model = patched("qwen3")
+    expected = gradients(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        model.zero_grad(set_to_none=True)
+        require_same(gradients(twin), expected)
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_unpatching_takes_the_joins_away() -> None:
+    model = patched("qwen3")
+    unpatch_model(model)
+    for module in model.modules():
+        assert not [name for name in module.__dict__ if name.startswith("_chronicals")]
+        assert "forward" not in module.__dict__
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recompute_mlp_reaches_every_mlp(recompute: bool) -> None:
+    model = tiny_models.build("llama")
+    patch_model(model, {"recompute_mlp": recompute})
+    assert [layer.mlp.__dict__[match.SPEC].recompute for layer in model.model.layers] == [recompute] * 2
+
+
+def test_recompute_mlp_is_handed_to_the_node(monkeypatch) -> None:
+    model = tiny_models.build("llama").train()
+    patch_model(model, {"recompute_mlp": True})
+    given = []
+    original = match.gated_mlp
+    monkeypatch.setattr(match, "gated_mlp", lambda *a, **k: (given.append(k["recompute"]), original(*a, **k))[1])
+    gradients(model)
+    assert given == [True, True]
+
+
+# -- cos and sin -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
+def test_the_tables_of_models_repeat(family: str) -> None:
+    model = patched(family)
+    assert all(layer.self_attn.__dict__[match.SPEC].repeats for layer in model.model.layers)
+
+
+def test_tables_that_do_not_repeat_are_read_whole() -> None:
+    class Uneven(type(tiny_models.build("llama").model.rotary_emb)):
+        def forward(self, x, position_ids):
+            cos, sin = super().forward(x, position_ids)
+            ramp = torch.linspace(0.5, 1.0, cos.shape[-1])
+            return cos * ramp, sin * ramp
+
+    models = []
+    for _ in range(2):
+        model = tiny_models.build("llama").train()
+        model.model.rotary_emb = Uneven(model.config)
+        models.append(model)
+    patch_model(models[1])
+    assert not models[1].model.layers[0].self_attn.__dict__[match.SPEC].repeats
+    require_same(gradients(models[1]), gradients(models[0]))
