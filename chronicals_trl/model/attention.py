@@ -309,6 +309,9 @@ def choose_backend(model: PreTrainedModel, requested: str, device: torch.device)
         return None, "a multimodal model: its own attention is kept"
     if current == "eager" and getattr(config, "attn_logit_softcapping", None):
         return None, "logit softcapping: no back end has it yet, the model's own eager attention is kept"
+    if not getattr(model, "_supports_attention_backend", False):
+        # Falcon's asks for "sdpa" by name, and would take another name for eager attention without a mask.
+        return None, "its attention does not go through transformers' attention interface"
     if current != "sdpa":
         return None, f"the chosen attn_implementation {current!r} is kept"
     layer_types = set(getattr(config, "layer_types", None) or ())

@@ -11,8 +11,8 @@ attention and MLP agrees by number and hands on the same keyword arguments. (Gra
 post-norms and dropout are different functions and keep their own code.)
 
 The last addition of a layer is the first step of the next layer's norm: between two patched layers the sum travels as
-a `Deferred`, unless something would see it: hooks, gradient checkpointing (which would keep two tensors in the place
-of one), torch.compile, or a call without gradients.
+a `Deferred`, unless something would see it: hooks on either, a wrapper around one, gradient checkpointing (which would
+keep two tensors in the place of one), torch.compile, or a call without gradients.
 
 Legend: B batch, S sequence, H hidden.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from chronicals_trl.model.match import (
     Mismatch,
     NormSpec,
     compare,
+    own_forward,
     parameter_shape,
     probe_rng,
     randn,
@@ -90,7 +92,9 @@ def _operator(name: str) -> Callable[..., Any]:
 
 
 # Operators are looked up on the class, past __getattr__.
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "getitem", "setitem", "neg", "len"):
+for _name in (
+    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "pow", "abs", "getitem", "setitem", "neg", "len",
+):  # fmt: skip
     setattr(Deferred, f"__{_name}__", _operator(f"__{_name}__"))
 
 
@@ -101,6 +105,25 @@ def materialise(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(map(materialise, value))
     return value
+
+
+class Following:
+    """The place of a layer in its list. Weakly held, and empty in copies and pickles, which do not defer."""
+
+    def __init__(self, layers: nn.ModuleList | None = None, index: int = -1) -> None:
+        self._layers = None if layers is None else weakref.ref(layers)
+        self._index = index
+
+    def of(self, layer: nn.Module) -> nn.Module | None:
+        """The layer behind `layer`; None if the list has changed, as where FSDP1 or a checkpoint wraps its layers."""
+        layers = None if self._layers is None else self._layers()
+        if layers is None or len(layers) <= self._index + 1 or layers[self._index] is not layer:
+            return None
+        following: nn.Module = layers[self._index + 1]
+        return following
+
+    def __reduce__(self) -> tuple[type[Following], tuple[()]]:
+        return Following, ()
 
 
 # -- forward ---------------------------------------------------------------------------------------------------------
@@ -143,19 +166,25 @@ def _layer(self: Any, spec: DecoderSpec, hidden_states: Any, **kwargs: Any) -> A
 def _add_norm(norm: Any, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """The norm of ``residual + branch``, and the sum."""
     spec: NormSpec | None = norm.__dict__.get(SPEC)
-    if spec is None or not unhooked(norm):
+    if spec is None or not own_forward(norm) or not unhooked(norm):
         residual = residual + branch
         return norm(residual), residual
     return rms_norm(branch, norm.weight, getattr(norm, spec.epsilon_name), offset=spec.offset, residual=residual)
 
 
 def _may_defer(layer: Any) -> bool:
+    following: Following | None = layer.__dict__.get(HANDS_ON)
+    if following is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    receiver = following.of(layer)
     return (
-        HANDS_ON in layer.__dict__
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not (layer.training and getattr(layer, "gradient_checkpointing", False))
+        receiver is not None
+        and own_forward(receiver)
         and unhooked(layer)
+        and unhooked(receiver)
+        and not (layer.training and getattr(layer, "gradient_checkpointing", False))
+        # In a backward pass: a checkpoint of somebody else's is computing this layer again, alone.
+        and torch._C._current_graph_task_id() == -1
     )
 
 
@@ -228,6 +257,6 @@ def link_layers(model: nn.Module) -> None:
     """Let each patched layer hand its last addition on, where the next one in the list is patched too."""
     for layers in model.modules():
         if isinstance(layers, nn.ModuleList):
-            for layer, following in zip(layers, list(layers)[1:], strict=False):
+            for index, (layer, following) in enumerate(zip(layers, list(layers)[1:], strict=False)):
                 if all(isinstance(m.__dict__.get(SPEC), DecoderSpec) for m in (layer, following)):
-                    layer.__dict__[HANDS_ON] = True
+                    layer.__dict__[HANDS_ON] = Following(layers, index)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -31,10 +32,19 @@ EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 GATED_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"swiglu": swiglu, "geglu": geglu}
 
-# Names in a patched module's __dict__: its spec (what its forward needs to know), and a word to a norm that its
-# caller will do its work in this one call.
+# Name in a patched module's __dict__ of its spec: what its forward needs to know.
 SPEC = "_chronicals_spec"
-PASS_THROUGH = "_chronicals_pass_through"
+
+
+class _Deputies(threading.local):
+    """Modules, by id, whose work their caller does in this one call: in this thread alone, others have calls too."""
+
+    def __init__(self) -> None:
+        self.norms: set[int] = set()  # let their input pass
+        self.projections: dict[int, Tensor] = {}  # give out what they were handed
+
+
+DEPUTIES = _Deputies()
 
 
 class NormSpec(NamedTuple):
@@ -80,12 +90,19 @@ def unhooked(module: nn.Module) -> bool:
     return not hooks and not torch.nn.modules.module._has_any_global_hook()
 
 
+def own_forward(module: nn.Module) -> bool:
+    """Whether the forward of `module` is the one that patching put there, and not another library's or another's."""
+    bound: Any = module.__dict__.get("forward")
+    function = getattr(bound, "__func__", None)
+    return function is not None and function.__module__.startswith("chronicals_trl.") and bound.__self__ is module
+
+
 def plain_linear(module: nn.Module) -> bool:
     """Whether calling `module` is ``F.linear`` with its own weight, without adapter, quantisation or hook."""
     return (
         type(module) is nn.Linear
         and type(module.weight) in (nn.Parameter, Tensor)  # not DTensor
-        and ("forward" not in module.__dict__ or SPEC in module.__dict__)  # no other library's
+        and ("forward" not in module.__dict__ or own_forward(module))  # no other library's
         and unhooked(module)
     )
 
@@ -229,7 +246,7 @@ def rms_norm_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwarg
     """The forward of a patched RMSNorm; a call with more than the hidden states is the original's own business."""
     if args or kwargs:
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    if PASS_THROUGH in self.__dict__:
+    if not torch.compiler.is_compiling() and id(self) in DEPUTIES.norms:
         return hidden_states
     spec: NormSpec = self._chronicals_spec  # type: ignore[assignment]
     weight: Tensor = self.weight  # type: ignore[assignment]

@@ -224,6 +224,8 @@ def _join_blocks(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
             if spec.shares_input:
                 counts["q, k and v as one node"] += 1
                 for name in rope.PROJECTIONS:
+                    if match.own_forward(module._modules[name]):  # type: ignore[arg-type]
+                        continue  # shared with another block
                     _install(module._modules[name], rope.handed_linear_forward)  # type: ignore[arg-type]
         elif "forward" not in module.__dict__ and decoder.looks_like_decoder_layer(module):
             verdict = _remembered("decoder", decoder.verify_decoder_layer, module, None, device, dtype)

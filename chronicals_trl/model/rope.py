@@ -29,11 +29,12 @@ from torch import Tensor, nn
 
 from chronicals_trl.kernels import qk_norm_rope, qk_rope, rms_norm, shared_linear
 from chronicals_trl.model.match import (
-    PASS_THROUGH,
+    DEPUTIES,
     SPEC,
     Mismatch,
     NormSpec,
     compare,
+    own_forward,
     parameter_shape,
     plain_linear,
     probe_rng,
@@ -46,8 +47,6 @@ from chronicals_trl.model.match import (
 ROPE_NAME = "apply_rotary_pos_emb"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 NORMS = ("q_norm", "k_norm")
-
-_HANDED = "_chronicals_handed"
 
 
 class AttentionSpec(NamedTuple):
@@ -127,33 +126,32 @@ def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         tables = kwargs.get("position_embeddings")
         if tables is not None:
             norms = None
-            if spec.norm is not None and unhooked(self.q_norm) and unhooked(self.k_norm):
+            if spec.norm is not None and all(own_forward(m) and unhooked(m) for m in (self.q_norm, self.k_norm)):
                 eps = getattr(self.q_norm, spec.norm.epsilon_name)
                 norms = _Norms(self.q_norm.weight, self.k_norm.weight, eps, spec.norm.offset)
-                for norm in (self.q_norm, self.k_norm):
-                    norm.__dict__[PASS_THROUGH] = True
-                    told.append(norm)
+                told += [self.q_norm, self.k_norm]
+                DEPUTIES.norms.update(map(id, told))
             kwargs["position_embeddings"] = (_Cos(tables[0], spec.repeats, norms), tables[1])
         shared = spec.shares_input and torch.is_grad_enabled()
         projections = [getattr(self, name) for name in PROJECTIONS] if shared else []
         # The handing-over is the projection's own forward: PEFT may have put a layer of its own in its place since.
-        if projections and all(plain_linear(m) and SPEC in m.__dict__ for m in projections):
+        if projections and all(plain_linear(m) and own_forward(m) for m in projections):
             outputs = shared_linear(
                 kwargs["hidden_states"], [m.weight for m in projections], [m.bias for m in projections]
             )
-            for projection, output in zip(projections, outputs, strict=True):
-                projection.__dict__[_HANDED] = output
-                told.append(projection)
+            told += projections
+            DEPUTIES.projections.update(zip(map(id, projections), outputs, strict=True))
+            del outputs  # each is the block's alone once it has been given out
         return forward(self, **kwargs)
     finally:
         for module in told:
-            module.__dict__.pop(PASS_THROUGH, None)
-            module.__dict__.pop(_HANDED, None)
+            DEPUTIES.norms.discard(id(module))
+            DEPUTIES.projections.pop(id(module), None)
 
 
 def handed_linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     """The forward of a projection: what the attention block has handed it, else its own product."""
-    handed: Tensor | None = self.__dict__.pop(_HANDED, None)
+    handed = None if torch.compiler.is_compiling() else DEPUTIES.projections.pop(id(self), None)
     return F.linear(input, self.weight, self.bias) if handed is None else handed
 
 

@@ -170,6 +170,27 @@ def test_interp_only_the_left_half_of_repeating_tables_is_read():
         assert torch.equal(ours, plain)
 
 
+def test_interp_a_launch_is_remembered_by_every_dtype():
+    """The compiled kernel depends on the dtypes of all pointers, weights included."""
+    x = torch.randn(3, 40, requires_grad=True)
+    counts = []
+    for dtype in (torch.float32, torch.float16, torch.float32):
+        weight = torch.randn(40, dtype=dtype, requires_grad=True)
+        kernels.rms_norm(x, weight, 1e-6).sum().backward()
+        counts.append([c.cache_info().currsize for c in (_rms_norm._forward_launch, _rms_norm._backward_launch)])
+    assert [b - a for a, b in zip(counts[0], counts[1], strict=True)] == [1, 1]
+    assert counts[2] == counts[1]
+
+
+def test_interp_the_sum_is_normed_as_it_is_stored():
+    """In float16: the next block reads the rounded sum, and stock norms that."""
+    torch.manual_seed(0)
+    x, residual = (torch.randn(64, 48).half() for _ in range(2))
+    y, h = kernels.rms_norm(x, torch.ones(48, dtype=torch.float16), 1e-6, residual=residual)
+    again = kernels.rms_norm(h, torch.ones(48, dtype=torch.float16), 1e-6)
+    assert torch.equal(y, again)
+
+
 def test_interp_layouts_are_kept():
     heads = torch.randn(2, 5, 3, 8).transpose(1, 2)
     tables = check.rope_tables(1, 5, 8, "cpu")

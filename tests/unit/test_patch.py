@@ -8,6 +8,7 @@ import pickle
 import pytest
 import tiny_models
 import torch
+import transformers
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
@@ -393,3 +394,17 @@ def test_parts_that_another_library_has_patched_are_left_alone() -> None:
     assert report["rms_norm"].modules == 4 and "another library" in report["rms_norm"].reason
     unpatch_model(model)
     assert norm.forward(1) == 1
+
+
+def test_attention_outside_the_interface_is_kept() -> None:
+    """Falcon asks for "sdpa" by name: under another name it would attend to the future."""
+    config = transformers.FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_hidden_size=48
+    )
+    torch.manual_seed(0)
+    model = transformers.FalconForCausalLM(config).eval()
+    ids = torch.arange(3, 15)[None]
+    expected = model(input_ids=ids).logits
+    report = patch_model(model)
+    assert report["attention"].state == "off" and "interface" in report["attention"].reason
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
