@@ -16,7 +16,8 @@ from ._linear_cross_entropy import (
     linear_cross_entropy_reference,
 )
 from ._lora_linear import lora_linear, lora_linear_reference
-from ._qk_rope import qk_norm_rope, qk_norm_rope_reference, qk_rope, qk_rope_reference
+from ._qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
+from ._qk_rope import qk_rope, qk_rope_reference
 from ._rms_norm import rms_norm, rms_norm_reference
 from ._shared_linear import shared_linear
 

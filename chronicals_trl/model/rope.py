@@ -118,7 +118,7 @@ def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a patched attention block."""
     forward = _with_rope(type(self).forward)
     spec: AttentionSpec = self.__dict__[SPEC]
-    # Nothing of this is for torch.compile, which would have to trace attributes that come and go.
+    # Nothing of this is for torch.compile, which would have to trace what is noted for one call and struck out again.
     if torch.compiler.is_compiling() or args:
         return forward(self, *args, **kwargs)
     told: list[nn.Module] = []
