@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny_data  # noqa: E402
+from run_qwen_shape import qwen_config  # noqa: E402
 
 import chronicals_trl  # noqa: E402
 from chronicals_trl import SFTConfig, SFTTrainer  # noqa: E402
@@ -43,19 +44,9 @@ CATEGORIES = ("gemm", "attention", "cross-entropy pass", "elementwise", "optimiz
 
 
 def model(tiny: bool) -> transformers.PreTrainedModel:
-    shape = (
-        {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 512}
-        if tiny
-        else {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "vocab_size": 151_936}
-    )
-    config = transformers.Qwen2Config(
-        **shape, num_attention_heads=2 if tiny else 14, num_key_value_heads=1 if tiny else 2,
-        max_position_embeddings=32_768, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-        use_cache=False,
-    )  # fmt: skip
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return transformers.Qwen2ForCausalLM(config).to(torch.bfloat16)
+        return transformers.Qwen2ForCausalLM(qwen_config(tiny=tiny, use_cache=False)).to(torch.bfloat16)
 
 
 def documents(count: int, longest: int, vocab: int) -> datasets.Dataset:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -26,16 +27,21 @@ sys.path.insert(0, str(ROOT / "tests"))
 import tiny_data  # noqa: E402
 
 
-def write_model(folder: Path, *, tiny: bool) -> None:
+def qwen_config(*, tiny: bool, **options: Any) -> transformers.Qwen2Config:
     shape = (
         {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 512}
         if tiny
         else {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "vocab_size": 151_936}
     )
-    config = transformers.Qwen2Config(
+    return transformers.Qwen2Config(
         **shape, num_attention_heads=2 if tiny else 14, num_key_value_heads=1 if tiny else 2,
         max_position_embeddings=32_768, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        **options,
     )  # fmt: skip
+
+
+def write_model(folder: Path, *, tiny: bool) -> None:
+    config = qwen_config(tiny=tiny)
     torch.manual_seed(0)
     transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tiny_data.tokenizer().save_pretrained(folder)
