@@ -142,8 +142,8 @@ def time_backward(
 def copy_bandwidth(device: torch.device, repeats: int) -> tuple[float, Timing]:
     """GB/s (1e9 bytes read plus written) of a device-to-device copy of 1 GiB, and its timing.
 
-    The faster of the driver's copy and of a kernel that reads and writes each element once (the driver's is not always
-    the wall: 2.4 against 3.0 TB/s on one H100).
+    The faster of the driver's copy and of a kernel that reads and writes each element once: the driver's is not always
+    the wall.
     """
     size = COPY_BYTES if device.type == "cuda" else 2**20
     source = torch.ones(size // 2, dtype=torch.bfloat16, device=device)
