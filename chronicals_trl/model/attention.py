@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from chronicals_trl.model.match import Mismatch, compare, probe_rng, randn
+from chronicals_trl.model.match import Mismatch, compare, probing, randn
 
 # The names must hold neither "flash" nor "sdpa": transformers looks for those words and takes paths of its own.
 IMPLEMENTATION_PREFIX = "chronicals_"
@@ -278,7 +278,7 @@ def verify_backend(
         return torch.cat(parts, dim=1).to(q.dtype)
 
     reason: str | None = None
-    with probe_rng(device) as generator:
+    with probing(device) as generator:
         inputs = tuple(
             randn(1, sum(lengths), count, head_dim, generator=generator, device=device, dtype=dtype)
             for count in (heads, kv_heads, kv_heads)
@@ -390,7 +390,7 @@ def verify_isolation(model: nn.Module, device: torch.device) -> str | None:
     lengths = (6, 9)
     offsets = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     training = {module: module.training for module in model.modules()}
-    with probe_rng(device) as generator:
+    with probing(device) as generator:
         tokens = torch.randint(vocabulary, (1, sum(lengths)), generator=generator).to(device)
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
         try:

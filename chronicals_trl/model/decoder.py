@@ -36,7 +36,7 @@ from chronicals_trl.model.match import (
     compare,
     own_forward,
     parameter_shape,
-    probe_rng,
+    probing,
     randn,
     shallow_twin,
     unhooked,
@@ -227,7 +227,7 @@ def verify_decoder_layer(module: Any, device: torch.device, dtype: torch.dtype) 
     sandwich = "pre_feedforward_layernorm" in module._modules
     spec = DecoderSpec(sandwich, defaults, checkpoints="_gradient_checkpointing_func" in names)
     given = {name: f"the {name}" for name in [*named, "cu_seq_lens_q"] if name not in ("past_key_values", "use_cache")}
-    with probe_rng(device) as generator:
+    with probing(device) as generator:
         norms = {}
         for name in _SANDWICH_NORMS if sandwich else _PRE_NORMS:
             norm = module._modules[name]

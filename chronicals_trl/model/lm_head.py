@@ -23,7 +23,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
 
 from chronicals_trl.kernels import LinearCrossEntropyOutput, linear_cross_entropy
-from chronicals_trl.model.match import Mismatch, compare, probe_rng, randn, require_close, shallow_twin
+from chronicals_trl.model.match import Mismatch, compare, probing, randn, require_close, shallow_twin
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def verify_head(model: PreTrainedModel, spec: HeadSpec, device: torch.device, dt
         def forward(self, *args: Any, **kwargs: Any) -> _BackboneOutput:
             return _BackboneOutput(last_hidden_state=self.hidden_BSH)
 
-    with probe_rng(device) as generator:
+    with probing(device) as generator:
         head = nn.utils.skip_init(nn.Linear, hidden_size, vocabulary, bias=False, device=device, dtype=dtype)
         head.weight.data.copy_(randn(vocabulary, hidden_size, generator=generator) * 3 * hidden_size**-0.5)
         backbone = Backbone()

@@ -67,12 +67,28 @@ class Mismatch(Exception):
 
 
 @contextmanager
-def probe_rng(device: torch.device) -> Iterator[torch.Generator]:
-    """A generator for probes; whatever a probed module draws by itself (dropout) is undone afterwards."""
+def probing(device: torch.device) -> Iterator[torch.Generator]:
+    """A generator for probes; whatever a probed module draws by itself (dropout) is undone afterwards.
+
+    Products are in full fp32 inside, also where the run's own may be in TF32: its rounding would pass for a difference.
+    """
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _full_fp32():
         torch.manual_seed(PROBE_SEED)
         yield torch.Generator().manual_seed(PROBE_SEED)
+
+
+@contextmanager
+def _full_fp32() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = "none"  # as torch.backends.fp32_precision says, unless that is not what it was
+        if matmul.fp32_precision != before:
+            matmul.fp32_precision = before
 
 
 def randn(*shape: int, generator: torch.Generator, like: Tensor | None = None, **to: Any) -> Tensor:
@@ -222,7 +238,7 @@ def verify_rms_norm(module: Any, device: torch.device, dtype: torch.dtype) -> No
     (width,) = parameter_shape(module.weight)
     failure: Mismatch | None = None
     for offset in (0.0, 1.0):
-        with probe_rng(device) as generator:
+        with probing(device) as generator:
             weight_H = nn.Parameter(randn(width, generator=generator, device=device, dtype=dtype))
             x_BSH = randn(2, 3, width, generator=generator, device=device, dtype=dtype)
             twin = shallow_twin(module, parameters={"weight": weight_H})
@@ -279,7 +295,7 @@ def verify_gated_mlp(module: nn.Module, device: torch.device, dtype: torch.dtype
     failure: Mismatch | None = None
     for activation in GATED_ACTIVATIONS:
         spec = GatedMLPSpec(activation, fused)
-        with probe_rng(device) as generator:
+        with probing(device) as generator:
 
             def linear(inputs: int, outputs: int, generator: torch.Generator = generator) -> nn.Linear:
                 layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, device=device, dtype=dtype)

@@ -37,7 +37,7 @@ from chronicals_trl.model.match import (
     own_forward,
     parameter_shape,
     plain_linear,
-    probe_rng,
+    probing,
     randn,
     rms_norm_forward,
     shallow_twin,
@@ -254,7 +254,7 @@ def _verify_rotation(module: nn.Module, device: torch.device, dtype: torch.dtype
         raise Mismatch(f"apply_rotary_pos_emb takes {positional[:4]} instead of q, k, cos, sin")
     head_dim = int(getattr(module, "head_dim", 16) or 16)
     for rotary_dim in (head_dim, head_dim // 2):
-        with probe_rng(device) as generator:
+        with probing(device) as generator:
             q_BSHD = randn(2, 5, 4, head_dim, generator=generator, device=device, dtype=dtype)
             k_BSHD = randn(2, 5, 2, head_dim, generator=generator, device=device, dtype=dtype)
             angle_BSR = randn(2, 5, rotary_dim, generator=generator, device=device, dtype=dtype)
@@ -287,7 +287,7 @@ def _verify_front(module: Any, spec: AttentionSpec, device: torch.device) -> Non
     """
     dtype = torch.float32
     head_dim, groups, hidden = module.head_dim, module.num_key_value_groups, 16
-    with probe_rng(device) as generator:
+    with probing(device) as generator:
 
         def parameter(*shape: int, scale: float) -> nn.Parameter:
             return nn.Parameter(randn(*shape, generator=generator, device=device, dtype=dtype) * scale)

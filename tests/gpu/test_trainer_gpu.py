@@ -56,6 +56,15 @@ def test_torch_compile(tmp_path: Path) -> None:
     assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), rel=1e-4)
 
 
+def test_tf32(tmp_path: Path) -> None:
+    try:
+        ours, theirs = both(tmp_path, tf32=True)
+    finally:
+        torch.backends.fp32_precision = "ieee"
+    assert all(ours.chronicals_report[name].state == "on" for name in ("rms_norm", "gated_mlp", "qk_rope", "head"))
+    assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), rel=1e-3)
+
+
 def test_liger(tmp_path: Path) -> None:
     pytest.importorskip("liger_kernel")
     ours, theirs = both(tmp_path, use_liger_kernel=True)

@@ -13,6 +13,7 @@ from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
 from chronicals_trl import ChronicalsConfig, patch_model, unpatch_model
+from chronicals_trl.model import match
 from chronicals_trl.model.patch import base_model
 
 # What must be on, family by family, on the CPU; README's table is generated from this.
@@ -179,6 +180,28 @@ def test_probing_leaves_the_random_stream_alone() -> None:
     torch.manual_seed(3)
     patch_model(model)
     assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize("switch", ["torch.backends.fp32_precision", "the legacy flag", "none"])
+def test_a_probe_runs_without_tf32_and_leaves_the_setting_alone(switch: str) -> None:
+    matmul, parent = torch.backends.cuda.matmul, torch.backends.fp32_precision
+    try:
+        if switch == "torch.backends.fp32_precision":
+            torch.backends.fp32_precision = "tf32"
+        elif switch == "the legacy flag":
+            matmul.allow_tf32 = True
+        before = matmul.fp32_precision
+        assert before == ("none" if switch == "none" else "tf32")
+        with match.probing(torch.device("cpu")):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == before
+        if switch == "torch.backends.fp32_precision":  # it still decides
+            torch.backends.fp32_precision = "ieee"
+            assert matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = parent
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = "none"
 
 
 def test_deepcopy_is_bound_to_the_copy() -> None:
