@@ -70,7 +70,7 @@ class Mismatch(Exception):
 def probing(device: torch.device) -> Iterator[torch.Generator]:
     """A generator for probes; whatever a probed module draws by itself (dropout) is undone afterwards.
 
-    Products are in full fp32 inside, also where the run's own may be in TF32: its rounding would pass for a difference.
+    Products are in full fp32 inside, also where the run has TF32 on: its rounding would pass for a difference.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _full_fp32():
