@@ -61,7 +61,8 @@ def write_plot(result: dict[str, Any], path: Path) -> str | None:
     ops, shapes, sides = (list(dict.fromkeys(row[key] for row in rows)) for key in ("op", "shape", "side"))
     tokens = {row["shape"]: row["tokens"] for row in rows}
     width = 0.8 / len(sides)
-    size = (2 * max(5.0, 1.1 * len(ops) + 1), 1 + 2.9 * len(shapes))
+    size = (2 * max(5.0, 0.85 * len(ops) + 1), 1 + 2.9 * len(shapes))
+    names = [re.sub(r"_(?=[^_]+$)", "_\n", op) if len(op) > 8 else op for op in ops]
     figure, axes = plt.subplots(len(shapes), 2, figsize=size, squeeze=False, sharey=True, layout="constrained")
     for row_of_axes, shape in zip(axes, shapes, strict=True):
         for axis, direction in zip(row_of_axes, ("forward", "backward"), strict=True):
@@ -72,10 +73,12 @@ def write_plot(result: dict[str, Any], path: Path) -> str | None:
                 heights = [share[ops[x], shape, direction, side] for x in at]
                 bars = axis.bar([x + offset for x in at], heights, width, color=_COLORS.get(side), label=side)
                 if side == "ours":
-                    axis.bar_label(bars, fmt="%.0f", fontsize=7)
+                    # On white, in front of the line at 100, which would strike through figures just below it.
+                    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                    axis.bar_label(bars, fmt="%.0f", fontsize=8, padding=1, bbox=behind, zorder=3)
             axis.axhline(100, color="black", linewidth=0.8, linestyle="--")
             axis.set_title(f"{shape}, {tokens[shape]:,} tokens: {direction}", fontsize=10)
-            axis.set_xticks(range(len(ops)), [op.replace("_", "_\n", 1) for op in ops], fontsize=8)
+            axis.set_xticks(range(len(ops)), names, fontsize=8)
             axis.spines[["top", "right"]].set_visible(False)
         row_of_axes[0].set_ylabel("% of copy bandwidth")
     handles, labels = axes[0][0].get_legend_handles_labels()
