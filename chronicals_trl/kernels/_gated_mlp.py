@@ -39,7 +39,7 @@ from ._common import (
     use_triton,
 )
 
-# Elements and warps of a program. At the memory wall all sensible choices are within one percent (H100).
+# Elements and warps of a program. At the memory wall one sensible choice is as good as another (H100).
 _BLOCK, _WARPS = 1024, 8
 
 

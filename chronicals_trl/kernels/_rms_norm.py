@@ -159,7 +159,7 @@ class _Config(NamedTuple):
     stages: int = 1  # tiles in flight and in use
 
 
-# Chosen on an H100 from some 300 combinations a shape; the best five or so lie within two percent of each other.
+# Chosen on an H100 from some 300 combinations a shape; the best few are hard to tell apart.
 
 
 @cache
