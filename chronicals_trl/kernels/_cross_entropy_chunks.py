@@ -1,11 +1,19 @@
-"""The chunk loop of `linear_cross_entropy`: two ops that never hold more logits than one chunk of tokens has.
+"""The GEMMs of `linear_cross_entropy`: never more logits at a time than a budget holds.
 
-`score` goes over the chunks forward and, where asked to, forms the gradient of the summed loss on the way: one GEMM to
-the chunk's logits, softmax statistics, the gradient of the logits in their place, one GEMM to the hidden gradient and
-one to the weight gradient, which is summed over chunks in float32. `recompute` forms the gradient from one coefficient
-a token, once those are known. Both are opaque to torch.compile: the number of chunks is no part of the graph.
+The logits are cut in one of two ways (`plan`):
 
-Plain torch for now. Legend: M tokens, H hidden size, V vocabulary, C tokens in a chunk.
+- Chunks of tokens. One GEMM to the chunk's logits, `softmax_pass` over them, which leaves the gradient in their place,
+  one GEMM to the hidden gradient, and one to the weight gradient, which is summed over chunks in float32: 6 N H V
+  operations in all, and 4 where the weight is frozen. Each chunk reads and writes the float32 sum once.
+- Tiles of the vocabulary, where the budget holds so few tokens that reading and writing that sum would take longer
+  than forming the logits a second time: all tiles are folded into the log-sum-exp first, and formed again for the
+  gradient. 8 N H V operations; the weight gradient is whole after one GEMM a tile.
+
+`score` is the forward pass, and forms the gradient of the summed loss on the way where asked to. `recompute` forms the
+gradient from coefficients of each token, once those are known. Both are opaque to torch.compile: the number of chunks
+is no part of the graph. Nothing waits for the GPU.
+
+Legend: M tokens, H hidden size, V vocabulary, C tokens in a chunk.
 """
 
 from __future__ import annotations
@@ -16,209 +24,359 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ._common import math_dtype
+from ._common import HAS_TRITON, backend, math_dtype
+from ._cross_entropy_pass import (
+    Head,
+    OfLoss,
+    OfTokens,
+    Running,
+    Statistics,
+    fold_pass,
+    gradient_pass,
+    softmax_pass,
+)
+
+MIB = 2**20
+
+# The automatic budget: between what keeps GEMMs efficient and what makes them no faster (H100).
+LEAST_MIB, MOST_MIB = 320, 1024
+
+# Chunks of fewer tokens than this cost more in traffic of the float32 sum than vocabulary tiles do in operations:
+# 8 V H bytes a chunk against 2 C H V operations and 2 C V bytes, at an H100's 3 TB/s and 650 TFLOP/s.
+FEWEST_ROWS = 768
+
+# Rows of the logits' buffer begin at multiples of this many elements, for the GEMMs' and the kernels' wide accesses.
+_PITCH = 64
 
 
-def chunk_rows(n_rows: int, vocab: int, itemsize: int, logit_budget_mib: int) -> int:
-    """Tokens in a chunk, so that its buffers of C x V stay within the budget; at least 1, at most `n_rows`."""
-    # Two float32 buffers (p, log p), and for 16-bit heads the gradient of the logits as the GEMMs take it.
-    per_row = vocab * (8 + itemsize if itemsize == 2 else 2 * itemsize)
-    rows = max(1, logit_budget_mib * 2**20 // per_row)
+class Plan(NamedTuple):
+    """How logits are cut: tokens in a chunk, and columns in a tile of the vocabulary (V: whole rows)."""
+
+    rows: int
+    columns: int
+
+
+def automatic_budget_mib(n_rows: int, vocab: int, hidden_size: int, *, narrowed: bool) -> int:
+    """MiB of logits with which the head's peak is no higher than that of TRL's fused head.
+
+    TRL 1.16 holds the weight gradient in float32 and in 16 bits at once when it converts it, and the hidden gradient
+    likewise. Ours is `narrowed` in its own memory, so what TRL has for the second copy is there for logits. Without a
+    second copy (frozen weight, float32 weight) that leaves nothing, and the least that is fast is taken.
+    """
+    spare = (2 * vocab + 4 * n_rows) * hidden_size // MIB if narrowed else 0
+    return min(MOST_MIB, max(LEAST_MIB, spare))
+
+
+def plan(
+    n_rows: int, vocab: int, compute: torch.dtype, budget_mib: int, *, trainable: bool, kernels: bool
+) -> Plan:  # fmt: skip
+    """Cut (n_rows, vocab) logits so that their buffers stay within the budget, at least one row of them.
+
+    Args:
+        trainable: whether a weight gradient is formed.
+        kernels: whether the Triton kernels run; the torch code holds some five times as much per logit.
+    """
+    itemsize = compute.itemsize
+    # In torch: the GEMM's logits, and four buffers of softmax and gradient in the math dtype.
+    per_logit = itemsize if kernels else itemsize + 4 * math_dtype(compute).itemsize
+    rows = max(1, budget_mib * MIB // (per_logit * vocab))
     if rows > 128:
         rows -= rows % 128  # whole GEMM tiles
-    return max(1, min(rows, n_rows))
+    if rows >= n_rows:
+        return Plan(max(1, n_rows), vocab)
+    if kernels and trainable and rows < FEWEST_ROWS:
+        columns = max(1, budget_mib * MIB // (per_logit * n_rows))
+        if columns > _PITCH:
+            return Plan(n_rows, columns - columns % _PITCH)
+    return Plan(rows, vocab)
 
 
-class _Softmax(NamedTuple):
-    """One chunk's distribution. p is exp(log p), not exp / sum: p - 1 of a sure token then keeps its digits."""
-
-    log_probs_CV: torch.Tensor
-    probs_CV: torch.Tensor
-    log_sum_exp_C: torch.Tensor
-    entropy_C: torch.Tensor
-    top_C: torch.Tensor  # the (first) most likely token
+def runs_kernels(device: torch.device, compute: torch.dtype) -> bool:
+    return HAS_TRITON and backend(device) == "triton" and compute != torch.float64
 
 
-class _Head(NamedTuple):
-    """The settings of the head, and the dtype that its GEMMs run in."""
-
-    logit_scale: float
-    softcap: float | None
-    compute: torch.dtype
-
-    def softmax(self, hidden_CH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None) -> _Softmax:
-        logits_CV = F.linear(hidden_CH, weight_VH, bias_V).to(math_dtype(self.compute))
-        if self.logit_scale != 1.0:
-            logits_CV.mul_(self.logit_scale)
-        if self.softcap is not None:
-            logits_CV.div_(self.softcap).tanh_().mul_(self.softcap)
-        peak_C, top_C = logits_CV.max(dim=-1)
-        shifted_CV = logits_CV.sub_(peak_C[:, None])  # so that nothing overflows
-        buffer_CV = shifted_CV.exp()
-        total_C = buffer_CV.sum(-1)
-        log_total_C = total_C.log()
-        # entropy = log total - sum(p * shifted), of smaller terms than -sum(p log p). The sum of products is a
-        # batched GEMM, which needs no buffer for the products.
-        mean_C = torch.bmm(buffer_CV[:, None, :], shifted_CV[:, :, None]).flatten() / total_C
-        log_probs_CV = shifted_CV.sub_(log_total_C[:, None])
-        probs_CV = torch.exp(log_probs_CV, out=buffer_CV)
-        return _Softmax(log_probs_CV, probs_CV, peak_C + log_total_C, log_total_C - mean_C, top_C)
-
-    def chain(self, grad_CV: torch.Tensor, softmax: _Softmax) -> torch.Tensor:
-        """Gradient of the softmax's input to gradient of the GEMM's output, in place; overwrites the log_probs."""
-        if self.softcap is not None:
-            capped_CV = softmax.log_probs_CV.add_(softmax.log_sum_exp_C[:, None])
-            grad_CV.mul_(capped_CV.div_(self.softcap).square_().neg_().add_(1.0))
-        if self.logit_scale != 1.0:
-            grad_CV.mul_(self.logit_scale)
-        return grad_CV
+def weight_gradient_dtype(weight: torch.dtype, compute: torch.dtype, final: bool) -> torch.dtype:
+    """Float32 until the gradient is `final`, that is, multiplied by all that it will be multiplied by."""
+    return weight if final and weight == compute else math_dtype(compute)
 
 
-class _Sums:
-    """The gradients that chunks add up to: hidden in the GEMMs' dtype, weight and bias in the math dtype."""
+def _pitched(n_rows: int, n_cols: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    pitch = -(-n_cols // _PITCH) * _PITCH if n_cols > _PITCH else n_cols
+    return torch.empty(n_rows, pitch, dtype=dtype, device=device)
+
+
+def _products(
+    hidden: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, buffer: torch.Tensor
+) -> torch.Tensor:
+    """hidden @ weight.T + bias, in the buffer."""
+    out = buffer[: hidden.shape[0], : weight_VH.shape[0]]
+    if not hidden.is_cuda:  # the CPU's GEMM rounds differently with a pitch
+        return out.copy_(F.linear(hidden, weight_VH, bias_V))
+    if bias_V is None:
+        return torch.mm(hidden, weight_VH.t(), out=out)
+    return torch.addmm(bias_V, hidden, weight_VH.t(), out=out)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """total += a @ b, or = where `first`: 16-bit operands on the tensor cores, their sum never rounded to 16 bits."""
+    if a.dtype == total.dtype:
+        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+    elif a.is_cuda and torch.version.hip is None:
+        if first:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        product = a.to(total.dtype) @ b.to(total.dtype)
+        total.copy_(product) if first else total.add_(product)
+
+
+class _WeightSum:
+    """A weight gradient (V, H) that chunks add up to in float32, and that ends in its own dtype without a copy.
+
+    Of a 16-bit gradient the memory holds half of the rows in float32; the other half lies beside it. When all is
+    summed, the rows are rounded into their places from the front, over float32 rows that have been rounded before.
+    """
 
     def __init__(
-        self, hidden_MH: torch.Tensor, weight_VH: torch.Tensor, needs: Sequence[bool], compute: torch.dtype
+        self, shape: torch.Size, dtype: torch.dtype, compute: torch.dtype, device: torch.device, *, in_parts: bool
     ) -> None:
+        self.out = torch.empty(shape, dtype=dtype, device=device)
         wide = math_dtype(compute)
-        device = hidden_MH.device
-        self.compute, self.device = compute, device
-        # What no chunk writes (nothing labelled, no rows) has to read as zero, not as None.
-        self.hidden_MH = torch.zeros(hidden_MH.shape, dtype=compute, device=device) if needs[0] else None
-        self.weight_VH = torch.zeros(weight_VH.shape, dtype=wide, device=device) if needs[1] else None
+        self.parts = [self.out]
+        if in_parts and dtype != wide:
+            half = shape[0] // 2
+            inside = self.out.view(-1)[: half * shape[1] * 2].view(wide).view(half, shape[1])
+            self.parts = [inside, torch.empty(shape[0] - half, shape[1], dtype=wide, device=device)]
+        self.empty = True
+
+    def add(self, grad_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
+        start = 0
+        for part in self.parts:
+            columns = grad_CV[:, start : start + part.shape[0]]
+            _add_product(part, columns.t(), hidden_CH, self.empty)
+            start += part.shape[0]
+        self.empty = False
+
+    def put(self, tile: slice, grad_MC: torch.Tensor, hidden_MH: torch.Tensor) -> None:
+        """The rows of one tile of the vocabulary, from all tokens at once."""
+        _add_product(self.out[tile], grad_MC.t(), hidden_MH, first=True)
+        self.empty = False
+
+    def finish(self) -> torch.Tensor:
+        if self.empty:
+            return self.out.zero_()
+        if len(self.parts) == 2:
+            inside, beside = self.parts
+            half = inside.shape[0]
+            # Rows [n, 2 n) of float32 lie in bytes that rows [2 n, 4 n) of 16 bits will take: once rows before n are
+            # in their places, these can go to theirs without touching any that is still to be read.
+            if half:
+                self.out[:1] = inside[:1].clone()
+            start = 1
+            while start < half:
+                stop = min(2 * start, half)
+                self.out[start:stop] = inside[start:stop]
+                start = stop
+            self.out[half:] = beside
+        return self.out
+
+
+class _Gradients:
+    """The gradients asked for: hidden in the GEMMs' dtype, weight as `weight_gradient_dtype` says, bias in float32."""
+
+    def __init__(
+        self, hidden_MH: torch.Tensor, weight_VH: torch.Tensor, needs: Sequence[bool], compute: torch.dtype, *,
+        final: bool, tiles: bool,
+    ) -> None:  # fmt: skip
+        device, wide = hidden_MH.device, math_dtype(compute)
+        self.device = device
+        self.hidden_MH = torch.empty(hidden_MH.shape, dtype=compute, device=device) if needs[0] else None
+        self.weight = None
+        if needs[1]:
+            dtype = weight_gradient_dtype(weight_VH.dtype, compute, final)
+            self.weight = _WeightSum(weight_VH.shape, dtype, compute, device, in_parts=not tiles)
         self.bias_V = torch.zeros(weight_VH.shape[0], dtype=wide, device=device) if needs[2] else None
 
-    def add(self, rows: slice, grad_CV: torch.Tensor, hidden_CH: torch.Tensor, weight_VH: torch.Tensor) -> None:
+    def add_rows(self, rows: slice, grad_CV: torch.Tensor, hidden_CH: torch.Tensor, weight_VH: torch.Tensor) -> None:
+        """A chunk of tokens, whole rows of the logits' gradient."""
         if self.bias_V is not None:
-            self.bias_V.add_(grad_CV.sum(0))
-        grad_CV = grad_CV.to(self.compute)
+            self.bias_V.add_(grad_CV.sum(0, dtype=self.bias_V.dtype))
         if self.hidden_MH is not None:
             torch.mm(grad_CV, weight_VH, out=self.hidden_MH[rows])
-        if self.weight_VH is None:
-            return
-        if grad_CV.is_cuda and torch.version.hip is None and self.compute != self.weight_VH.dtype:
-            # 16-bit operands on the tensor cores, but each chunk is added to the sum before it is rounded.
-            torch.addmm(self.weight_VH, grad_CV.t(), hidden_CH, out_dtype=self.weight_VH.dtype, out=self.weight_VH)
-        else:
-            self.weight_VH.addmm_(grad_CV.t().to(self.weight_VH.dtype), hidden_CH.to(self.weight_VH.dtype))
+        if self.weight is not None:
+            self.weight.add(grad_CV, hidden_CH)
 
     def get(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden, weight and bias gradient; empty where not asked for, since an op cannot return None."""
-        none = torch.empty(0, device=self.device)
-        hidden_MH = none if self.hidden_MH is None else self.hidden_MH
-        weight_VH = torch.empty_like(none) if self.weight_VH is None else self.weight_VH
-        bias_V = torch.empty_like(none) if self.bias_V is None else self.bias_V
-        return hidden_MH, weight_VH, bias_V
+        none = [torch.empty(0, device=self.device) for _ in range(3)]
+        weight_VH = none[1] if self.weight is None else self.weight.finish()
+        return (
+            none[0] if self.hidden_MH is None else self.hidden_MH,
+            weight_VH,
+            none[2] if self.bias_V is None else self.bias_V,
+        )
+
+
+def _run(
+    hidden_MH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, label_M: torch.Tensor, head: Head,
+    compute: torch.dtype, budget_mib: int | None, gradient: OfLoss | OfTokens | None, needs: Sequence[bool],
+    final: bool,
+) -> tuple[Statistics, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # fmt: skip
+    n_rows, vocab = hidden_MH.shape[0], weight_VH.shape[0]
+    device = hidden_MH.device
+    statistics = Statistics.empty(n_rows, math_dtype(compute), device)
+    narrowed = needs[1] and weight_gradient_dtype(weight_VH.dtype, compute, final) != math_dtype(compute)
+    if budget_mib is None:
+        budget_mib = automatic_budget_mib(n_rows, *weight_VH.shape, narrowed=narrowed)
+    kernels = runs_kernels(device, compute)
+    cut = plan(n_rows, vocab, compute, budget_mib, trainable=needs[1], kernels=kernels)
+    tiles = cut.columns < vocab
+    gradients = _Gradients(hidden_MH, weight_VH, needs, compute, final=final, tiles=tiles)
+    if n_rows == 0:
+        return statistics, gradients.get()
+    with torch.autocast(device.type, enabled=False):
+        weight_VH = weight_VH.to(compute)
+        bias_V = None if bias_V is None else bias_V.to(compute)
+        if tiles:
+            _run_tiles(hidden_MH.to(compute), weight_VH, bias_V, label_M, head, cut, gradient, statistics, gradients)
+        else:
+            buffer = _pitched(min(cut.rows, n_rows), vocab, compute, device)
+            for start in range(0, n_rows, cut.rows):
+                rows = slice(start, min(start + cut.rows, n_rows))
+                hidden_CH = hidden_MH[rows].to(compute)
+                logits_CV = _products(hidden_CH, weight_VH, bias_V, buffer)
+                here = gradient.rows(rows) if isinstance(gradient, OfTokens) else gradient
+                softmax_pass(logits_CV, label_M[rows], statistics.rows(rows), head, here)
+                if gradient is not None:
+                    gradients.add_rows(rows, logits_CV, hidden_CH, weight_VH)
+            del buffer, logits_CV
+        return statistics, gradients.get()
+
+
+def _run_tiles(
+    hidden_MH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, label_M: torch.Tensor, head: Head,
+    cut: Plan, gradient: OfLoss | OfTokens | None, statistics: Statistics, gradients: _Gradients,
+) -> None:  # fmt: skip
+    """Twice over the tiles of the vocabulary, all tokens at a time."""
+    n_rows, vocab = hidden_MH.shape[0], weight_VH.shape[0]
+    buffer = _pitched(n_rows, cut.columns, hidden_MH.dtype, hidden_MH.device)
+    tiles = [slice(start, min(start + cut.columns, vocab)) for start in range(0, vocab, cut.columns)]
+
+    def products(tile: slice) -> torch.Tensor:
+        return _products(hidden_MH, weight_VH[tile], None if bias_V is None else bias_V[tile], buffer)
+
+    running = Running.start(n_rows, hidden_MH.device)
+    for tile in tiles:
+        fold_pass(products(tile), tile.start, label_M, running, head)
+    log_total_M = running.finish(label_M, head, statistics)
+    if gradient is None:
+        return
+    hidden_sum_MH = torch.empty_like(hidden_MH, dtype=torch.float32) if gradients.hidden_MH is not None else None
+    for tile in tiles:
+        grad_MC = products(tile)
+        gradient_pass(grad_MC, tile.start, label_M, running, log_total_M, statistics, head, gradient)
+        if hidden_sum_MH is not None:
+            _add_product(hidden_sum_MH, grad_MC, weight_VH[tile], first=tile.start == 0)
+        if gradients.weight is not None:
+            gradients.weight.put(tile, grad_MC, hidden_MH)
+        if gradients.bias_V is not None:
+            gradients.bias_V[tile] = grad_MC.sum(0, dtype=torch.float32)
+    if gradients.hidden_MH is not None:
+        gradients.hidden_MH.copy_(hidden_sum_MH)
 
 
 @torch.library.custom_op(
     "chronicals_trl::linear_cross_entropy",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor live, float logit_scale, "
-    "float? softcap, ScalarType compute, SymInt chunk, bool dft, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? scale, float logit_scale, "
+    "float? softcap, ScalarType compute, int? budget_mib, bool dft, float z_loss, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def score(
     hidden_MH: torch.Tensor,
     weight_VH: torch.Tensor,
     bias_V: torch.Tensor | None,
-    labels_M: torch.Tensor,
-    live_M: torch.Tensor,
+    label_M: torch.Tensor,
+    scale: torch.Tensor | None,
     logit_scale: float,
     softcap: float | None,
     compute: torch.dtype,
-    chunk: int,
+    budget_mib: int | None,
     dft: bool,
+    z_loss: float,
     needs: list[bool],
 ) -> Any:
-    """Forward pass over all chunks: log_probs, entropy, is_top1 (M,), and the summed loss's gradients as asked for."""
-    head = _Head(logit_scale, softcap, compute)
-    n_rows = hidden_MH.shape[0]
-    log_probs_M = torch.zeros(n_rows, dtype=math_dtype(compute), device=hidden_MH.device)
-    entropy_M = torch.zeros_like(log_probs_M)
-    is_top1_M = torch.zeros(n_rows, dtype=torch.bool, device=hidden_MH.device)
-    sums = _Sums(hidden_MH, weight_VH, needs, compute)
-    with torch.autocast(hidden_MH.device.type, enabled=False):
-        weight_VH = weight_VH.to(compute)
-        bias_V = bias_V.to(compute) if bias_V is not None else None
-        for start in range(0, n_rows, chunk):
-            rows = slice(start, min(start + chunk, n_rows))
-            hidden_CH, label_C1, dead_C = hidden_MH[rows].to(compute), labels_M[rows, None], ~live_M[rows]
-            softmax = head.softmax(hidden_CH, weight_VH, bias_V)
-            log_probs_C = softmax.log_probs_CV.gather(1, label_C1).squeeze(1)
-            log_probs_M[rows] = log_probs_C.masked_fill(dead_C, 0.0)
-            entropy_M[rows] = softmax.entropy_C.masked_fill(dead_C, 0.0)
-            is_top1_M[rows] = (softmax.top_C == label_C1.squeeze(1)) & live_M[rows]
-            if any(needs):
-                grad_CV = softmax.probs_CV
-                grad_CV.scatter_add_(1, label_C1, grad_CV.new_full((1, 1), -1.0).expand(label_C1.shape))
-                if dft:
-                    grad_CV.mul_(log_probs_C.exp()[:, None])
-                # A fill, not a product: an ignored row may hold NaN.
-                grad_CV.masked_fill_(dead_C[:, None], 0.0)
-                sums.add(rows, head.chain(grad_CV, softmax), hidden_CH, weight_VH)
-    return log_probs_M, entropy_M, is_top1_M, *sums.get()
+    """Forward pass: log_prob, entropy, log-sum-exp, is_top1 (M,), and the summed loss's gradients as asked for.
+
+    The gradients are those of the loss times `scale`, but for float16's, which would underflow: theirs are not scaled.
+    """
+    gradient = None
+    if any(needs):
+        assert scale is not None
+        scale = torch.ones_like(scale) if compute == torch.float16 else scale
+        gradient = OfLoss(scale, dft, z_loss)
+    statistics, gradients = _run(
+        hidden_MH, weight_VH, bias_V, label_M, Head(logit_scale, softcap), compute, budget_mib, gradient, needs,
+        final=compute != torch.float16,
+    )  # fmt: skip
+    return *statistics, *gradients
 
 
 @score.register_fake
 def _(
-    hidden: Any, weight: Any, bias: Any, labels: Any, live: Any, scale: Any, cap: Any, compute: Any, chunk: Any,
-    dft: Any, needs: Any,
+    hidden: Any, weight: Any, bias: Any, labels: Any, scale: Any, logit_scale: Any, cap: Any, compute: Any,
+    budget: Any, dft: Any, z_loss: Any, needs: Any,
 ) -> Any:  # fmt: skip
-    log_probs = hidden.new_empty(hidden.shape[0], dtype=math_dtype(compute))
+    floats = [hidden.new_empty(hidden.shape[0], dtype=math_dtype(compute)) for _ in range(3)]
     is_top1 = hidden.new_empty(hidden.shape[0], dtype=torch.bool)
-    return log_probs, torch.empty_like(log_probs), is_top1, *_Sums(hidden, weight, needs, compute).get()
+    return *floats, is_top1, *_fake_gradients(hidden, weight, needs, compute, compute != torch.float16)
 
 
 @torch.library.custom_op(
     "chronicals_trl::linear_cross_entropy_recompute",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor live, float logit_scale, "
-    "float? softcap, ScalarType compute, SymInt chunk, Tensor grad_log_probs, Tensor? grad_entropy, bool[] needs) "
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float logit_scale, float? softcap, "
+    "ScalarType compute, int? budget_mib, Tensor grad_log_prob, Tensor? grad_entropy, Tensor? grad_lse, bool[] needs) "
     "-> (Tensor, Tensor, Tensor)",
 )
 def recompute(
     hidden_MH: torch.Tensor,
     weight_VH: torch.Tensor,
     bias_V: torch.Tensor | None,
-    labels_M: torch.Tensor,
-    live_M: torch.Tensor,
+    label_M: torch.Tensor,
     logit_scale: float,
     softcap: float | None,
     compute: torch.dtype,
-    chunk: int,
-    grad_log_probs_M: torch.Tensor,
+    budget_mib: int | None,
+    grad_log_prob_M: torch.Tensor,
     grad_entropy_M: torch.Tensor | None,
+    grad_lse_M: torch.Tensor | None,
     needs: list[bool],
 ) -> Any:
-    """Gradients from one coefficient a token for log_probs and entropy each, the logits computed once more.
-
-    d log_prob / d logit = onehot - p,    d entropy / d logit = -p (log p + entropy)
-    """
-    head = _Head(logit_scale, softcap, compute)
-    sums = _Sums(hidden_MH, weight_VH, needs, compute)
-    n_rows = hidden_MH.shape[0]
-    with torch.autocast(hidden_MH.device.type, enabled=False):
-        weight_VH = weight_VH.to(compute)
-        bias_V = bias_V.to(compute) if bias_V is not None else None
-        for start in range(0, n_rows, chunk):
-            rows = slice(start, min(start + chunk, n_rows))
-            hidden_CH = hidden_MH[rows].to(compute)
-            softmax = head.softmax(hidden_CH, weight_VH, bias_V)
-            if grad_entropy_M is None:
-                grad_CV = softmax.probs_CV.mul_(-grad_log_probs_M[rows, None])
-            else:
-                grad_CV = (softmax.log_probs_CV + softmax.entropy_C[:, None]).mul_(grad_entropy_M[rows, None])
-                grad_CV.add_(grad_log_probs_M[rows, None]).mul_(softmax.probs_CV).neg_()
-            grad_CV.scatter_add_(1, labels_M[rows, None], grad_log_probs_M[rows, None])
-            grad_CV.masked_fill_(~live_M[rows, None], 0.0)
-            sums.add(rows, head.chain(grad_CV, softmax), hidden_CH, weight_VH)
-    return sums.get()
+    """Gradients from the coefficients (M,) of log_prob, entropy and log-sum-exp, the logits computed once more."""
+    if not any(needs):
+        return _fake_gradients(hidden_MH, weight_VH, needs, compute, True)
+    given = (None if g is None else g.contiguous() for g in (grad_log_prob_M, grad_entropy_M, grad_lse_M))
+    _, gradients = _run(
+        hidden_MH, weight_VH, bias_V, label_M, Head(logit_scale, softcap), compute, budget_mib,
+        OfTokens(*given), needs, final=True,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return gradients
 
 
 @recompute.register_fake
 def _(
-    hidden: Any, weight: Any, bias: Any, labels: Any, live: Any, scale: Any, cap: Any, compute: Any, chunk: Any,
-    grad_log_probs: Any, grad_entropy: Any, needs: Any,
+    hidden: Any, weight: Any, bias: Any, labels: Any, logit_scale: Any, cap: Any, compute: Any, budget: Any,
+    grad_log_prob: Any, grad_entropy: Any, grad_lse: Any, needs: Any,
 ) -> Any:  # fmt: skip
-    return _Sums(hidden, weight, needs, compute).get()
+    return _fake_gradients(hidden, weight, needs, compute, True)
+
+
+def _fake_gradients(hidden: Any, weight: Any, needs: Any, compute: Any, final: bool) -> Any:
+    dtypes = compute, weight_gradient_dtype(weight.dtype, compute, final), math_dtype(compute)
+    shapes = hidden.shape, weight.shape, weight.shape[:1]
+    return tuple(
+        hidden.new_empty(shape, dtype=dtype) if need else hidden.new_empty(0, dtype=torch.float32)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+    )

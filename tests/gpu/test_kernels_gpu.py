@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 
 import pytest
 import torch
 from kernels import kernel_checks as check
 
 from chronicals_trl import kernels
+from chronicals_trl.kernels import _cross_entropy_chunks as chunks
 from chronicals_trl.kernels import _rms_norm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -163,10 +165,110 @@ def test_qk_norm_rope_partly_used():
 # Linear cross-entropy ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["chunks", "tiles"])
+def cut(request, monkeypatch):
+    """Both ways to cut the logits, of whatever size."""
+    tiles = request.param == "tiles"
+    monkeypatch.setattr(
+        chunks, "plan",
+        lambda n, vocab, *_, **__: chunks.Plan(n, min(vocab, 512)) if tiles else chunks.Plan(min(n, 256), vocab),
+    )  # fmt: skip
+    kernels.LAUNCHES.clear()
+    yield request.param
+    assert kernels.LAUNCHES["gradient_pass" if tiles else "softmax_pass"] > 0
+
+
 @dtypes
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"ignored": 1.0}, {"weighting": "dft"}], ids=str)
-def test_linear_cross_entropy(dtype, options):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": True}, {"ignored": 1.0}, {"weighting": "dft"}, {"huge": True}, {"scale": 1e-3}, {"scale": 1e3},
+        {"softcap": 5.0, "logit_scale": 0.5, "z_loss": 1e-3}, {"reduction": "none", "z_loss": 1e-3},
+        {"parts": ["loss", "log_probs", "entropy"]}, {"parts": ["entropy"], "differentiate": "tokens"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_linear_cross_entropy(cut, dtype, options):
     check.check_linear_cross_entropy("cuda", dtype, (257, 896, 1531), **options)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 896, 151_936), (7, 64, 50_257), (513, 128, 128_256), (300, 72, 151_933)], ids=str
+)
+def test_linear_cross_entropy_of_large_vocabularies(cut, shape):
+    check.check_linear_cross_entropy("cuda", torch.bfloat16, shape)
+
+
+def test_equal_logits_and_ties():
+    """All probabilities equal; the first token counts as the most likely one."""
+    hidden = torch.zeros(300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(151_936, 64, device="cuda", dtype=torch.bfloat16)
+    labels = torch.arange(300, device="cuda")
+    out = kernels.linear_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(out.log_probs, torch.full_like(out.log_probs, -math.log(151_936)))
+    torch.testing.assert_close(out.entropy, torch.full_like(out.entropy, math.log(151_936)))
+    assert out.is_top1.nonzero().flatten().tolist() == [0]
+
+
+@pytest.mark.parametrize("budget", [8192, 1024, 135, None])
+def test_more_logits_than_32_bits_count(budget):
+    """One chunk of all, chunks, tiles: statistics and gradients are those of the same rows alone."""
+    n, h, v = 16_384, 64, 151_936
+    hidden, weight, _, labels = check.ce_inputs("cuda", torch.bfloat16, n, h, v)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = kernels.linear_cross_entropy(hidden, weight, labels, reduction="sum", logit_budget_mib=budget)
+    out.loss.backward()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    assert peak < (budget or 320) + (4 * v * h + 8 * n * h) / 2**20 + 16
+    tail = slice(n - 64, n)
+    few = hidden.detach()[tail].clone().requires_grad_()
+    alone = kernels.linear_cross_entropy_reference(few.double(), weight.double(), labels[tail], reduction="sum")
+    alone.loss.backward()
+    torch.testing.assert_close(out.log_probs[tail].double(), alone.log_probs, rtol=0, atol=0.05)
+    error = (hidden.grad[tail].double() - few.grad.double()).abs().max() / few.grad.double().abs().max()
+    assert error < 2**-6
+
+
+def test_the_loss_is_capturable_and_does_not_wait():
+    hidden, weight, _, labels = check.ce_inputs("cuda", torch.bfloat16, 512, 128, 5000)
+    items = torch.tensor(400, device="cuda")
+
+    def step():
+        out = kernels.linear_cross_entropy(hidden, weight, labels, num_items=items)
+        return out.loss, *torch.autograd.grad(out.loss, (hidden, weight))
+
+    expected = [t.clone() for t in step()]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for t in captured:
+        t.zero_()
+    graph.replay()
+    for ours, eager in zip(captured, expected, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("differentiate", ["all", "loss", "tokens"])
+def test_compiled_linear_cross_entropy(differentiate):
+    torch._dynamo.reset()
+    hidden, weight, _, labels = check.ce_inputs("cuda", torch.bfloat16, 300, 128, 5000)
+
+    def fn(h, w):
+        return kernels.linear_cross_entropy(h, w, labels, differentiate=differentiate).loss
+
+    compiled = torch.compile(fn, fullgraph=True)
+    ours, eager = (
+        (f(hidden, weight), *torch.autograd.grad(f(hidden, weight), (hidden, weight))) for f in (compiled, fn)
+    )
+    for a, b in zip(ours, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-5)
 
 
 # Every op, in other surroundings -------------------------------------------------------------------------------------

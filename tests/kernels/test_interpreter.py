@@ -12,7 +12,10 @@ import pytest
 from chronicals_trl.kernels import _common
 
 # The first is for the interpreter alone; the others hold for either path.
-FILES = ("test_interp_kernels.py", "test_kernel_op.py", "test_gated_mlp.py", "test_shared_linear.py")
+FILES = (
+    "test_interp_kernels.py", "test_kernel_op.py", "test_gated_mlp.py", "test_shared_linear.py",
+    "test_interp_cross_entropy.py",
+)  # fmt: skip
 
 
 @pytest.mark.slow
