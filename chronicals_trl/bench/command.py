@@ -1,4 +1,7 @@
-"""The command line of the benchmarks: `chronicals-trl bench ops`, or `python3 -m chronicals_trl.bench ops`."""
+"""The command line of the benchmarks: `chronicals-trl bench ops` and `chronicals-trl bench head`.
+
+Without the console script: `python3 -m chronicals_trl.bench ops`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from chronicals_trl.bench import report
+from chronicals_trl.bench import head, head_report, head_run, report
 from chronicals_trl.bench.ops import OPS, SHAPES, SIDES
 from chronicals_trl.bench.run import Settings, run
 
@@ -17,7 +21,8 @@ __all__ = ["main"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 REPEATS, QUICK_REPEATS = 15, 5
-DRY_RUN_TOKENS = 32
+HEAD_SAMPLES, QUICK_HEAD_SAMPLES = 5, 2  # in each of two rounds
+DRY_RUN_TOKENS, DRY_RUN_HIDDEN, DRY_RUN_VOCAB = 32, 64, 1000
 
 _OPS_DESCRIPTION = """\
 Time the fused ops, forward and backward, against eager torch, torch.compile, Liger and quack on this GPU.
@@ -26,50 +31,57 @@ Every side is checked against float64 first. Times are CUDA-graph replays over b
 cache; the copy bandwidth of the GPU is measured in the same run and is the yardstick. Writes bench_ops_GPU.json and
 .png. Without a GPU this is a dry run on the CPU, for trying the command: its times mean nothing."""
 
+_HEAD_DESCRIPTION = """\
+Time the linear head with cross-entropy, forward and backward in bf16, with a trained and a frozen weight, against
+TRL's fused head, Liger, Apple's Cut Cross-Entropy, quack, torch's own op, torch.compile and full logits.
+
+Every side is checked against float64 on a sample; its memory is measured; the matrix multiplications alone are timed
+in the same run and are the yardstick. Writes bench_head_GPU.json and .png. Without a GPU this is a dry run on the CPU
+with tiny sizes, for trying the command: its times mean nothing."""
+
 
 def main(argv: Sequence[str] | None = None, prog: str = "chronicals-trl bench") -> int:
     """Run what `argv` says; returns the exit code: 1 when one of our own ops failed or was wrong."""
     parser = argparse.ArgumentParser(prog=prog, description="Benchmarks of chronicals-trl.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", metavar="{ops}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{ops,head}", required=True)
     ops = commands.add_parser(
         "ops", help="the fused ops against eager, torch.compile, Liger and quack", description=_OPS_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     ops.add_argument("--ops", nargs="+", metavar="OP", help=f"default all: {' '.join(OPS)}")
-    ops.add_argument("--shapes", nargs="+", metavar="SHAPE", help=f"default all: {' '.join(SHAPES)}")
-    ops.add_argument("--sides", nargs="+", metavar="SIDE", help=f"default all: {' '.join(SIDES)}")
     ops.add_argument("--dtype", default="bfloat16", help=f"one of {' '.join(DTYPES)}; default bfloat16")
-    ops.add_argument("--tokens", type=int, metavar="N", help=f"instead of the shapes' own ({DRY_RUN_TOKENS} on a CPU)")
-    ops.add_argument(
-        "--quick", action="store_true",
-        help=f"{QUICK_REPEATS} samples, not {REPEATS}; no host costs; only {next(iter(SHAPES))} without --shapes",
+    _add_common(ops, SHAPES, SIDES, f"{QUICK_REPEATS} samples, not {REPEATS}; no host costs")
+    heads = commands.add_parser(
+        "head", help="the head with its cross-entropy against TRL, Liger, Apple's CCE, quack and torch",
+        description=_HEAD_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
-    ops.add_argument(
+    _add_common(heads, head.SHAPES, head.SIDES, f"{2 * QUICK_HEAD_SAMPLES} samples, not {2 * HEAD_SAMPLES}")
+    options = parser.parse_args(argv)
+    return _ops(ops, options) if options.command == "ops" else _head(heads, options)
+
+
+def _add_common(parser: argparse.ArgumentParser, shapes: Iterable[str], sides: Iterable[str], quick: str) -> None:
+    shapes = list(shapes)
+    parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help=f"default all: {' '.join(shapes)}")
+    parser.add_argument("--sides", nargs="+", metavar="SIDE", help=f"default all: {' '.join(sides)}")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help=f"instead of the shapes' own ({DRY_RUN_TOKENS} on a CPU)"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"{quick}; only {shapes[0]} without --shapes")
+    parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder for the files; default docs/results if it exists, else ."
     )
-    options = parser.parse_args(argv)
-    return _ops(ops, options)
 
 
 def _ops(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    default_shapes = list(SHAPES)[:1] if options.quick else list(SHAPES)
     ops = _known(parser, "op", options.ops, OPS, list(OPS))
-    shapes = _known(parser, "shape", options.shapes, SHAPES, default_shapes)
-    sides = _known(parser, "side", options.sides, SIDES, list(SIDES))
+    shapes, sides = _shapes_and_sides(parser, options, SHAPES, SIDES)
     _known(parser, "dtype", [options.dtype], DTYPES, [])
-    if options.tokens is not None and options.tokens < 1:
-        parser.error(f"--tokens must be at least 1, not {options.tokens}")
-    folder = options.output or (Path("docs/results") if Path("docs/results").is_dir() else Path())
-    folder.mkdir(parents=True, exist_ok=True)
-
-    on_gpu = torch.cuda.is_available()
-    tokens = options.tokens if options.tokens is not None or on_gpu else DRY_RUN_TOKENS
+    device, folder, tokens = _prepare(options)
     skipped = {}
-    if not on_gpu:
-        print(f"{report.DRY_RUN}. {tokens} tokens.")
-        if options.sides is None:  # minutes of C++ compiling that would show nothing
-            sides = [side for side in sides if side != "compile"]
-            skipped["compile"] = "on a CPU only if --sides names it"
+    if device.type == "cpu" and options.sides is None:  # minutes of C++ compiling that would show nothing
+        sides = [side for side in sides if side != "compile"]
+        skipped["compile"] = "on a CPU only if --sides names it"
     result = run(
         Settings(
             ops=[OPS[name] for name in ops],
@@ -77,19 +89,75 @@ def _ops(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             sides=sides,
             skipped=skipped,
             dtype=DTYPES[options.dtype],
-            device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
+            device=device,
             repeats=QUICK_REPEATS if options.quick else REPEATS,
             host=not options.quick,
         ),
-        say=lambda line: print(line, flush=True),
+        say=_say,
     )
-    path = folder / report.file_stem(result["gpu"])
+    return _finish(result, folder / report.file_stem(result["gpu"]), report)
+
+
+def _head(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    names, sides = _shapes_and_sides(parser, options, head.SHAPES, head.SIDES)
+    device, folder, tokens = _prepare(options)
+    shapes = [replace(head.SHAPES[name], tokens=tokens or head.SHAPES[name].tokens) for name in names]
+    skipped = {}
+    if device.type == "cpu":
+        shapes = [replace(shape, hidden=DRY_RUN_HIDDEN, vocab=DRY_RUN_VOCAB) for shape in shapes]
+        if options.sides is None:
+            skipped = dict.fromkeys(head.NOT_ON_CPU, "on a CPU only if --sides names it")
+            sides = [side for side in sides if side not in skipped]
+    path = folder / report.file_stem(None if device.type == "cpu" else torch.cuda.get_device_name(device), "head")
+    result = head_run.run(
+        head_run.Settings(
+            shapes=shapes,
+            sides=sides,
+            skipped=skipped,
+            dtype=torch.bfloat16,
+            device=device,
+            samples=QUICK_HEAD_SAMPLES if options.quick else HEAD_SAMPLES,
+            keep=lambda so_far: report.write_json(so_far, path.with_suffix(".json")),
+        ),
+        say=_say,
+    )
+    return _finish(result, path, head_report)
+
+
+def _shapes_and_sides(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, shapes: Iterable[str], sides: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    shapes, sides = list(shapes), list(sides)
+    if options.tokens is not None and options.tokens < 1:
+        parser.error(f"--tokens must be at least 1, not {options.tokens}")
+    return (
+        _known(parser, "shape", options.shapes, shapes, shapes[:1] if options.quick else shapes),
+        _known(parser, "side", options.sides, sides, sides),
+    )
+
+
+def _prepare(options: argparse.Namespace) -> tuple[torch.device, Path, int | None]:
+    """The device, the folder for the files, and the number of tokens, None for the shapes' own."""
+    folder = options.output or (Path("docs/results") if Path("docs/results").is_dir() else Path())
+    folder.mkdir(parents=True, exist_ok=True)
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device()), folder, options.tokens
+    tokens = DRY_RUN_TOKENS if options.tokens is None else options.tokens
+    print(f"{report.DRY_RUN}. {tokens} tokens.")
+    return torch.device("cpu"), folder, tokens
+
+
+def _finish(result: dict[str, Any], path: Path, shown_by: Any) -> int:
+    """Files and tables; `shown_by` is the module that makes the tables and the plot of this benchmark."""
     report.write_json(result, path.with_suffix(".json"))  # first: whatever the rest does, the figures are kept
-    report.print_tables(result)
-    without_plot = report.write_plot(result, path.with_suffix(".png"))
+    shown_by.print_tables(result)
+    without_plot = shown_by.write_plot(result, path.with_suffix(".png"))
     print(f"{path.with_suffix('.json')}; {without_plot or path.with_suffix('.png')}; {result['seconds']} s in all")
-    broken = [row for row in result["rows"] if row["side"] == "ours" and row["status"] != "ok"]
-    return 1 if broken else 0
+    return int(any(row["side"].startswith("ours") and row["status"] != "ok" for row in result["rows"]))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _known(

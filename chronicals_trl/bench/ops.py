@@ -34,19 +34,16 @@ import torch
 import torch.nn.functional as F
 
 from chronicals_trl import kernels
+from chronicals_trl.bench.common import NotOffered
 from chronicals_trl.bench.timing import BufferSet
 
-__all__ = ["OPS", "SHAPES", "SIDES", "NotOffered", "Op", "Shape", "load_side", "make_buffers"]
+__all__ = ["OPS", "SHAPES", "SIDES", "Op", "Shape", "load_side", "make_buffers"]
 
 EPS = 1e-6
 SIDES = ("ours", "eager", "compile", "liger", "quack")
 
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]
 Call = Callable[..., Any]
-
-
-class NotOffered(Exception):
-    """The library of this side has no such op."""
 
 
 @dataclass(frozen=True)

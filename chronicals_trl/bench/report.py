@@ -9,35 +9,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["file_stem", "print_tables", "write_json", "write_plot"]
+from chronicals_trl.bench.verdict import beyond
+
+__all__ = ["COLORS", "file_stem", "print_table", "print_tables", "pyplot", "verdict_lines", "write_json", "write_plot"]
 
 DRY_RUN = "CPU DRY RUN: no GPU here, so the times mean nothing"
 
 _COLUMNS = ("op", "shape", "pass", "side", "us", "spread", "GB/s", "of copy", "ours is")
 _TEXT_COLUMNS = 4  # the first ones, aligned to the left
-_COLORS = {"ours": "#d1495b", "eager": "#8d99ae", "compile": "#edae49", "liger": "#30638e", "quack": "#66a182"}
+COLORS = {"ours": "#d1495b", "eager": "#8d99ae", "compile": "#edae49", "liger": "#30638e", "quack": "#66a182"}
 
 
-def file_stem(gpu: str | None) -> str:
+def file_stem(gpu: str | None, benchmark: str = "ops") -> str:
     """`bench_ops_h100` for "NVIDIA H100 80GB HBM3", `bench_ops_cpu` for None."""
     name = "cpu" if gpu is None else re.sub(r"nvidia|geforce|\b\d+ ?gb.*", "", gpu.lower())
-    return "bench_ops_" + re.sub(r"[^a-z0-9]+", "_", name).strip("_")
+    return f"bench_{benchmark}_" + re.sub(r"[^a-z0-9]+", "_", name).strip("_")
 
 
 def print_tables(result: dict[str, Any]) -> None:
     """The figures, what could not be measured, the host's costs and the verdict; rich where it is installed."""
     where = DRY_RUN if result["dry_run"] else f"{result['gpu']}, copy {result['copy_gb_per_s']:,.0f} GB/s"
-    _print_table(f"{where}; {result['dtype']}, {result['method']}", _COLUMNS, _figures(result), _TEXT_COLUMNS)
+    print_table(f"{where}; {result['dtype']}, {result['method']}", _COLUMNS, _figures(result), _TEXT_COLUMNS)
     for line in _not_measured(result["rows"]):
         print(line)
     if result["host"]:
         title = "Host's cost of one call in eager mode, tiny inputs"
-        _print_table(title, ("op", "side", "forward us", "forward + backward us"), _host(result["host"]), 2)
+        print_table(title, ("op", "side", "forward us", "forward + backward us"), _host(result["host"]), 2)
     if result["dry_run"]:
         print("Verdict: none, the targets are for a GPU.")
     else:
         title = "Verdict at the shapes of this run"
-        _print_table(title, ("target", "outcome", "figures (least first)"), _verdict(result["verdict"]), 3)
+        print_table(title, ("target", "outcome", "figures (worst first)"), verdict_lines(result["verdict"]), 3)
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:
@@ -47,13 +49,9 @@ def write_json(result: dict[str, Any], path: Path) -> None:
 
 def write_plot(result: dict[str, Any], path: Path) -> str | None:
     """Bars of the share of the copy bandwidth; returns why there is no plot, or None."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "no plot: matplotlib is not installed (pip install 'chronicals-trl[bench]')"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
+    if isinstance(plt, str):
+        return plt
     rows = [row for row in result["rows"] if row["timing"] is not None]
     if not rows:
         return "no plot: nothing was measured"
@@ -71,7 +69,7 @@ def write_plot(result: dict[str, Any], path: Path) -> str | None:
                 # A side without a figure has no bar: 0 would read as a measurement.
                 at = [x for x, op in enumerate(ops) if (op, shape, direction, side) in share]
                 heights = [share[ops[x], shape, direction, side] for x in at]
-                bars = axis.bar([x + offset for x in at], heights, width, color=_COLORS.get(side), label=side)
+                bars = axis.bar([x + offset for x in at], heights, width, color=COLORS.get(side), label=side)
                 if side == "ours":
                     # On white, in front of the line at 100, which would strike through figures just below it.
                     behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
@@ -88,6 +86,18 @@ def write_plot(result: dict[str, Any], path: Path) -> str | None:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return None
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing into files; or why there is no plot."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no plot: matplotlib is not installed (pip install 'chronicals-trl[bench]')"
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 def _figures(result: dict[str, Any]) -> list[list[str]]:
@@ -136,19 +146,20 @@ def _host(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def _verdict(judged: Sequence[dict[str, Any]]) -> list[list[str]]:
+def verdict_lines(judged: Sequence[dict[str, Any]]) -> list[list[str]]:
     lines = []
     for each in judged:
-        ordered = sorted(each["figures"].items(), key=lambda item: item[1])
-        # All that missed, or the six lowest: three shapes both ways.
-        shown = [f"{key} {value:.3f}" for key, value in ordered if value < each["at_least"]]
+        at_most = each["at_most"]
+        ordered = sorted(each["figures"].items(), key=lambda item: item[1], reverse=at_most is not None)
+        # All that missed, or the six worst: three shapes both ways.
+        shown = [f"{key} {value:.3f}" for key, value in ordered if beyond(value, each["at_least"], at_most)]
         shown = shown or [f"{key} {value:.3f}" for key, value in ordered[:6]]
         shown += [f"{key}: {reason}" for key, reason in list(each["missing"].items())[:3]]
         lines.append([each["target"], each["outcome"], "; ".join(shown)])
     return lines
 
 
-def _print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], text_columns: int) -> None:
+def print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], text_columns: int) -> None:
     try:
         from rich.console import Console
         from rich.table import Table

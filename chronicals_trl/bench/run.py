@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +13,9 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 
-from chronicals_trl import __version__
-from chronicals_trl._versions import installed
 from chronicals_trl.bench import timing, verdict
-from chronicals_trl.bench.ops import NotOffered, Op, Shape, load_side, make_buffers
+from chronicals_trl.bench.common import explain, finite, versions
+from chronicals_trl.bench.ops import Op, Shape, load_side, make_buffers
 from chronicals_trl.bench.timing import BufferSet, Timing
 
 __all__ = ["DIRECTIONS", "Row", "Settings", "deviation", "run"]
@@ -114,7 +112,7 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - start, 1),
         "gpu": None if dry_run else torch.cuda.get_device_name(settings.device),
-        "versions": _versions(),
+        "versions": versions("torch", "triton", "transformers", "liger-kernel", "quack-kernels"),
         "dtype": str(settings.dtype).removeprefix("torch."),
         "check_bounds": {"error": _bound(settings.dtype, NORM_BOUND), "worst": _bound(settings.dtype, WORST_BOUND)},
         "copy_gb_per_s": copy_gb,
@@ -161,7 +159,7 @@ def _run_case(op: Op, shape: Shape, settings: Settings, copy_gb: float) -> list[
         sets = [pristine.clone() for _ in range(count)]
         reference = _evaluate(op.eager, pristine.clone(torch.float64))
     except Exception as error:
-        status, reason = _explain(error)
+        status, reason = explain(error)
         rows = [replace(blank, side=side, status=status, reason=f"before any side ran: {reason}")
                 for side in settings.sides]  # fmt: skip
     else:
@@ -200,9 +198,9 @@ def _run_side(
         fn = load_side(op, blank.side)
         error, worst = deviation(_evaluate(fn, pristine.clone()), reference)
     except Exception as failure:
-        status, reason = _explain(failure)
+        status, reason = explain(failure)
         return [replace(blank, status=status, reason=reason)]
-    blank = replace(blank, error=_finite(error), worst=_finite(worst))
+    blank = replace(blank, error=finite(error), worst=finite(worst))
     norm_bound, worst_bound = (_bound(settings.dtype, factor) for factor in (NORM_BOUND, WORST_BOUND))
     if not (error <= norm_bound and worst <= worst_bound):  # NaN fails both
         reason = (
@@ -217,7 +215,7 @@ def _run_side(
             timed = measure(fn, sets, pristine, moved[direction], settings.repeats)
             rows.append(replace(blank, direction=direction, timing=timed))
         except Exception as failure:
-            status, reason = _explain(failure)
+            status, reason = explain(failure)
             rows.append(replace(blank, direction=direction, status=status, reason=reason))
     return rows
 
@@ -238,7 +236,7 @@ def _host_costs(op: Op, shape: Shape, settings: Settings) -> list[dict[str, Any]
             entry["forward_us"] = timing.host_us(partial(fn, *buffers.args), settings.device)
             entry["forward_backward_us"] = timing.host_us(partial(_step, fn, buffers), settings.device)
         except Exception as failure:
-            entry["status"], entry["reason"] = _explain(failure)
+            entry["status"], entry["reason"] = explain(failure)
         found.append(entry)
     return found
 
@@ -252,28 +250,6 @@ def _bound(dtype: torch.dtype, factor: int) -> float:
     return factor * max(torch.finfo(dtype).eps, 1e-5)
 
 
-def _finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return value if math.isfinite(value) else None
-
-
-def _explain(error: Exception) -> tuple[str, str]:
-    """Status and reason of a side that raised."""
-    if isinstance(error, NotOffered):
-        return "not offered", str(error)
-    if isinstance(error, ModuleNotFoundError):
-        return "not installed", str(error)
-    told = _one_line(error)
-    if error.__context__ is not None:  # a failed capture ends in a second error; the first is the one that tells
-        told += f" (after {_one_line(error.__context__)})"
-    return "failed", told
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
-
-
 def _summary(op: Op, shape: Shape, rows: Sequence[Row]) -> str:
     """The case on one line: forward/backward microseconds of each side."""
     told = []
@@ -284,13 +260,3 @@ def _summary(op: Op, shape: Shape, rows: Sequence[Row]) -> str:
         elif mine[0].status not in ("not offered", "not run"):
             told.append(f"{side} {mine[0].status}")
     return f"{op.name} {shape.name}, us forward/backward: {', '.join(told)}"
-
-
-def _versions() -> dict[str, str | None]:
-    names = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels")
-    return {
-        "chronicals-trl": __version__,
-        **{name: installed(name) for name in names},
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-    }

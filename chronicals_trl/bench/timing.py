@@ -18,7 +18,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["BufferSet", "Timing", "copy_bandwidth", "host_us", "set_count", "time_backward", "time_forward"]
+__all__ = [
+    "BufferSet",
+    "Timing",
+    "copy_bandwidth",
+    "host_us",
+    "quantile",
+    "replay_ms",
+    "sample_ms",
+    "set_count",
+    "time_backward",
+    "time_forward",
+]
 
 #: The sets of buffers together touch at least this many times the L2 cache.
 L2_FACTOR = 4
@@ -31,6 +42,8 @@ GRAPH_CALLS = 256
 REPLAYS = 3
 WARM_UP = 2
 COPY_BYTES = 2**30
+#: About a millisecond of a GPU.
+BUSY_CYCLES = 2_000_000
 
 GRAPH, DRY_RUN = "CUDA graph replay", "cpu dry run"
 
@@ -167,6 +180,30 @@ def host_us(call: Callable[[], Any], device: torch.device, *, batches: int = 7) 
     return statistics.median(samples[1:])  # the first was the warm-up
 
 
+def sample_ms(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of one `call` that is long enough to be timed by itself, launched as a training step launches it.
+
+    The GPU is kept busy for a moment first, so that `call`'s first kernels are queued by the time that it is free: the
+    host counts where it is late, as after a synchronisation inside `call`, and not for having started.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(BUSY_CYCLES)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def replay_ms(call: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    """Milliseconds of one `call` as a CUDA graph, `repeats` samples; raises what capturing it raises."""
+    return [us / 1e3 for us in _replay([call], lambda: None, 1, repeats, device)]
+
+
 def _time(
     calls: Sequence[Callable[[], Any]],
     restore: Callable[[], None],
@@ -181,7 +218,7 @@ def _time(
     else:
         samples = _run_on_cpu(calls, restore, repeats)
         count, factor, method = len(calls), None, DRY_RUN
-    low, high = (_quantile(samples, q) for q in (0.2, 0.8))
+    low, high = (quantile(samples, q) for q in (0.2, 0.8))
     return Timing(statistics.median(samples), low, high, len(samples), count, len(calls), factor, method)
 
 
@@ -262,7 +299,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _quantile(samples: Sequence[float], q: float) -> float:
+def quantile(samples: Sequence[float], q: float) -> float:
     """Linear interpolation between the two samples nearest to the quantile."""
     ordered = sorted(samples)
     at = q * (len(ordered) - 1)

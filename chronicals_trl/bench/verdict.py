@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from chronicals_trl.bench.run import Row
 
-__all__ = ["NOISE", "TARGETS", "Judged", "Target", "judge"]
+__all__ = ["NOISE", "TARGETS", "Judged", "Target", "beyond", "conclude", "judge"]
 
 #: Two runs of one kernel differ by about this much: "no slower" allows for it, "ahead" has to exceed it.
 NOISE = 0.02
@@ -24,14 +24,15 @@ class Judged:
         outcome: "met", "missed", or "not measured" when nothing missed it but a figure that it needs is not there.
         figures: "op shape direction" to the figure that was compared, where there is one.
         missing: What there is no figure for, and why.
-        at_least: The figure that each has to reach.
+        at_least, at_most: What each figure has to reach, or may not exceed; one of the two is given.
     """
 
     target: str
     outcome: str
     figures: dict[str, float]
     missing: dict[str, str]
-    at_least: float
+    at_least: float | None = None
+    at_most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,30 @@ TARGETS = (
 )
 
 
+def beyond(figure: float, at_least: float | None, at_most: float | None) -> bool:
+    """Whether a figure misses its bound."""
+    return (at_least is not None and figure < at_least) or (at_most is not None and figure > at_most)
+
+
+def conclude(
+    text: str,
+    figures: dict[str, float],
+    missing: dict[str, str],
+    broken: bool,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Judged:
+    """The outcome of a target; `broken` if our own op failed, which is a miss whatever the figures."""
+    if broken or any(beyond(figure, at_least, at_most) for figure in figures.values()):
+        outcome = "missed"
+    elif missing or not figures:
+        outcome = "not measured"
+    else:
+        outcome = "met"
+    return Judged(text, outcome, figures, missing, at_least, at_most)
+
+
 def judge(rows: Sequence[Row], targets: Sequence[Target] = TARGETS) -> list[Judged]:
     """Each target against each op and shape in `rows`."""
     table = {(row.op, row.shape, row.direction, row.side): row for row in rows}
@@ -102,13 +127,7 @@ def _judge(target: Target, table: dict[tuple[str, str, str, str], Row], cases: l
                     missing[key] = f"{target.against}: {without}"
                 else:
                     figures[key] = _total(peer) / _total(ours)
-    if broken or any(figure < target.at_least for figure in figures.values()):
-        outcome = "missed"
-    elif missing or not figures:
-        outcome = "not measured"
-    else:
-        outcome = "met"
-    return Judged(target.text, outcome, figures, missing, target.at_least)
+    return conclude(target.text, figures, missing, broken, at_least=target.at_least)
 
 
 def _first_without_time(rows: Sequence[Row | None]) -> str | None:

@@ -1,4 +1,4 @@
-"""`bench ops` on a GPU: its times are those of a plain loop, and a run measures what it says."""
+"""`bench ops` and `bench head` on a GPU: times are those of a plain loop, and a run measures what it says."""
 
 from __future__ import annotations
 
@@ -53,3 +53,28 @@ def test_a_run(tmp_path):
     assert {row["status"] for row in result["rows"]} == {"ok"}
     # Nothing beats the memory by much; a time from the cache, or of an empty graph, would.
     assert all(0.01 < row["copy_share"] < 1.25 for row in result["rows"])
+
+
+def test_a_run_of_the_head(tmp_path):
+    """Of the sides that need no package but TRL, at a fraction of the tokens; the memory is what one can count."""
+    arguments = ["--quick", "--tokens", "2048", "--sides", "ours", "ours_135", "trl", "eager"]
+    assert main(["head", *arguments, "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("bench_head_*.json")
+    result = json.loads(path.read_text())
+    assert [case["floor_chunk"] for case in result["cases"]] == [2048, 2048]
+    assert all(100 < case["floor_tflops"] < 1000 for case in result["cases"])
+    rows = {(row["frozen"], row["side"]): row for row in result["rows"]}
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    # Nothing beats the multiplications alone; eager also waits for the memory.
+    assert all(0.95 < row["of_floor"] < 30 for row in rows.values())
+    tokens, hidden, vocab, mib = 2048, 896, 151_936, 2**20
+    for frozen in (False, True):
+        # log_softmax's backward: its result, the gradient that it gets and the one that it gives, all in float32.
+        gradients = 2 * hidden * (tokens + (0 if frozen else vocab)) / mib
+        assert rows[frozen, "eager"]["extra_mib"] == pytest.approx(12 * tokens * vocab / mib - gradients, rel=0.03)
+        # TRL's sums of the gradients in float32, and a tile of 2048 x 32768 logits.
+        sums = 4 * hidden * (tokens + (0 if frozen else vocab)) / mib
+        assert rows[frozen, "trl"]["extra_mib"] == pytest.approx(sums + 2 * tokens * 32768 / mib, rel=0.03)
+        ours = rows[frozen, "ours"]
+        assert ours["graph_reason"] is None and ours["graph_ms"] == pytest.approx(ours["ms"], rel=0.1)
+        assert ours["errors"]["hidden_rms"] < 0.02

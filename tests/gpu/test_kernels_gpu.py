@@ -166,7 +166,7 @@ def test_qk_norm_rope_partly_used():
 
 
 @pytest.fixture(params=["chunks", "tiles"])
-def cut(request, monkeypatch):
+def way(request, monkeypatch):
     """Both ways to cut the logits, of whatever size."""
     tiles = request.param == "tiles"
     monkeypatch.setattr(
@@ -188,14 +188,14 @@ def cut(request, monkeypatch):
     ],
     ids=str,
 )  # fmt: skip
-def test_linear_cross_entropy(cut, dtype, options):
+def test_linear_cross_entropy(way, dtype, options):
     check.check_linear_cross_entropy("cuda", dtype, (257, 896, 1531), **options)
 
 
 @pytest.mark.parametrize(
     "shape", [(1, 896, 151_936), (7, 64, 50_257), (513, 128, 128_256), (300, 72, 151_933)], ids=str
 )
-def test_linear_cross_entropy_of_large_vocabularies(cut, shape):
+def test_linear_cross_entropy_of_large_vocabularies(way, shape):
     check.check_linear_cross_entropy("cuda", torch.bfloat16, shape)
 
 
