@@ -38,8 +38,11 @@ from ._cross_entropy_pass import (
 
 MIB = 2**20
 
-# The automatic budget: between what keeps GEMMs efficient and what makes them no faster (H100).
-LEAST_MIB, MOST_MIB = 320, 1024
+# A larger budget makes nothing faster (H100).
+MOST_MIB = 1024
+
+# TRL 1.16's tile of logits: at most so many tokens, of so many columns of the vocabulary.
+_TRL_TILE = 4096, 32_768
 
 # Chunks of fewer tokens than this cost more in traffic of the float32 sum than vocabulary tiles do in operations:
 # 8 V H bytes a chunk against 2 C H V operations and 2 C V bytes, at an H100's 3 TB/s and 650 TFLOP/s.
@@ -56,15 +59,16 @@ class Plan(NamedTuple):
     columns: int
 
 
-def automatic_budget_mib(n_rows: int, vocab: int, hidden_size: int, *, narrowed: bool) -> int:
-    """MiB of logits with which the head's peak is no higher than that of TRL's fused head.
+def automatic_budget_mib(n_rows: int, vocab: int, hidden_size: int, itemsize: int, *, narrowed: bool) -> int:
+    """MiB of logits with which the head's peak is that of TRL's fused head, but at most MOST_MIB.
 
-    TRL 1.16 holds the weight gradient in float32 and in 16 bits at once when it converts it, and the hidden gradient
-    likewise. Ours is `narrowed` in its own memory, so what TRL has for the second copy is there for logits. Without a
-    second copy (frozen weight, float32 weight) that leaves nothing, and the least that is fast is taken.
+    TRL holds its tile of logits, and the gradients in float32 and in their own dtype at once when it converts them. Of
+    the weight gradient, ours is `narrowed` in its own memory; of the hidden gradient there is only one. What TRL has
+    for all of that is there for logits.
     """
-    spare = (2 * vocab + 4 * n_rows) * hidden_size // MIB if narrowed else 0
-    return min(MOST_MIB, max(LEAST_MIB, spare))
+    tile = min(n_rows, _TRL_TILE[0]) * min(vocab, _TRL_TILE[1]) * itemsize
+    spare = tile + 4 * n_rows * hidden_size + (itemsize * vocab * hidden_size if narrowed else 0)
+    return min(MOST_MIB, max(1, spare // MIB))
 
 
 def plan(
@@ -228,7 +232,7 @@ def _run(
     statistics = Statistics.empty(n_rows, math_dtype(compute), device)
     narrowed = needs[1] and weight_gradient_dtype(weight_VH.dtype, compute, final) != math_dtype(compute)
     if budget_mib is None:
-        budget_mib = automatic_budget_mib(n_rows, *weight_VH.shape, narrowed=narrowed)
+        budget_mib = automatic_budget_mib(n_rows, *weight_VH.shape, compute.itemsize, narrowed=narrowed)
     kernels = runs_kernels(device, compute)
     cut = plan(n_rows, vocab, compute, budget_mib, trainable=needs[1], kernels=kernels)
     tiles = cut.columns < vocab

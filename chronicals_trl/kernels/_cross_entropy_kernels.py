@@ -159,6 +159,8 @@ def softmax_pass_kernel(
     row_ptr = logits_ptr + row * stride
     label = tl.load(label_ptr + row)
     n_full = n_cols // BLOCK
+    # A label beyond the vocabulary has no logit: NaN, which nobody overlooks. Read early: it need not be waited for.
+    label_product = tl.load(row_ptr + label, mask=(label >= 0) & (label < n_cols), other=float("nan"))
     # Zero, but not known to the compiler: or it keeps the unpacked elements of the first reading for the second.
     zero = n_cols >> 31
     offsets = _offsets(GROUPS, GROUP)
@@ -190,8 +192,6 @@ def softmax_pass_kernel(
         log_total = tl.log2(row_total)
         entropy = (log_total - row_mean / row_total) * 0.6931471805599453
         lse = (row_peak * to_log2 + log_total) * 0.6931471805599453
-        # A label beyond the vocabulary has no logit: NaN, which nobody overlooks.
-        label_product = tl.load(row_ptr + label, mask=label < n_cols, other=float("nan"))
         label_v = _up_to_a_factor(label_product, inner, CAP)
         label_log2_p = (label_v - row_peak) * to_log2 - log_total
         top = _first_of_the_maxima(row_ptr, n_cols, inner, row_peak, peak, first, CAP, GROUPS, GROUP)
@@ -210,7 +210,9 @@ def softmax_pass_kernel(
                 v = _up_to_a_factor(tl.load(row_ptr + n_full * BLOCK + offsets, mask=mask, other=0.0), inner, CAP)
                 d = _gradient(v, row_peak, to_log2, log_total, on_p, on_log_p, slope, CAP, ENTROPY)
                 tl.store(row_ptr + n_full * BLOCK + offsets, d.to(dtype), mask=mask)
-            for done in tl.range(0, n_full - HELD):  # backwards: what was read last is in the cache most surely
+            for done in tl.range(
+                0, n_full - HELD, num_stages=STAGES
+            ):  # backwards: what was read last is in the cache most surely
                 tile_ptr = row_ptr + (n_full - 1 - done) * BLOCK + offsets
                 v = _up_to_a_factor(tl.load(tile_ptr, eviction_policy="evict_first"), inner, CAP)
                 d = _gradient(v, row_peak, to_log2, log_total, on_p, on_log_p, slope, CAP, ENTROPY)

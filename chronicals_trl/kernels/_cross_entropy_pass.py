@@ -33,7 +33,7 @@ from ._cross_entropy_kernels import fold_pass_kernel, gradient_pass_kernel, scal
 _LN_2 = 0.6931471805599453
 
 # Groups of elements that a thread loads at once in a tile, warps, and the tiles that registers hold (H100, bf16).
-_GROUPS, _WARPS, _MOST_HELD = 1024, 16, 9
+_GROUPS, _WARPS, _MOST_HELD, _STAGES = 1024, 16, 9, 3
 
 
 class Head(NamedTuple):
@@ -166,7 +166,8 @@ def _softmax_launch(extent: _Extent, gradient: bool, dft: bool, cap: bool, given
     if not gradient or extent.stride % 2:  # nothing is read twice; words have to be aligned
         held = 0
     return Launch(
-        softmax_pass_kernel, extent.n_rows, extent.n_cols, extent.stride, gradient, dft, cap, held, groups, group, 3,
+        softmax_pass_kernel, extent.n_rows, extent.n_cols, extent.stride, gradient, dft, cap, held, groups, group,
+        _STAGES,
         num_warps=warps,
     )  # fmt: skip
 
@@ -175,7 +176,16 @@ def _softmax_launch(extent: _Extent, gradient: bool, dft: bool, cap: bool, given
 def _fold_launch(extent: _Extent, column: int, cap: bool) -> Launch:
     groups, group, warps, _ = _tiling(extent.n_cols, extent.dtype.itemsize)
     return Launch(
-        fold_pass_kernel, extent.n_rows, column, extent.n_cols, extent.stride, cap, groups, group, 3, num_warps=warps
+        fold_pass_kernel,
+        extent.n_rows,
+        column,
+        extent.n_cols,
+        extent.stride,
+        cap,
+        groups,
+        group,
+        _STAGES,
+        num_warps=warps,
     )
 
 
@@ -228,7 +238,7 @@ class Running(NamedTuple):
     def start(cls, n_rows: int, device: torch.device) -> Running:
         peak, total, mean = (torch.zeros(n_rows, device=device) for _ in range(3))
         label_v = torch.full((n_rows,), float("nan"), device=device)  # of a label beyond the vocabulary
-        return cls(peak, total.add_(1), mean, label_v, torch.zeros(n_rows, dtype=torch.int64, device=device))
+        return cls(peak, total.add_(1), mean, label_v, torch.zeros(n_rows, dtype=torch.int32, device=device))
 
     def finish(self, label_M: torch.Tensor, head: Head, out: Statistics) -> torch.Tensor:
         """Write the statistics; returns (M,) log2 of the sum of p."""

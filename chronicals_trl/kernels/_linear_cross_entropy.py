@@ -239,7 +239,7 @@ def linear_cross_entropy(
         z_loss: coefficient of the squared log-sum-exp in each token's loss (PaLM, Chowdhery et al. 2022,
             https://arxiv.org/abs/2204.02311).
         logit_budget_mib: memory for logits, MiB; at least one row is always computed. None: as much as leaves the peak
-            of the whole op no higher than that of TRL's fused head, from 320 to 1,024. A small one (135) costs time.
+            of the whole op no higher than that of TRL's fused head, at most 1,024. A small one (135) costs time.
         differentiate: which outputs carry gradients, and so when they are formed. "all": the loss's in the forward
             pass, those of log_probs and entropy in the backward pass if they are used. "loss": log_probs and entropy
             are detached, and hidden and weight need not be kept. "tokens": all in the backward pass. torch.compile

@@ -220,7 +220,8 @@ def test_more_logits_than_32_bits_count(budget):
     out = kernels.linear_cross_entropy(hidden, weight, labels, reduction="sum", logit_budget_mib=budget)
     out.loss.backward()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    assert peak < (budget or 320) + (4 * v * h + 8 * n * h) / 2**20 + 16
+    # Beside the logits: the float32 sums of weight and, with tiles, hidden gradient, and the gradients themselves.
+    assert peak < (budget or 512) + (4 * v * h + 6 * n * h) / 2**20 + 16
     tail = slice(n - 64, n)
     few = hidden.detach()[tail].clone().requires_grad_()
     alone = kernels.linear_cross_entropy_reference(few.double(), weight.double(), labels[tail], reduction="sum")
@@ -230,27 +231,31 @@ def test_more_logits_than_32_bits_count(budget):
     assert error < 2**-6
 
 
-def test_the_loss_is_capturable_and_does_not_wait():
-    hidden, weight, _, labels = check.ce_inputs("cuda", torch.bfloat16, 512, 128, 5000)
-    items = torch.tensor(400, device="cuda")
+@pytest.mark.parametrize("way", ["chunks", "tiles"], indirect=True)
+def test_the_loss_is_capturable_and_does_not_wait(way):
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # what autograd has seen on the default stream cannot be captured
+        hidden, weight, _, labels = check.ce_inputs("cuda", torch.bfloat16, 512, 128, 5000)
+        items = torch.tensor(400, device="cuda")
 
-    def step():
-        out = kernels.linear_cross_entropy(hidden, weight, labels, num_items=items)
-        return out.loss, *torch.autograd.grad(out.loss, (hidden, weight))
+        def step():
+            out = kernels.linear_cross_entropy(hidden, weight, labels, num_items=items)
+            return out.loss, *torch.autograd.grad(out.loss, (hidden, weight))
 
-    expected = [t.clone() for t in step()]
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        expected = [t.clone() for t in step()]
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         captured = step()
     for t in captured:
         t.zero_()
     graph.replay()
+    torch.cuda.synchronize()
     for ours, eager in zip(captured, expected, strict=True):
         torch.testing.assert_close(ours, eager)
 

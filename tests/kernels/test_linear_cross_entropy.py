@@ -297,18 +297,16 @@ def test_the_papers_case_is_cut_into_tiles(monkeypatch):
     assert rows == 8192 and 130 * 2**20 < 2 * rows * columns <= 135 * 2**20
 
 
-@pytest.mark.parametrize(
-    ("shape", "narrowed", "expected"),
-    [((16_384, 151_936, 896), True, 315), ((8192, 128_256, 4096), True, 1024), ((8192, 128_256, 4096), False, 320)],
-)
-def test_the_automatic_budget_leaves_the_peak_at_trls(shape, narrowed, expected):
+@pytest.mark.parametrize("shape", [(16_384, 151_936, 896), (8192, 128_256, 4096), (100, 151_936, 896)])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_the_automatic_budget_leaves_the_peak_at_trls(shape, trainable):
     n_rows, vocab, width = shape
-    budget = chunks.automatic_budget_mib(*shape, narrowed=narrowed)
-    assert budget == max(320, expected)
-    if narrowed:
-        ours = 4 * vocab * width + 2 * n_rows * width + budget * 2**20
-        trl = 6 * vocab * width + 6 * n_rows * width
-        assert ours <= trl + (320 - min(320, expected)) * 2**20
+    budget = chunks.automatic_budget_mib(n_rows, vocab, width, 2, narrowed=trainable)
+    # In bytes, the gradients that are handed out included; TRL's as read in its code and measured (FACTS.md).
+    ours = budget * 2**20 + 2 * n_rows * width + (4 * vocab * width if trainable else 0)
+    trl = min(4096, n_rows) * 32_768 * 2 + 6 * n_rows * width + (6 * vocab * width if trainable else 0)
+    assert ours <= trl
+    assert budget == 1024 or ours + 2**20 > trl
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 8, 13])
