@@ -64,7 +64,7 @@ def test_interp_vocabularies(vocab):
 
 
 def test_interp_the_first_of_equal_maxima_is_top1():
-    hidden, weight = torch.ones(4, 1).half(), torch.ones(101, 1).half()
+    hidden, weight = torch.ones(4, 1).half().requires_grad_(), torch.ones(101, 1).half()
     out = linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 77, -100]), differentiate="tokens")
     assert out.is_top1.tolist() == [True, False, False, False]
     weight[50], weight[90] = 2, 2
