@@ -88,7 +88,7 @@ _CHECKS: dict[str, Any] = {
     "strict": _boolean,
     "recompute_mlp": _boolean,
     "attention_backend": lambda where, value: _choice(where, value, ATTENTION_BACKENDS),
-    "logit_budget_mib": _positive_int,
+    "logit_budget_mib": lambda where, value: None if value is None else _positive_int(where, value),
     "packing_window": _positive_int,
     "lora_plus_ratio": _positive_float,
     "lora_plus_embedding_lr": _optional_positive_float,
@@ -111,7 +111,8 @@ class ChronicalsConfig:
         recompute_mlp: MLPs keep gate and up alone and compute their product again in the backward pass: less memory,
             slightly slower.
         attention_backend: "auto" takes the first that works of "flash_attn_4", "varlen" and "sdpa".
-        logit_budget_mib: Memory for logits in the head, in MiB; at least 1.
+        logit_budget_mib: Memory for logits in the head, in MiB; at least 1. None: as much as leaves the head's peak no
+            higher than that of TRL's fused head, at most 1,024.
         packing_window: Documents that are packed together when the data set is streamed; at least 1.
         lora_plus_ratio: Learning rate of LoRA's B matrices over that of A; above 0.
         lora_plus_embedding_lr: Learning rate of LoRA's embedding matrices; None leaves the optimizer's.
@@ -132,7 +133,7 @@ class ChronicalsConfig:
     strict: bool = False
     recompute_mlp: bool = False
     attention_backend: str = "auto"
-    logit_budget_mib: int = 1024
+    logit_budget_mib: int | None = None
     packing_window: int = 10_000
     lora_plus_ratio: float = 16.0
     lora_plus_embedding_lr: float | None = None

@@ -35,6 +35,7 @@ from chronicals_trl.observe.throughput import ThroughputMeter
 from chronicals_trl.optim.lora_plus import apply_lora_plus, group_sizes
 from chronicals_trl.packing.collator import PackedCollator
 from chronicals_trl.packing.dataset import PackStats, pack_dataset
+from chronicals_trl.packing.label_rows import WithLabelRows
 from chronicals_trl.report import ActivationReport, PartReport
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class SFTTrainer(TrlSFTTrainer):
         self._lora_plus = False
         self._lora_b_group: int | None = None  # of the optimizer's groups, the one whose rate is logged
         self._lora_b_rate: float | Tensor | None = None
+        self._filters_losses = False  # in place of Trainer, until the step is logged
         self._lora_plus_rates = ""  # which rates it sets, as the report has it
         self._stock_groups: list[dict[str, Any]] = []  # the optimizer's groups before the split
         # The class's default, "look at the environment", is what stock TRL's pickled arguments fall back to: off.
@@ -113,6 +115,7 @@ class SFTTrainer(TrlSFTTrainer):
         self._meter = ThroughputMeter(device=self.args.device)
         self._real_tokens: int | Tensor = 0
         self._token_mask: Tensor | None = None
+        self._label_rows: Tensor | None = None
         self._batch_tokens: int | None = None
         self._router_share: float | Tensor = 1.0
         try:
@@ -153,9 +156,13 @@ class SFTTrainer(TrlSFTTrainer):
         self._lora_plus = report["lora_plus"].state == "on"
         self._lora_plus_rates = report["lora_plus"].backend or ""
         self._head = report["head"].state == "on"
+        # What cuts a batch into shares (several GPUs of one process, accelerate's dispatcher) does not know indices.
+        whole = self.args.n_gpu <= 1 and not isinstance(self.train_dataset, IterableDataset)
         if self._packing.state == "on":
-            self._use_packed_collator()
+            self._use_packed_collator(emit_label_rows=self._head and whole)
             self._check_isolation()
+        elif self._head and whole:
+            self.data_collator = WithLabelRows(self.data_collator)  # type: ignore[has-type]
         report.notes += self._notes(config)
         report.raise_for_omissions(config)
         return report
@@ -169,7 +176,7 @@ class SFTTrainer(TrlSFTTrainer):
         report.set(lora_plus)
         return report
 
-    def _use_packed_collator(self) -> None:
+    def _use_packed_collator(self, emit_label_rows: bool) -> None:
         stats = self._train_stats
         text_config = base_model(self.model).config.get_text_config()
         # Linear-attention and state-space layers start a new state at each entry of cu_seqlens: exact ones for them.
@@ -182,6 +189,7 @@ class SFTTrainer(TrlSFTTrainer):
             cu_seqlens_bucket=None if hybrid else CU_SEQLENS_BUCKET,
             fallback=self.data_collator,  # type: ignore[has-type]
             emit_token_mask=self.aux_loss_enabled,
+            emit_label_rows=emit_label_rows,
             filler_ids=_first_tokens(self.train_dataset),
         )
 
@@ -316,7 +324,11 @@ class SFTTrainer(TrlSFTTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         call = HeadCall(
-            weighting="dft" if self.args.loss_type == "dft" else "none", router_loss=False, token_mask=self._token_mask
+            weighting="dft" if self.args.loss_type == "dft" else "none",
+            router_loss=False,
+            token_mask=self._token_mask,
+            # A rank of a context-parallel run has a share of the positions, and its labels shifted.
+            rows=None if "shift_labels" in inputs else self._label_rows,
         )
         outputs = model(**inputs, fused_lm_head=True, num_items_in_batch=num_items_in_batch, head_call=call)
         loss = outputs.loss
@@ -402,6 +414,7 @@ class SFTTrainer(TrlSFTTrainer):
             # What the collator adds for the trainer is not the model's to see.
             self._batch_tokens = inputs.pop("num_real_tokens", None)
             self._token_mask = inputs.pop("token_mask", None)
+            self._label_rows = inputs.pop("label_rows", None)
         return inputs
 
     # -- optimizer, logging, evaluation, saving ----------------------------------------------------------------------
@@ -479,10 +492,32 @@ class SFTTrainer(TrlSFTTrainer):
                     logs["learning_rate_lora_b"] = float(self._lora_b_rate)
         super().log(logs, start_time)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._restore_loss_filter()
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self._chronicals is None or not self.args.logging_nan_inf_filter:
+            return loss
+        # What Trainer adds to the logged loss in place of a NaN or an infinity: the mean since the last log. Its own
+        # test reads every micro-batch's loss, and so waits for the GPU; until the step is logged it does not make it.
+        mean = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        self.args.logging_nan_inf_filter, self._filters_losses = False, True
+        return torch.where(loss.isfinite(), loss, mean.to(loss))
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._restore_loss_filter()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _restore_loss_filter(self) -> None:
+        if self._filters_losses:
+            self.args.logging_nan_inf_filter, self._filters_losses = True, False
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self._chronicals is not None:
             self._meter.reset()  # what came before the first step is not training
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._restore_loss_filter()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self._chronicals is None:

@@ -32,8 +32,10 @@ from ._cross_entropy_kernels import fold_pass_kernel, gradient_pass_kernel, scal
 
 _LN_2 = 0.6931471805599453
 
-# Groups of elements that a thread loads at once in a tile, warps, and the tiles that registers hold (H100, bf16).
-_GROUPS, _WARPS, _MOST_HELD, _STAGES = 1024, 16, 9, 3
+# Groups of elements that a thread loads at once in a tile, warps, and the tiles that registers hold (H100, bf16): one
+# program on a multiprocessor that holds as much as it can; of shorter rows, two that hold all or most of theirs.
+_GROUPS, _WARPS, _MOST_HELD, _STAGES = 1024, 16, 9, 4
+_SHORT_ROW, _SHORT_GROUPS, _SHORT_WARPS, _SHORT_HELD = 65_536, 512, 8, 5
 
 
 class Head(NamedTuple):
@@ -132,9 +134,12 @@ def _softmax_pass_torch(
 def _tiling(n_cols: int, itemsize: int) -> tuple[int, int, int, int]:
     """Groups of a tile, elements of a group (16 bytes), warps, and the tiles to hold in registers."""
     group = 16 // itemsize
-    groups = min(_GROUPS, max(32, triton.next_power_of_2(triton.cdiv(n_cols, group))))
-    held = min(_MOST_HELD, n_cols // (groups * group)) if itemsize == 2 else 0
-    return groups, group, max(1, groups * _WARPS // _GROUPS), held
+    most, warps, held = _GROUPS, _WARPS, _MOST_HELD
+    if n_cols < _SHORT_ROW:
+        most, warps, held = _SHORT_GROUPS, _SHORT_WARPS, _SHORT_HELD
+    groups = min(most, max(32, triton.next_power_of_2(triton.cdiv(n_cols, group))))
+    held = min(held, n_cols // (groups * group)) if itemsize == 2 else 0
+    return groups, group, max(1, groups * warps // most), held
 
 
 def _factors(head: Head) -> tuple[float, float]:

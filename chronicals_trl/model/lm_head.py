@@ -32,7 +32,7 @@ class HeadSpec:
 
     logit_scale: float = 1.0
     softcap: float | None = None
-    logit_budget_mib: int = 1024
+    logit_budget_mib: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,17 @@ class HeadCall:
         weighting: `"none"`, or `"dft"` for Dynamic Fine-Tuning (the loss of a token times its detached probability).
         router_loss: whether `loss` includes the router's auxiliary loss, as TRL's contract has it.
         token_mask: (B, S) bool, False on padding that the router's auxiliary loss must not count.
+        rows: (R,) int64 into the B * S positions, those with a label and -1 or others up to a static length; None
+            computes all of them.
     """
 
     weighting: str = "none"
     router_loss: bool = True
     token_mask: Tensor | None = None
+    rows: Tensor | None = None
 
 
-def head_spec(model: PreTrainedModel, logit_budget_mib: int) -> HeadSpec:
+def head_spec(model: PreTrainedModel, logit_budget_mib: int | None) -> HeadSpec:
     """Read the logit conventions off the text configuration; `verify_head` checks them by number.
 
     Cohere multiplies by `logit_scale`, Muse by `output_multiplier`, Falcon-H1 by `lm_head_multiplier`, Granite and
@@ -110,6 +113,7 @@ def _head_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         labels.reshape(-1),
+        rows=None if call.rows is None else call.rows.to(hidden.device),
         bias=bias,
         logit_scale=spec.logit_scale,
         softcap=spec.softcap,

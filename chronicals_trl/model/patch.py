@@ -286,7 +286,7 @@ def _swap_head(base: Any, config: ChronicalsConfig, device: torch.device, dtype:
     for linear in linears:
         _install(linear, lm_head.head_forward)
     _install(base, lm_head.causal_lm_forward(type(base).forward), spec)
-    return PartReport("head", "on", modules=1, backend="torch, chunked")
+    return PartReport("head", "on", modules=1, backend=kernel_backend(device))
 
 
 def _swap_lora(model: nn.Module, device: torch.device) -> PartReport:

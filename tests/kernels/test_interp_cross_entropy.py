@@ -25,8 +25,8 @@ def cut(request, monkeypatch):
         chunks, "plan", lambda n, vocab, *_, **__: chunks.Plan(n, min(40, vocab)) if tiles else chunks.Plan(4, vocab)
     )
     # Of 32 columns in float16, 16 in float32: tiles to hold, tiles to read again, and one that the row ends in.
-    monkeypatch.setattr(kernel_pass, "_GROUPS", 4)
-    monkeypatch.setattr(kernel_pass, "_MOST_HELD", 2)
+    monkeypatch.setattr(kernel_pass, "_SHORT_GROUPS", 4)
+    monkeypatch.setattr(kernel_pass, "_SHORT_HELD", 2)
     for launch in (kernel_pass._softmax_launch, kernel_pass._fold_launch, kernel_pass._gradient_launch):
         launch.cache_clear()
     LAUNCHES.clear()

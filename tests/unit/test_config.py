@@ -25,7 +25,7 @@ def make_args(tmp_path: Path, **settings: Any) -> SFTConfig:
 def test_defaults() -> None:
     config = ChronicalsConfig()
     assert {getattr(config, part) for part in PARTS} == {"auto"}
-    assert (config.strict, config.attention_backend, config.logit_budget_mib) == (False, "auto", 1024)
+    assert (config.strict, config.attention_backend, config.logit_budget_mib) == (False, "auto", None)
     assert (config.packing_window, config.lora_plus_ratio, config.lora_plus_embedding_lr) == (10_000, 16.0, None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.strict = True  # type: ignore[misc]
