@@ -116,6 +116,7 @@ class SFTTrainer(TrlSFTTrainer):
         self._real_tokens: int | Tensor = 0
         self._token_mask: Tensor | None = None
         self._label_rows: Tensor | None = None
+        self._adds_label_rows = False  # to the batches of a collator that is not ours
         self._batch_tokens: int | None = None
         self._router_share: float | Tensor = 1.0
         try:
@@ -161,8 +162,7 @@ class SFTTrainer(TrlSFTTrainer):
         if self._packing.state == "on":
             self._use_packed_collator(emit_label_rows=self._head and whole)
             self._check_isolation()
-        elif self._head and whole:
-            self.data_collator = WithLabelRows(self.data_collator)  # type: ignore[has-type]
+        self._adds_label_rows = self._head and whole and self._packing.state != "on"
         report.notes += self._notes(config)
         report.raise_for_omissions(config)
         return report
@@ -378,6 +378,15 @@ class SFTTrainer(TrlSFTTrainer):
         self._metrics[mode]["num_tokens"] = [0]  # filled in by `log`
         if self.aux_loss_enabled:
             self._metrics[mode]["aux_loss"].append(sums[3] / sums[4].clamp(min=1))
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        collator: Any = self.data_collator
+        if self._chronicals is not None and self._adds_label_rows:
+            self.data_collator = WithLabelRows(collator)  # type: ignore[assignment]
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator  # the user's own, to whoever looks
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)

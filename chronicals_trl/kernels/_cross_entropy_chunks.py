@@ -227,12 +227,12 @@ def _run(
     compute: torch.dtype, budget_mib: int | None, gradient: OfLoss | OfTokens | None, needs: Sequence[bool],
     final: bool,
 ) -> tuple[Statistics, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # fmt: skip
-    n_rows, vocab = hidden_MH.shape[0], weight_VH.shape[0]
+    n_rows, (vocab, width) = hidden_MH.shape[0], weight_VH.shape
     device = hidden_MH.device
     statistics = Statistics.empty(n_rows, math_dtype(compute), device)
     narrowed = needs[1] and weight_gradient_dtype(weight_VH.dtype, compute, final) != math_dtype(compute)
     if budget_mib is None:
-        budget_mib = automatic_budget_mib(n_rows, *weight_VH.shape, compute.itemsize, narrowed=narrowed)
+        budget_mib = automatic_budget_mib(n_rows, vocab, width, compute.itemsize, narrowed=narrowed)
     kernels = runs_kernels(device, compute)
     cut = plan(n_rows, vocab, compute, budget_mib, trainable=needs[1], kernels=kernels)
     tiles = cut.columns < vocab
@@ -286,7 +286,7 @@ def _run_tiles(
             gradients.weight.put(tile, grad_MC, hidden_MH)
         if gradients.bias_V is not None:
             gradients.bias_V[tile] = grad_MC.sum(0, dtype=torch.float32)
-    if gradients.hidden_MH is not None:
+    if gradients.hidden_MH is not None and hidden_sum_MH is not None:
         gradients.hidden_MH.copy_(hidden_sum_MH)
 
 

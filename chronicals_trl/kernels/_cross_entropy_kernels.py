@@ -7,7 +7,7 @@ log 2, so that exp2 and log2 serve, and `inner` what a product is multiplied by 
 
 from __future__ import annotations
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 # (Triton kernels: a pointer has no Python type.)
 from ._common import jit, tl
 

@@ -55,8 +55,8 @@ class Statistics(NamedTuple):
 
     @classmethod
     def empty(cls, n_rows: int, dtype: torch.dtype, device: torch.device) -> Statistics:
-        floats = [torch.empty(n_rows, dtype=dtype, device=device) for _ in range(3)]
-        return cls(*floats, torch.empty(n_rows, dtype=torch.bool, device=device))
+        log_prob, entropy, log_sum_exp = (torch.empty(n_rows, dtype=dtype, device=device) for _ in range(3))
+        return cls(log_prob, entropy, log_sum_exp, torch.empty(n_rows, dtype=torch.bool, device=device))
 
     def rows(self, rows: slice) -> Statistics:
         return Statistics(*(t[rows] for t in self))
