@@ -13,7 +13,12 @@ _COLUMNS = (
     "side", "ms", "spread", "x floor", "ours is", "graph ms", "extra MiB", "loss off", "d hidden off", "d weight off",
 )  # fmt: skip
 _PANEL_COLUMNS = 2
-_LABEL_PIXELS = (75, 11)  # width and height of a label
+
+# In pixels of the figure before it is saved: a character and a line of a label, a marker, and where labels may go.
+_CHARACTER, _LINE, _MARKER = 5.3, 11.0, 4.0
+_SHIFTS = tuple(sign * step * _LINE for step in range(7) for sign in ((1, -1) if step else (1,)))
+
+_Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
 def print_tables(result: dict[str, Any]) -> None:
@@ -46,8 +51,9 @@ def write_plot(result: dict[str, Any], path: Path) -> str | None:
         return "no plot: nothing was measured"
     lines = -(-len(cases) // _PANEL_COLUMNS)
     figure, axes = plt.subplots(
-        lines, _PANEL_COLUMNS, figsize=(6 * _PANEL_COLUMNS, 1 + 3.6 * lines), squeeze=False, layout="constrained"
-    )
+        lines, _PANEL_COLUMNS, figsize=(6 * _PANEL_COLUMNS, 1 + 3.6 * lines), squeeze=False, layout="constrained",
+        sharex=True,
+    )  # fmt: skip
     for axis in axes.flat[len(cases) :]:
         axis.set_visible(False)
     for axis, case in zip(axes.flat, cases, strict=False):
@@ -79,22 +85,46 @@ def _point(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def _name_points(axis: Any, rows: list[dict[str, Any]], floor_ms: float | None) -> None:
-    """A label at the right of each point, above those that it would cover."""
-    taken: list[tuple[float, float]] = []
-    for row in sorted(rows, key=lambda row: row["ms"]):
-        x, y = axis.transData.transform(_point(row))
-        label_y = y
-        for other_x, other_y in taken:  # from the bottom to the top
-            if abs(x - other_x) < _LABEL_PIXELS[0] and abs(label_y - other_y) < _LABEL_PIXELS[1]:
-                label_y = other_y + _LABEL_PIXELS[1]
-        taken = sorted([*taken, (x, label_y)], key=lambda at: at[1])
-        at = axis.transData.inverted().transform((x, label_y))
-        axis.annotate(f"{row['side']} {row['ms']:.1f}", at, xytext=(5, -2), textcoords="offset points", fontsize=7)
+    """A label beside each point, moved up or down, with a line to it, where it would cover something."""
+    at = {row["side"]: tuple(axis.transData.transform(_point(row))) for row in rows}
+    taken: list[_Box] = [(x - _MARKER, y - _MARKER, x + _MARKER, y + _MARKER) for x, y in at.values()]
+    frame = axis.get_window_extent()
     if floor_ms is not None:
+        text = f"multiplications alone {floor_ms:.1f}"
+        y = axis.transData.transform((1, floor_ms))[1]
+        taken.append((frame.x0, y - 1, frame.x1, y + 1))
+        taken.append((frame.x0, y - _LINE, frame.x0 + _CHARACTER * len(text), y))
         axis.annotate(
-            f"multiplications alone {floor_ms:.1f}", (0, floor_ms), xycoords=("axes fraction", "data"),
+            text, (0, floor_ms), xycoords=("axes fraction", "data"),
             xytext=(2, -9), textcoords="offset points", fontsize=7,
         )  # fmt: skip
+    for row in sorted(rows, key=lambda row: row["ms"]):
+        text = f"{row['side']} {row['ms']:.1f}"
+        x, y = at[row["side"]]
+        shift, left = _free_place(x, y, _CHARACTER * len(text), taken, (frame.x0, frame.x1))
+        points = 72 / axis.figure.dpi
+        axis.annotate(
+            text, _point(row), xytext=((-7 if left else 7) * points, shift * points), textcoords="offset points",
+            ha="right" if left else "left", va="center", fontsize=7,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2} if shift else None,
+        )  # fmt: skip
+
+
+def _free_place(x: float, y: float, width: float, taken: list[_Box], frame: tuple[float, float]) -> tuple[float, bool]:
+    """How far up a label goes and whether to the left, the nearest place that is free; it is taken then."""
+    box: _Box = (0.0, 0.0, 0.0, 0.0)
+    for shift in _SHIFTS:
+        for left in (False, True):
+            start = x - 7 - width if left else x + 7
+            box = (start, y + shift - _LINE / 2, start + width, y + shift + _LINE / 2)
+            if frame[0] <= box[0] and box[2] <= frame[1] and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                return shift, left
+    return 0.0, False
+
+
+def _overlap(a: _Box, b: _Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _sizes(case: dict[str, Any]) -> str:

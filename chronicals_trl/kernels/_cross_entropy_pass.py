@@ -3,8 +3,8 @@
 `softmax_pass` does both in one visit to each row. A program has a row. It folds every element into a running maximum,
 sum of exponentials and entropy (the online softmax of Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867),
 and then replaces each element by its gradient. A row of a large vocabulary is bigger than the registers of a
-multiprocessor: `HELD` tiles of it stay in them, and the rest, of the few rows that are under way at a time, is read
-again from the L2 cache. So most logits cross the memory bus twice, once each way.
+multiprocessor: `HELD` tiles of it stay in them, and the rest is read again. The few rows that are under way at a time
+would fit into the L2 cache, but on an H100 the pass takes as long as if all of it came from memory.
 
 `fold_pass` and `gradient_pass` are its two halves for logits that come in tiles of the vocabulary, and come twice.
 
