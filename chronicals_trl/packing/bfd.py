@@ -11,15 +11,21 @@ fits there, this bin is now the fullest that fits, so Best-Fit goes on with the 
 therefore ends up with `space // length` documents before the next bin is touched, and every one of them lands in the
 class `space % length`, which is too small for this length.
 
+What is left to do for single documents is a counting sort by length and one scatter into the bins. Both go over chunks
+that stay in the processor's cache, so a plan costs little memory beyond itself: some 18 bytes a document at the peak
+where a bin holds several documents, 28 where each holds one.
+
 Legend: D documents, F fragments (D plus the extra pieces of "bfd_split"), N bins.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,8 +38,13 @@ STRATEGIES = ("bfd", "bfd_split")
 # cu_seqlens, which counts the tokens of a bin, is int32 wherever attention kernels take it.
 _MAX_CAPACITY = 2**31 - 1
 _INT64_MAX = np.iinfo(np.int64).max
+# Fragments handled at once: their int64 temporaries fit a core's level-2 cache.
+_CHUNK = 2**15
+# Up to this number of lengths (or the fragments over 16, if that is more) a table with one entry a length is cheap.
+_TABLE = 2**16
 
 Int64Array = NDArray[np.int64]
+IndexArray = NDArray[np.int32] | NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,15 +55,17 @@ class PackPlan:
 
     Attributes:
         capacity: tokens that a bin can hold.
-        doc_ids: (F,) int64, the index of a fragment's document in the lengths that were given.
-        starts: (F,) int64, the fragment's first token in its document; all 0 for the strategy "bfd".
-        lengths: (F,) int64, the fragment's tokens.
+        doc_ids: (F,), the index of a fragment's document in the lengths that were given; int32, or int64 for 2^31
+            fragments and more.
+        starts: (F,) int64, the fragment's first token in its document; where no document is cut, as under the strategy
+            "bfd", one 0 seen F times (read-only, without memory of its own).
+        lengths: (F,) int64, the fragment's tokens: not int32, in which a square of them would overflow.
         bin_offsets: (N + 1,) int64.
         num_tokens: tokens in all bins.
     """
 
     capacity: int
-    doc_ids: Int64Array
+    doc_ids: IndexArray
     starts: Int64Array
     lengths: Int64Array
     bin_offsets: Int64Array
@@ -70,8 +83,9 @@ class PackPlan:
     @cached_property
     def bin_tokens(self) -> Int64Array:
         """(N,) int64, the tokens in each bin."""
-        ends = np.concatenate([[0], np.cumsum(self.lengths)])[self.bin_offsets]
-        return np.diff(ends)
+        if not self.num_bins:
+            return np.zeros(0, dtype=np.int64)
+        return np.add.reduceat(self.lengths, self.bin_offsets[:-1])  # no bin is empty
 
     @cached_property
     def lower_bound(self) -> int:
@@ -84,16 +98,21 @@ class PackPlan:
 
     def reorder(self, order: Int64Array) -> PackPlan:
         """The same bins in another order; `order` (N,) is a permutation of their numbers."""
-        counts = np.diff(self.bin_offsets)[order]
-        bin_offsets = np.concatenate([[0], np.cumsum(counts)])
-        fragments = np.arange(len(self.doc_ids)) + np.repeat(self.bin_offsets[order] - bin_offsets[:-1], counts)
-        return replace(
-            self,
-            doc_ids=self.doc_ids[fragments],
-            starts=self.starts[fragments],
-            lengths=self.lengths[fragments],
-            bin_offsets=bin_offsets,
-        )
+        bin_offsets = np.zeros(self.num_bins + 1, dtype=np.int64)
+        np.cumsum(np.diff(self.bin_offsets)[order], out=bin_offsets[1:])
+        doc_ids, lengths = np.empty_like(self.doc_ids), np.empty_like(self.lengths)
+        one_start = self.starts.strides == (0,)
+        starts = self.starts if one_start else np.empty_like(self.starts)
+        for low in range(0, self.num_bins, _CHUNK):
+            offsets = bin_offsets[low : low + _CHUNK + 1]
+            piece = slice(offsets[0], offsets[-1])
+            shift = self.bin_offsets[order[low : low + _CHUNK]] - offsets[:-1]
+            fragments = np.arange(piece.start, piece.stop) + np.repeat(shift, np.diff(offsets))
+            doc_ids[piece] = self.doc_ids[fragments]
+            lengths[piece] = self.lengths[fragments]
+            if not one_start:
+                starts[piece] = self.starts[fragments]
+        return replace(self, doc_ids=doc_ids, starts=starts, lengths=lengths, bin_offsets=bin_offsets)
 
 
 def pack_lengths(lengths: ArrayLike, capacity: int, *, strategy: str = "bfd") -> PackPlan:
@@ -116,32 +135,36 @@ def pack_lengths(lengths: ArrayLike, capacity: int, *, strategy: str = "bfd") ->
     capacity = check_capacity(capacity)
     check_strategy(strategy)
     doc_lengths = _check_lengths(lengths, capacity if strategy == "bfd" else None)
-    doc_ids, starts, frag_lengths = _split(doc_lengths, capacity)
+    num_tokens = int(doc_lengths.sum())
+    pieces, frag_lengths = _split(doc_lengths, capacity)
+    del doc_lengths  # possibly a copy: it has to be gone before the result is made
 
-    # The keys fit 16 bits at common capacities, and numpy's stable sort of those is a radix sort.
-    key = (capacity - frag_lengths).astype(np.uint16 if capacity <= 2**16 else np.int64)
-    order = np.argsort(key, kind="stable")
-    descending = frag_lengths[order]
-    run_starts = np.flatnonzero(np.diff(descending, prepend=-1))
-    run_counts = np.diff(run_starts, append=len(descending))
-    placements, num_bins = _place_runs(descending[run_starts].tolist(), run_counts.tolist(), capacity)
+    values, counts = _histogram(frag_lengths)
+    order = _descending_order(frag_lengths, values, counts)
+    del frag_lengths
+    placements, num_bins = _place_runs(values[::-1].tolist(), counts[::-1].tolist(), capacity)
+    bin_offsets = _bin_offsets(placements, num_bins)
 
-    # The placements take the sorted fragments one after another, so a fragment's bin follows from its position.
-    first_bin, bins, per_bin = np.asarray(placements, dtype=np.int64).reshape(-1, 3).T
-    sizes = bins * per_bin
-    within = np.arange(len(descending)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    bin_of = np.repeat(first_bin, sizes) + within // np.repeat(per_bin, sizes)
+    # The placements take the sorted fragments one after another.
+    doc_ids = np.empty_like(order)
+    frag_lengths = np.empty(len(order), dtype=np.int64)
+    taken = 0
+    for slots, slot_lengths in _slots(placements, bin_offsets):
+        doc_ids[slots] = order[taken : taken + len(slots)]
+        frag_lengths[slots] = slot_lengths
+        taken += len(slots)
+    del order
 
-    order = order[np.argsort(bin_of, kind="stable")]
-    bin_offsets = np.zeros(num_bins + 1, dtype=np.int64)
-    np.cumsum(np.bincount(bin_of, minlength=num_bins), out=bin_offsets[1:])
+    starts: Int64Array = np.broadcast_to(np.int64(0), len(doc_ids))
+    if pieces is not None:
+        doc_ids, starts = _document_of(doc_ids, pieces, capacity)
     return PackPlan(
         capacity=capacity,
-        doc_ids=doc_ids[order],
-        starts=starts[order],
-        lengths=frag_lengths[order],
+        doc_ids=doc_ids,
+        starts=starts,
+        lengths=frag_lengths,
         bin_offsets=bin_offsets,
-        num_tokens=int(doc_lengths.sum()),
+        num_tokens=num_tokens,
     )
 
 
@@ -183,24 +206,24 @@ def _check_lengths(lengths: ArrayLike, limit: int | None) -> Int64Array:
             if abs(length) > _INT64_MAX:
                 raise _bad_length(index, length, limit)
         lengths = np.asarray(lengths, dtype=np.int64)
-    array = np.asarray(lengths)
-    if array.ndim != 1:
-        raise ValueError(f"lengths has the shape {array.shape}; it must be one-dimensional, one length a document.")
-    if not len(array):
+    found = np.asarray(lengths)
+    if found.ndim != 1:
+        raise ValueError(f"lengths has the shape {found.shape}; it must be one-dimensional, one length a document.")
+    if not len(found):
         return np.zeros(0, dtype=np.int64)
-    if not np.issubdtype(array.dtype, np.integer):
+    if not np.issubdtype(found.dtype, np.integer):
         index = 0
-        if np.issubdtype(array.dtype, np.floating):
+        if np.issubdtype(found.dtype, np.floating):
             # A fraction or NaN says more about what went wrong than the first float does.
-            index = int(np.argmax(array != np.floor(array)))
-        elif array.dtype == object:
-            return _check_lengths(array.tolist(), limit)
-        raise _bad_length(index, array[index].item(), limit)
-    bad = (array < 1) | (array > (_INT64_MAX if limit is None else limit))
-    if bad.any():
-        index = int(np.argmax(bad))
-        raise _bad_length(index, array[index].item(), limit)
-    return array.astype(np.int64)
+            index = int(np.argmax(found != np.floor(found)))
+        elif found.dtype == object:
+            return _check_lengths(found.tolist(), limit)
+        raise _bad_length(index, found[index].item(), limit)
+    upper = _INT64_MAX if limit is None else limit
+    if found.min() < 1 or found.max() > upper:
+        index = int(np.argmax((found < 1) | (found > upper)))
+        raise _bad_length(index, found[index].item(), limit)
+    return found.astype(np.int64, copy=False)
 
 
 def _not_integer(kind: type) -> bool:
@@ -224,13 +247,79 @@ def _bad_length(index: int, value: Any, limit: int | None) -> ValueError:
     return ValueError(f"{shown}; a length must be at least 1: drop empty documents before packing.")
 
 
-def _split(doc_lengths: Int64Array, capacity: int) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Cut documents at multiples of the capacity: each fragment's document, start and length, in document order."""
+def _split(doc_lengths: Int64Array, capacity: int) -> tuple[Int64Array | None, Int64Array]:
+    """Cut documents at multiples of the capacity.
+
+    Returns the number of pieces of each document (None where every document is one piece) and the fragments' lengths,
+    in document order.
+    """
+    if not len(doc_lengths) or doc_lengths.max() <= capacity:
+        return None, doc_lengths
     pieces = -(-doc_lengths // capacity)
-    doc_ids = np.repeat(np.arange(len(doc_lengths), dtype=np.int64), pieces)
-    piece = np.arange(len(doc_ids), dtype=np.int64) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    starts = piece * capacity
-    return doc_ids, starts, np.minimum(doc_lengths[doc_ids] - starts, capacity)
+    last = np.cumsum(pieces) - 1
+    frag_lengths = np.full(int(last[-1]) + 1, capacity, dtype=np.int64)
+    frag_lengths[last] = doc_lengths - (pieces - 1) * capacity
+    return pieces, frag_lengths
+
+
+def _document_of(frag_ids: IndexArray, pieces: Int64Array, capacity: int) -> tuple[IndexArray, Int64Array]:
+    """For fragments, numbered in document order: their documents, and their first tokens there."""
+    document: IndexArray = np.repeat(np.arange(len(pieces)).astype(frag_ids.dtype), pieces)
+    first = np.cumsum(pieces) - pieces
+    doc_ids = document[frag_ids]
+    del document
+    starts: Int64Array = first[doc_ids]
+    np.subtract(frag_ids, starts, out=starts)
+    starts *= capacity
+    return doc_ids, starts
+
+
+def _fits_table(longest: int, fragments: int) -> bool:
+    return longest <= max(_TABLE, fragments // 16)
+
+
+def _chunks(fragments: int, longest: int) -> Iterator[slice]:
+    """Pieces long enough that a pass over a table of the lengths, once for each of them, does not count."""
+    step = max(_CHUNK, 4 * longest)
+    return (slice(low, min(low + step, fragments)) for low in range(0, fragments, step))
+
+
+def _histogram(lengths: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """The distinct lengths, ascending, and how often each occurs."""
+    longest = int(lengths.max(initial=0))
+    if not _fits_table(longest, len(lengths)):
+        ascending = np.sort(lengths)
+        ends = np.append(np.flatnonzero(np.diff(ascending)), len(ascending) - 1)
+        distinct: Int64Array = ascending[ends]
+        return distinct, np.diff(ends, prepend=-1)
+    table = np.bincount(lengths, minlength=1)
+    values = np.flatnonzero(table)
+    return values, table[values]
+
+
+def _descending_order(lengths: Int64Array, values: Int64Array, counts: Int64Array) -> IndexArray:
+    """The fragments, the longest first, equal ones in the order given; `values` and `counts` are the histogram."""
+    order: IndexArray = np.empty(len(lengths), dtype=np.int32)
+    if len(lengths) >= 2**31:
+        order = np.empty(len(lengths), dtype=np.int64)
+    longest = int(values[-1]) if len(values) else 0
+    if not _fits_table(longest, len(lengths)):
+        order[:] = np.argsort(longest - lengths, kind="stable")
+        return order
+    # next_place[i]: where the next fragment that is i shorter than the longest goes. numpy's stable sort of 16-bit
+    # keys is a radix sort; within a chunk it makes runs of equal lengths, each of which is written to one stretch.
+    key_type = np.uint16 if longest <= 2**16 else np.int64
+    next_place = np.zeros(longest + 1, dtype=np.int64)
+    next_place[longest - values] = len(lengths) - np.cumsum(counts)
+    for chunk in _chunks(len(lengths), longest):
+        key = (longest - lengths[chunk]).astype(key_type)
+        run_counts = np.bincount(key, minlength=longest + 1)
+        run_shift = next_place - (np.cumsum(run_counts) - run_counts)
+        places = np.repeat(run_shift, run_counts)
+        places += np.arange(len(key))
+        order[places] = np.argsort(key, kind="stable") + chunk.start
+        next_place += run_counts
+    return order
 
 
 class _SpaceSet:
@@ -274,15 +363,16 @@ def _lowest_bit(bits: int) -> int:
     return (bits & -bits).bit_length() - 1
 
 
-def _place_runs(lengths: list[int], counts: list[int], capacity: int) -> tuple[list[tuple[int, int, int]], int]:
+def _place_runs(lengths: list[int], counts: list[int], capacity: int) -> tuple[Int64Array, int]:
     """Place `counts[i]` fragments of `lengths[i]`, the lengths descending.
 
-    Returns the placements, (first bin, number of bins, fragments for each of them), in the order in which they take
-    the fragments, and the number of bins. A step either uses a class of bins up or finishes a length.
+    Returns the placements, in the order in which they take the fragments, and the number of bins. A placement is a row
+    (length, first bin, number of bins, fragments that each of them has already, fragments that each of them gets). A
+    step either uses a run of bins up or finishes a length.
     """
-    placements: list[tuple[int, int, int]] = []
-    # remaining space -> the bins that have it, as (first bin, count) runs, the oldest first
-    classes: dict[int, deque[tuple[int, int]]] = {}
+    placements = array("q")
+    # remaining space -> the bins that have it, as (first bin, count, fragments in each) runs, the oldest first
+    classes: dict[int, deque[tuple[int, int, int]]] = {}
     spaces = _SpaceSet()
     num_bins = 0
     for length, left in zip(lengths, counts, strict=True):
@@ -291,42 +381,83 @@ def _place_runs(lengths: list[int], counts: list[int], capacity: int) -> tuple[l
             if space < 0:
                 space = capacity
                 per_bin = min(space // length, left)
-                first, bins = num_bins, left // per_bin
+                first, bins, held = num_bins, left // per_bin, 0
                 num_bins += bins
             else:
                 runs = classes[space]
-                first, available = runs[0]
+                first, available, held = runs[0]
                 per_bin = min(space // length, left)
                 bins = min(available, left // per_bin)
                 if bins < available:
-                    runs[0] = (first + bins, available - bins)
+                    runs[0] = (first + bins, available - bins, held)
                 else:
                     runs.popleft()
                     if not runs:
                         del classes[space]
                         spaces.remove(space)
-            placements.append((first, bins, per_bin))
+            placements.extend((length, first, bins, held, per_bin))
             left -= bins * per_bin
             space -= per_bin * length
+            held += per_bin
             if not space:
                 continue
             if space not in classes:
-                classes[space] = deque([(first, bins)])
+                classes[space] = deque([(first, bins, held)])
                 spaces.add(space)
                 continue
             runs = classes[space]
-            last_first, last_bins = runs[-1]
-            if last_first + last_bins == first:
-                runs[-1] = (last_first, last_bins + bins)
+            last_first, last_bins, last_held = runs[-1]
+            if last_first + last_bins == first and last_held == held:
+                runs[-1] = (last_first, last_bins + bins, held)
             else:
-                runs.append((first, bins))
-    return placements, num_bins
+                runs.append((first, bins, held))
+    return np.array(placements, dtype=np.int64).reshape(-1, 5), num_bins
+
+
+def _bin_offsets(placements: Int64Array, num_bins: int) -> Int64Array:
+    _, first_bin, bins, _, per_bin = placements.T
+    # Twice summed: what changes from a bin to the next one gives the bins' fragments, and those the offsets.
+    offsets = np.zeros(num_bins + 2, dtype=np.int64)
+    np.add.at(offsets, first_bin + 1, per_bin)
+    np.subtract.at(offsets, first_bin + bins + 1, per_bin)
+    np.cumsum(offsets, out=offsets)
+    np.cumsum(offsets, out=offsets)
+    return offsets[:-1]
+
+
+def _slots(placements: Int64Array, bin_offsets: Int64Array) -> Iterator[tuple[Int64Array, Int64Array]]:
+    """Where the plan's arrays take the sorted fragments, and these fragments' lengths: chunk by chunk, in order.
+
+    A visit is one bin of one placement. A chunk is whole visits with about `_CHUNK` fragments, at least one visit.
+    """
+    length, first_bin, bins, held, per_bin = placements.T.copy()
+    visit_ends, frag_ends = np.cumsum(bins), np.cumsum(bins * per_bin)
+    visit_starts = visit_ends - bins
+    if not len(placements):
+        return
+    marks = np.arange(0, frag_ends[-1], _CHUNK)
+    at = np.searchsorted(frag_ends, marks, side="right")
+    into = (marks - (frag_ends - bins * per_bin)[at]) // per_bin[at]
+    cuts = [*np.unique(visit_starts[at] + into).tolist(), int(visit_ends[-1])]
+    for low, high in pairwise(cuts):
+        near = slice(np.searchsorted(visit_ends, low, side="right"), np.searchsorted(visit_starts, high, side="left"))
+        visits = np.minimum(visit_ends[near], high) - np.maximum(visit_starts[near], low)
+        bin_ids = np.repeat(first_bin[near] - visit_starts[near], visits)
+        bin_ids += np.arange(low, high)
+        slots = bin_offsets[bin_ids]
+        slots += np.repeat(held[near], visits)
+        if (per_bin[near] > 1).any():
+            each = np.repeat(per_bin[near], visits)
+            slots -= np.cumsum(each) - each
+            slots = np.repeat(slots, each)
+            slots += np.arange(len(slots))
+        yield slots, np.repeat(length[near], visits * per_bin[near])
 
 
 def _martello_toth_bound(lengths: Int64Array, capacity: int) -> int:
     if not len(lengths):
         return 0
-    values, counts = np.unique(lengths, return_counts=True)
+    values, counts = _histogram(lengths)
     count_below = np.concatenate([[0], np.cumsum(counts)])  # [i]: fragments among the i shortest lengths
     sum_below = np.concatenate([[0], np.cumsum(values * counts)])
     half = int(np.searchsorted(values, capacity // 2, side="right"))  # values[half:] are longer than half a bin

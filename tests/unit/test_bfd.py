@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from random import Random
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
-from chronicals_trl.packing import PackPlan, pack_lengths
+from chronicals_trl.packing import PackPlan, bfd, pack_lengths
 
 LENGTH_FILES = Path(__file__).parents[3] / "shared" / "data" / "lengths"
 
@@ -84,6 +85,64 @@ def test_same_bins_as_the_textbook(problem: tuple[list[int], int]) -> None:
     assert bins_of(plan) == expected
 
 
+@pytest.mark.parametrize(("chunk", "table"), [(1, 2**16), (3, 2**16), (3, 1), (2**15, 1)])
+def test_same_bins_whatever_the_chunks(chunk: int, table: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Real chunks hold more fragments than the textbook can place; a table of one length forces the full sort.
+    monkeypatch.setattr(bfd, "_CHUNK", chunk)
+    monkeypatch.setattr(bfd, "_TABLE", table)
+    # A chunk is never below 4 times the longest length: short ones, so that there are several.
+    rng = np.random.default_rng(chunk + table)
+    for capacity, longest, count in [(2, 2, 50), (8, 5, 200), (40, 3, 300), (700, 7, 300), (60, 60, 120)]:
+        lengths: list[int] = rng.integers(1, longest + 1, count).tolist()
+        plan = pack_lengths(lengths, capacity)
+        expected = textbook_bfd(lengths, capacity)
+        assert bins_of(plan) == expected
+        assert plan.lengths.tolist() == [lengths[d] for d in plan.doc_ids]
+        assert plan.bin_tokens.tolist() == [sum(lengths[d] for d in docs) for docs in expected]
+        order = rng.permutation(plan.num_bins)
+        assert bins_of(plan.reorder(order)) == [expected[i] for i in order]
+        split = pack_lengths(lengths, 2, strategy="bfd_split")
+        fragments = [(d, s, min(2, n - s)) for d, n in enumerate(lengths) for s in range(0, n, 2)]
+        by_number = textbook_bfd([n for *_, n in fragments], 2)
+        assert list(zip(split.doc_ids, split.starts, split.lengths, strict=True)) == [
+            fragments[i] for docs in by_number for i in docs
+        ]
+
+
+@pytest.mark.parametrize(
+    ("shortest", "longest", "dtype"), [(50, 600, np.int64), (50, 600, np.int32), (1500, 2048, np.int64)]
+)
+def test_memory_per_document(shortest: int, longest: int, dtype: type) -> None:
+    # Some 10 or 1 documents a bin: 18 or 28 bytes a document and what the chunks take, the result included.
+    documents = 2**20
+    lengths = np.random.default_rng(0).integers(shortest, longest, documents).astype(dtype)
+    before = lengths.copy()
+    tracemalloc.start()
+    try:
+        pack_lengths(lengths, 2048)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak <= 32 * documents
+    assert (lengths == before).all()
+
+
+def test_plan_keeps_no_view_of_the_lengths() -> None:
+    lengths = np.array([3, 5, 2])
+    plan = pack_lengths(lengths, 8)
+    lengths[:] = 1
+    assert plan.lengths.tolist() == [5, 3, 2]
+
+
+def test_more_tokens_than_32_bits_count() -> None:
+    plan = pack_lengths(np.full(2**11, 2**30), 2**31 - 1)
+    assert plan.num_tokens == plan.bin_tokens.sum() == 2**41
+    assert plan.num_bins == plan.lower_bound == 2**11
+    plan = pack_lengths([2**40 + 1], 2**20, strategy="bfd_split")
+    assert plan.num_tokens == plan.lengths.sum() == 2**40 + 1
+    assert plan.starts.max() == 2**40 and plan.num_bins == plan.lower_bound == 2**20 + 1
+
+
 @settings(max_examples=200, deadline=None)
 @given(problems())
 def test_plan_is_consistent(problem: tuple[list[int], int]) -> None:
@@ -95,7 +154,8 @@ def test_plan_is_consistent(problem: tuple[list[int], int]) -> None:
     assert plan.num_tokens == sum(lengths) == plan.bin_tokens.sum()
     assert (plan.bin_tokens <= capacity).all() and (plan.bin_tokens > 0).all()
     assert -(-sum(lengths) // capacity) <= plan.lower_bound <= plan.num_bins
-    for array in (plan.doc_ids, plan.starts, plan.lengths, plan.bin_offsets):
+    assert plan.doc_ids.dtype == np.int32
+    for array in (plan.starts, plan.lengths, plan.bin_offsets, plan.bin_tokens):
         assert array.dtype == np.int64
 
 
