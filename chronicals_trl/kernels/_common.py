@@ -32,6 +32,7 @@ __all__ = [
     "kernel_op",
     "math_dtype",
     "multiprocessors",
+    "require_floating",
     "row_stride",
     "shared_memory",
     "tl",
@@ -80,6 +81,16 @@ def use_triton(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
         if t is not None and (t.dtype not in dtypes or type(t) not in _PLAIN_TYPES or t.device != device):
             return False
     return True
+
+
+def require_floating(name: str, **tensors: torch.Tensor | None) -> None:
+    """Raise TypeError for integers and complex numbers, which a reference would round or cut without a word.
+
+    Asked only where the kernels do not run: they take floating dtypes alone.
+    """
+    for argument, t in tensors.items():
+        if t is not None and not t.is_floating_point():
+            raise TypeError(f"{name}: {argument} is of {t.dtype}; it must be of a floating-point dtype.")
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:

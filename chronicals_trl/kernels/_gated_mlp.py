@@ -33,6 +33,7 @@ from ._common import (
     jit,
     kernel_op,
     math_dtype,
+    require_floating,
     row_stride,
     tl,
     triton,
@@ -236,6 +237,7 @@ def _gated(name: str, gate: torch.Tensor, up: torch.Tensor | None, gelu: bool) -
     if up is not None and gate.shape != up.shape:
         raise ValueError(f"{name}: gate has shape {tuple(gate.shape)} and up {tuple(up.shape)}; they must be equal.")
     if not use_triton(gate, up) or gate.dim() == 0 or gate.numel() == 0:
+        require_floating(name, gate=gate, up=up)
         return _gated_reference(gate, up, gelu)
     # Read in place wherever the rows lie at one stride, as in both halves of a fused projection.
     return _op(_addressable(gate), None if up is None else _addressable(up), gelu)
@@ -253,6 +255,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
 
     Raises:
         ValueError: the shapes differ, or a joint `gate` has an odd width.
+        TypeError: gate or up is not floating-point.
     """
     return _gated("swiglu", gate, up, gelu=False)
 
@@ -338,11 +341,14 @@ def gated_mlp(
     ops = {"swiglu": swiglu, "geglu": geglu}
     if activation not in ops:
         raise ValueError(f"gated_mlp: activation is {activation!r}; it must be one of {sorted(ops)}.")
-    width, inner = x.shape[-1] if x.dim() else 0, down_weight.shape[-1]
+    width, inner = (t.shape[-1] if t.dim() else 0 for t in (x, down_weight))
     given = [tuple(w.shape) for w in (gate_weight, up_weight, down_weight) if w is not None]
     wanted = [(2 * inner, width)] if up_weight is None else [(inner, width), (inner, width)]
     if given != [*wanted, (width, inner)]:
-        raise ValueError(f"gated_mlp: weights of shapes {given} do not fit x of shape {tuple(x.shape)}.")
+        raise ValueError(
+            f"gated_mlp: weights of shapes {given} do not fit x of shape {tuple(x.shape)}; gate and up must be (I, H) "
+            f"or one (2I, H), and down (H, I), with H = {width}."
+        )
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, gate_weight, down_weight = x.to(dtype), gate_weight.to(dtype), down_weight.to(dtype)

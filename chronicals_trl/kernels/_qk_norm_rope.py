@@ -25,6 +25,7 @@ from ._common import (
     kernel_op,
     math_dtype,
     multiprocessors,
+    require_floating,
     tl,
     triton,
     unit_last_stride,
@@ -295,6 +296,7 @@ def qk_norm_rope(
 
     Raises:
         ValueError: the shapes do not fit together.
+        TypeError: q or k is not floating-point.
     """
     check_shapes("qk_norm_rope", q, k, cos, sin)
     head_dim = q.shape[-1]
@@ -304,6 +306,7 @@ def qk_norm_rope(
             f"must be (D,) with D = {head_dim}."
         )
     if not kernels_take(q, k, cos, sin, q_weight, k_weight):
+        require_floating("qk_norm_rope", q=q, k=k)
         return qk_norm_rope_reference(q, k, q_weight, k_weight, eps, cos, sin, offset)
     q, k, cos, sin = (unit_last_stride(t) for t in (q, k, cos, sin))
     return _op(q, k, q_weight.contiguous(), k_weight.contiguous(), float(eps), float(offset), cos, sin, repeats)

@@ -30,6 +30,7 @@ from ._common import (
     jit,
     kernel_op,
     math_dtype,
+    require_floating,
     tl,
     triton,
     unit_last_stride,
@@ -291,9 +292,11 @@ def qk_rope(
 
     Raises:
         ValueError: the shapes do not fit together.
+        TypeError: q or k is not floating-point.
     """
     check_shapes("qk_rope", q, k, cos, sin)
     if not kernels_take(q, k, cos, sin):
+        require_floating("qk_rope", q=q, k=k)
         return qk_rope_reference(q, k, cos, sin)
     q, k, cos, sin = (unit_last_stride(t) for t in (q, k, cos, sin))
     return _op(q, k, cos, sin, False, repeats)

@@ -34,6 +34,7 @@ from ._common import (
     kernel_op,
     math_dtype,
     multiprocessors,
+    require_floating,
     row_stride,
     shared_memory,
     tl,
@@ -344,6 +345,7 @@ def rms_norm(
 
     Raises:
         ValueError: the shapes do not fit together.
+        TypeError: x is not floating-point.
     """
     if x.dim() == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(
@@ -358,6 +360,7 @@ def rms_norm(
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     if not use_triton(x, weight, residual) or x.shape[-1] > MAX_WIDTH or x.numel() == 0:
+        require_floating("rms_norm", x=x)
         return rms_norm_reference(x, weight, eps, offset, residual)
     shape = x.shape
     if residual is not None:

@@ -323,10 +323,10 @@ def _verify_front(module: Any, spec: AttentionSpec, device: torch.device) -> Non
         fused_parts = {name: shallow_twin(part, parameters=dict(part._parameters)) for name, part in parts.items()}
         forwards: dict[str, Callable[..., Any]] = {
             **dict.fromkeys(PROJECTIONS, handed_linear_forward),
-            **{name: rms_norm_forward for name in NORMS if name in parts},
+            # With the part rms_norm off they are the model's own.
+            **{n: rms_norm_forward for n in NORMS if n in parts and isinstance(parts[n].__dict__.get(SPEC), NormSpec)},
         }
         for name, forward in forwards.items():
-            fused_parts[name].__dict__.setdefault(SPEC, None)
             fused_parts[name].forward = types.MethodType(forward, fused_parts[name])
         ours = twin(fused_parts)
         ours.__dict__[SPEC] = spec

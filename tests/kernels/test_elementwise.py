@@ -307,6 +307,25 @@ def test_shapes_that_do_not_fit_are_named(call, message):
         call()
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda x, h, w, t: kernels.rms_norm(x, w, 1e-6), "rms_norm: x"),
+        (lambda x, h, w, t: kernels.swiglu(x.float(), x), "swiglu: up"),
+        (lambda x, h, w, t: kernels.geglu(x), "geglu: gate"),
+        (lambda x, h, w, t: kernels.qk_rope(h, h.float(), t, t), "qk_rope: q"),
+        (lambda x, h, w, t: kernels.qk_norm_rope(h.float(), h, w, w, 1e-6, t, t), "qk_norm_rope: k"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Casting complex")
+def test_what_is_not_floating_point_is_refused(call, named, dtype):
+    """The references would round, or drop the imaginary part, without a word."""
+    x = torch.ones(4, 6).to(dtype)
+    with pytest.raises(TypeError, match=f"{named} is of {dtype}; it must be of a floating"):
+        call(x, x.view(1, 1, 4, 6), torch.ones(6), torch.ones(1, 4, 6))
+
+
 def test_backend():
     assert kernels.backend(torch.device("cpu")) == ("triton" if _common.INTERPRET else "torch")
     assert kernels.backend("cuda") == ("triton" if _common.HAS_TRITON else "torch")

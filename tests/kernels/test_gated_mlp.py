@@ -211,7 +211,8 @@ def test_a_second_derivative_is_refused():
         ({"gate_weight": torch.ones(12, 20)}, r"\[\(12, 20\), \(20, 12\), \(12, 20\)\]"),
         ({"up_weight": None}, r"\[\(20, 12\), \(12, 20\)\]"),
         ({"up_weight": torch.ones(21, 12)}, r"\(21, 12\)"),
-        ({"down_weight": torch.ones(20, 12)}, r"\(20, 12\)\]"),
+        ({"down_weight": torch.ones(20, 12)}, r"\(20, 12\)\] do not.*; gate and up must be \(I, H\).*H = 12"),
+        ({"down_weight": torch.ones(())}, r", \(\)\] do not fit"),
     ],
     ids=str,
 )

@@ -214,6 +214,89 @@ def test_interp_strided_rows_are_read_in_place():
             assert (kept.data_ptr(), kept.stride()) == (t.data_ptr(), t.stride())
 
 
+@pytest.mark.parametrize("sliced", ["gate", "up", "gradient"])
+def test_interp_gated_activation_of_unlike_strides(launched, sliced):
+    """Each of gate, up and the incoming gradient is found by a stride of its own."""
+    launched(["gated_mlp"])
+    torch.manual_seed(0)
+    gate, up, grad = (
+        torch.randn(6, 11 if name == sliced else 8)[:, -8:].requires_grad_() for name in ("gate", "up", "gradient")
+    )
+    ours, plain = (op(gate, up) for op in (kernels.swiglu, kernels.swiglu_reference))
+    torch.testing.assert_close(ours, plain)
+    ours, plain = (torch.autograd.grad(out, (gate, up), grad) for out in (ours, plain))
+    torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("plain", [0, 1], ids=["q", "k"])
+def test_interp_queries_and_keys_of_unlike_strides(launched, plain):
+    """One lies as (B, heads, S, D), the other as a projection gives it; the gradients the other way round."""
+    launched(["qk_rope", "qk_norm_rope"])
+    torch.manual_seed(0)
+    shapes = [(2, 3, 3, 8), (2, 2, 3, 8)]
+    q, k = (laid_out(shape, i == plain).requires_grad_() for i, shape in enumerate(shapes))
+    grads = [laid_out(shape, i != plain) for i, shape in enumerate(shapes)]
+    w = torch.linspace(0.5, 1.5, 8)
+    for name, arguments in (("qk_rope", (q, k, *TABLES)), ("qk_norm_rope", (q, k, w, 2 * w, 1e-6, *TABLES))):
+        ours, theirs = (getattr(kernels, name + suffix)(*arguments) for suffix in ("", "_reference"))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        ours, theirs = (torch.autograd.grad(out, (q, k), grads) for out in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def laid_out(shape, plain):
+    batch, heads, seq_len, dim = shape
+    return torch.randn(shape) if plain else torch.randn(batch, seq_len, heads, dim).transpose(1, 2)
+
+
+@pytest.mark.parametrize("upstream", ["one number", "elements apart"])
+@pytest.mark.parametrize("op", ["swiglu", "joint", "qk_rope", "qk_norm_rope"])
+def test_interp_gradients_whose_elements_do_not_lie_side_by_side(op, upstream):
+    """`out.sum().backward()` sends one number, expanded; a transposition in the graph a strided gradient."""
+    torch.manual_seed(0)
+    x, w = torch.randn(1, 2, 3, 8, requires_grad=True), torch.ones(8)
+    calls = {
+        "swiglu": lambda k, suffix: getattr(k, "swiglu" + suffix)(x, x + 1),
+        "joint": lambda k, suffix: getattr(k, "geglu" + suffix)(x),
+        "qk_rope": lambda k, suffix: getattr(k, "qk_rope" + suffix)(x, x + 1, *TABLES),
+        "qk_norm_rope": lambda k, suffix: getattr(k, "qk_norm_rope" + suffix)(x, x + 1, w, w, 1e-6, *TABLES),
+    }
+    found = []
+    for suffix in ("", "_reference"):
+        out = calls[op](kernels, suffix)
+        out = out if isinstance(out, tuple) else (out,)
+        grads = [
+            torch.tensor(0.5).expand(o.shape)
+            if upstream == "one number"
+            else torch.arange(2.0 * o.numel()).sin().view(*o.shape, 2)[..., 0]
+            for o in out
+        ]
+        found.append(torch.autograd.grad(out, x, grads)[0])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_interp_norm_weights_may_have_gaps():
+    torch.manual_seed(0)
+    x, gapped, heads = torch.randn(5, 8), torch.randn(8, 2)[:, 0].requires_grad_(), torch.randn(1, 2, 3, 8)
+    whole = gapped.detach().clone().requires_grad_()
+    for op in (
+        lambda w: kernels.rms_norm(x, w, 1e-6),
+        lambda w: torch.cat(kernels.qk_norm_rope(heads, heads, w, 2 * w, 1e-6, *TABLES)),
+        lambda w: torch.cat(kernels.qk_norm_rope(heads, heads, 2 * w, w, 1e-6, *TABLES)),
+    ):
+        ours, plain = op(gapped), op(whole)
+        assert torch.equal(ours, plain)
+        (a,), (b,) = (torch.autograd.grad(o.square().sum(), w) for o, w in ((ours, gapped), (plain, whole)))
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("n_shares", [1, 256, 300, 513])
+def test_interp_sum_of_more_shares_than_a_block(n_shares):
+    """A GPU of 132 multiprocessors makes 264 shares, the interpreter 8."""
+    shares = torch.randn(n_shares, 40)
+    torch.testing.assert_close(_rms_norm.sum_shares(shares, torch.empty(40)), shares.sum(0), rtol=1e-5, atol=1e-4)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 5), min_size=0, max_size=4),
@@ -322,4 +405,22 @@ def test_interp_what_the_kernels_do_not_take_runs_the_reference():
         kernels.swiglu(kernels.rms_norm(x, w, 1e-6), x)
         kernels.qk_norm_rope(*kernels.qk_rope(q, q, *tables), w, w, 1e-6, *tables)
         kernels.gated_mlp(x, *[torch.ones(8, 8, dtype=dtype)] * 3)
+    assert not kernels.LAUNCHES
+
+
+def test_interp_queries_and_keys_of_two_dtypes_run_the_reference():
+    """The kernels read both through one pointer, and store both in the dtype of the first."""
+    q, k, w = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8).half(), torch.ones(8)
+    for out in (kernels.qk_rope(q, k, *TABLES), kernels.qk_norm_rope(q, k, w, w, 1e-6, *TABLES)):
+        assert [t.dtype for t in out] == [torch.float32, torch.float16]
+    kernels.qk_norm_rope(q, q, w, w.half(), 1e-6, *TABLES)
+    assert not kernels.LAUNCHES
+
+
+def test_interp_nothing_is_launched_on_nothing():
+    """A grid of no programs is an error of the driver."""
+    x, heads = torch.randn(0, 8, requires_grad=True), torch.randn(1, 2, 0, 8)
+    w, tables = torch.ones(8), (torch.ones(1, 0, 8),) * 2
+    kernels.gated_mlp(kernels.swiglu(kernels.rms_norm(x, w, 1e-6), x), *[torch.ones(8, 8)] * 3).sum().backward()
+    kernels.qk_norm_rope(*kernels.qk_rope(heads, heads, *tables), w, w, 1e-6, *tables)
     assert not kernels.LAUNCHES

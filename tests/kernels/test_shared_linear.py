@@ -127,7 +127,7 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (5, 130), (700, 40), (300, 257)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 130), (700, 40), (300, 257), (5, 600)], ids=str)
 @pytest.mark.parametrize("layout", ["plain", "columns", "one row", "transposed"])
 def test_column_sums(dtype, shape, layout):
     _common.LAUNCHES.clear()

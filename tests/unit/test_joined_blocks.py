@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from chronicals_trl import patch_model, unpatch_model
-from chronicals_trl.kernels import _gated_mlp, _shared_linear
+from chronicals_trl.kernels import _gated_mlp, _shared_linear, rms_norm_reference
 from chronicals_trl.model import decoder, match, rope
 
 RESIDUALS = "residual additions joined to the norms in 2 layers"
@@ -53,6 +53,13 @@ def test_what_is_joined(family: str) -> None:
     bare = tiny_models.build(family)
     assert set(patch_model(model).notes) == JOINED[family]
     require_same(gradients(model), gradients(bare))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "olmo2"])
+def test_projections_are_one_node_also_where_the_norms_are_the_models_own(family: str) -> None:
+    model = tiny_models.build(family)
+    assert patch_model(model, {"rms_norm": "off"}).notes == [SHARED]
+    require_same(gradients(model), gradients(tiny_models.build(family)))
 
 
 def deferred_outputs(model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options) -> int:
@@ -98,6 +105,36 @@ def test_a_hook_on_the_following_layer_sees_a_tensor(monkeypatch) -> None:
     model.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(type(args[0])))
     assert deferred_outputs(model, monkeypatch) == 0
     assert seen == [torch.Tensor]
+
+
+def test_a_layer_whose_forward_was_replaced_since_gets_a_tensor(monkeypatch) -> None:
+    model = patched()
+    layer, seen = model.model.layers[1], []
+    inner = layer.forward
+    layer.forward = lambda x, **kwargs: (seen.append(type(x)), inner(x, **kwargs))[1]
+    assert deferred_outputs(model, monkeypatch) == 0
+    assert seen == [torch.Tensor]
+
+
+def test_layers_that_have_changed_places_hand_nothing_on(monkeypatch) -> None:
+    """The last one would otherwise leave its addition to nobody."""
+    model, bare = patched(num_hidden_layers=3), tiny_models.build("llama", num_hidden_layers=3).train()
+    for m in (model, bare):
+        m.model.layers = nn.ModuleList([m.model.layers[i] for i in (2, 1, 0)])
+    require_same(gradients(model), gradients(bare))
+    layers = model.model.layers
+    decoder.link_layers(model)
+    layers[0], layers[1] = layers[1], layers[0]
+    assert [layer.__dict__[decoder.HANDS_ON].of(layer) for layer in layers[:2]] == [None, None]
+    assert deferred_outputs(model, monkeypatch) == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_keeps_one_tensor_a_layer(monkeypatch, reentrant: bool) -> None:
+    model = patched()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert deferred_outputs(model, monkeypatch) == 0
 
 
 def test_a_deferred_stream_behaves_as_its_sum() -> None:
@@ -289,6 +326,46 @@ def test_an_error_between_handing_and_taking_leaves_nothing_behind() -> None:
     assert not match.DEPUTIES.norms and not match.DEPUTIES.projections
 
 
+def test_biases_of_the_mlp_are_not_lost(monkeypatch) -> None:
+    """The node has none: such an MLP calls its projections."""
+    models = [tiny_models.build("llama", mlp_bias=True).train(), patched(mlp_bias=True)]
+    found = []
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.fill_(0.3)
+        found.append(gradients(model))
+    require_same(found[1], found[0])
+    assert nodes(monkeypatch, models[1]) == (0, 2)
+
+
+def test_norms_of_two_epsilons_are_not_done_by_the_rotation() -> None:
+    """It has one for q and k. A small difference would pass the comparison by number."""
+    model = tiny_models.build("qwen3")
+    for layer in model.model.layers:
+        layer.self_attn.k_norm.variance_epsilon *= 1.5
+    notes = patch_model(model).notes
+    assert NORMS not in notes and SHARED in notes
+
+
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    return transformers.models.llama.modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+
+
+def rotates_another_way(q, k, cos, sin):
+    return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+
+
+def test_norms_that_have_let_pass_are_made_up_for_where_the_rotation_is_called_another_way() -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 5, heads, 8) for heads in (4, 2))  # the heads behind the sequence
+    weights, (cos, sin) = (torch.rand(8), torch.rand(8)), torch.randn(2, 1, 5, 8)
+    given = rope._Cos(cos, False, rope._Norms(*weights, 1e-6, 1.0))
+    ours = rope._copy_with_rope(rotates_another_way)(q, k, given, sin)
+    normed = (rms_norm_reference(x, w, 1e-6, 1.0) for x, w in zip((q, k), weights, strict=True))
+    torch.testing.assert_close(ours, rotates_another_way(*normed, cos, sin))
+
+
 def replaced(model: nn.Module, where: str) -> None:
     norm = model.model.layers[0].get_submodule(where)
     inner = norm.forward
@@ -416,6 +493,13 @@ def test_recompute_mlp_is_handed_to_the_node(monkeypatch) -> None:
 def test_the_tables_of_models_repeat(family: str) -> None:
     model = patched(family)
     assert all(layer.self_attn.__dict__[match.SPEC].repeats for layer in model.model.layers)
+
+
+def test_the_tables_of_each_kind_of_layer_are_looked_at() -> None:
+    model = tiny_models.build("gemma3", layer_types=["sliding_attention", "full_attention"])
+    rotary = model.model.rotary_emb
+    tables = rope._tables_of(rotary)
+    assert len(tables) == 2 * len(set(rotary.config.layer_types)) == 4
 
 
 def test_tables_that_do_not_repeat_are_read_whole() -> None:
