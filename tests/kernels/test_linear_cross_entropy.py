@@ -338,3 +338,13 @@ def test_a_weight_gradient_is_rounded_in_its_own_memory(rows, dtype):
     assert rows < 2 or total.parts[0].data_ptr() == total.out.data_ptr()
     exact = sum(a[i].float().t() @ b[i].float() for i in range(2))
     torch.testing.assert_close(total.finish(), exact.to(dtype), rtol=0, atol=0)
+
+
+def test_what_pads_rows_takes_nothing_from_the_row_that_it_names():
+    hidden, weight = 5 * torch.eye(3), torch.eye(3)
+    labels = torch.tensor([0, -100, 2])
+    out = linear_cross_entropy(hidden, weight, labels, rows=torch.tensor([0, 2, -1, -1]))
+    whole = linear_cross_entropy(hidden, weight, labels)
+    assert out.is_top1.tolist() == [True, False, True]
+    torch.testing.assert_close(out.log_probs, whole.log_probs)
+    torch.testing.assert_close(out.entropy, whole.entropy)
