@@ -12,7 +12,7 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,7 @@ class SFTTrainer(TrlSFTTrainer):
         self._meter = ThroughputMeter(device=self.args.device)
         self._real_tokens: int | Tensor = 0
         self._token_mask: Tensor | None = None
-        self._label_rows: Tensor | None = None
-        self._adds_label_rows = False  # to the batches of a collator that is not ours
+        self._label_rows: tuple[Tensor, Tensor] | None = None  # with the labels that they are of
         self._batch_tokens: int | None = None
         self._router_share: float | Tensor = 1.0
         try:
@@ -157,12 +156,9 @@ class SFTTrainer(TrlSFTTrainer):
         self._lora_plus = report["lora_plus"].state == "on"
         self._lora_plus_rates = report["lora_plus"].backend or ""
         self._head = report["head"].state == "on"
-        # What cuts a batch into shares (several GPUs of one process, accelerate's dispatcher) does not know indices.
-        whole = self.args.n_gpu <= 1 and not isinstance(self.train_dataset, IterableDataset)
         if self._packing.state == "on":
-            self._use_packed_collator(emit_label_rows=self._head and whole)
+            self._use_packed_collator()
             self._check_isolation()
-        self._adds_label_rows = self._head and whole and self._packing.state != "on"
         report.notes += self._notes(config)
         report.raise_for_omissions(config)
         return report
@@ -176,7 +172,7 @@ class SFTTrainer(TrlSFTTrainer):
         report.set(lora_plus)
         return report
 
-    def _use_packed_collator(self, emit_label_rows: bool) -> None:
+    def _use_packed_collator(self) -> None:
         stats = self._train_stats
         text_config = base_model(self.model).config.get_text_config()
         # Linear-attention and state-space layers start a new state at each entry of cu_seqlens: exact ones for them.
@@ -189,7 +185,6 @@ class SFTTrainer(TrlSFTTrainer):
             cu_seqlens_bucket=None if hybrid else CU_SEQLENS_BUCKET,
             fallback=self.data_collator,  # type: ignore[has-type]
             emit_token_mask=self.aux_loss_enabled,
-            emit_label_rows=emit_label_rows,
             filler_ids=_first_tokens(self.train_dataset),
         )
 
@@ -327,8 +322,7 @@ class SFTTrainer(TrlSFTTrainer):
             weighting="dft" if self.args.loss_type == "dft" else "none",
             router_loss=False,
             token_mask=self._token_mask,
-            # A rank of a context-parallel run has a share of the positions, and its labels shifted.
-            rows=None if "shift_labels" in inputs else self._label_rows,
+            rows=self._rows_of(inputs),
         )
         outputs = model(**inputs, fused_lm_head=True, num_items_in_batch=num_items_in_batch, head_call=call)
         loss = outputs.loss
@@ -341,6 +335,15 @@ class SFTTrainer(TrlSFTTrainer):
             loss = loss + coefficient * outputs.aux_loss / steps
         self._record(mode, outputs)
         return loss
+
+    def _rows_of(self, inputs: dict[str, Any]) -> Tensor | None:
+        """The positions with a label, if they are those that the head will see."""
+        if self._label_rows is None or "shift_labels" in inputs:  # a rank's share of a context-parallel run
+            return None
+        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+            return None  # PEFT puts virtual tokens in front of each row
+        rows, labels = self._label_rows
+        return rows if inputs.get("labels") is labels else None  # of another batch, or replaced
 
     @contextlib.contextmanager
     def _router_mask(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -379,14 +382,22 @@ class SFTTrainer(TrlSFTTrainer):
         if self.aux_loss_enabled:
             self._metrics[mode]["aux_loss"].append(sums[3] / sums[4].clamp(min=1))
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         collator: Any = self.data_collator
-        if self._chronicals is not None and self._adds_label_rows:
+        if self._chronicals is not None and self._head and not self._cuts_batches(dataset):
             self.data_collator = WithLabelRows(collator)  # type: ignore[assignment]
         try:
-            return super()._get_dataloader(*args, **kwargs)
+            return super()._get_dataloader(dataset, *args, **kwargs)
         finally:
             self.data_collator = collator  # the user's own, to whoever looks
+
+    def _cuts_batches(self, dataset: Any) -> bool:
+        """Whether batches will be cut into shares, on one rank too, by what knows nothing of indices."""
+        if self.args.n_gpu > 1:
+            return True
+        dispatches = self.accelerator.dispatch_batches  # by default accelerate does so with streams
+        streams = isinstance(dataset, (IterableDataset, torch.utils.data.IterableDataset))
+        return streams if dispatches is None else bool(dispatches)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -419,11 +430,12 @@ class SFTTrainer(TrlSFTTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
-        if self._chronicals is not None and isinstance(inputs, dict):
+        if self._chronicals is not None and isinstance(inputs, MutableMapping):  # BatchEncoding is no dict
             # What the collator adds for the trainer is not the model's to see.
             self._batch_tokens = inputs.pop("num_real_tokens", None)
             self._token_mask = inputs.pop("token_mask", None)
-            self._label_rows = inputs.pop("label_rows", None)
+            rows = inputs.pop("label_rows", None)
+            self._label_rows = None if rows is None else (rows, inputs["labels"])
         return inputs
 
     # -- optimizer, logging, evaluation, saving ----------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from ._common import math_dtype
 from ._cross_entropy_chunks import recompute, score
@@ -79,6 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, log_prob_M, entropy_M, is_top1_M
 
     @staticmethod
+    @once_differentiable  # the loss's gradients are plain tensors: a second derivative would miss their part
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> Any:
         grad_loss, grad_log_prob_M, grad_entropy_M, _ = upstream
         hidden_MH, weight_VH, bias_V, label_M, scale, log_prob_M, lse_M, *grads = ctx.saved_tensors
@@ -282,7 +284,7 @@ def linear_cross_entropy(
     scale = one if reduction == "sum" else None  # None: a loss per token
     if reduction == "mean":
         items = live_M.sum() if num_items is None else torch.as_tensor(num_items).to(hidden.device, non_blocking=True)
-        scale = one / items.clamp(min=1)
+        scale = (one / items.clamp(min=1)).to(one.dtype)  # whatever dtype a count on the device has
     grad_enabled = torch.is_grad_enabled()  # it is always off inside the Function
     needs = tuple(grad_enabled and t is not None and t.requires_grad for t in (hidden, weight, bias))
     loss, log_probs, entropy, is_top1 = _LinearCrossEntropy.apply(

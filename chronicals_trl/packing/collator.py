@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from chronicals_trl.packing.bfd import check_capacity
-from chronicals_trl.packing.label_rows import IGNORE_INDEX, add_label_rows
+from chronicals_trl.packing.label_rows import IGNORE_INDEX
 
 __all__ = ["IGNORE_INDEX", "PackedCollator"]
 
@@ -46,7 +46,6 @@ class PackedCollator:
         seq_idx: (1, S) int32, the segment that each token is in.
         num_real_tokens: int, tokens that are not padding. Not for the model: the trainer takes it out.
         token_mask: (1, S) bool, True where a token is not padding; only if asked for.
-        label_rows: what the function of that name finds; only if asked for, and if it finds enough.
 
     Attributes:
         pad_token_id: what padding holds in a batch without any token, unless `filler_ids` are given.
@@ -58,7 +57,7 @@ class PackedCollator:
         cu_seqlens_bucket: round the length of `cu_seq_lens_*` up to a multiple of this; None keeps it exact, which
             linear-attention models need.
         fallback: the collator for rows that are not packed (without "seq_lengths"); None makes them an error.
-        emit_token_mask, emit_label_rows: add `token_mask`, `label_rows`.
+        emit_token_mask: add `token_mask`.
         filler_ids: real tokens for a batch without any (on one of several ranks all rows may be empty ones).
 
     Raises (when called):
@@ -73,7 +72,6 @@ class PackedCollator:
     cu_seqlens_bucket: int | None = None
     fallback: Callable[[list[Any]], dict[str, Any]] | None = None
     emit_token_mask: bool = False
-    emit_label_rows: bool = False
     filler_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
@@ -92,10 +90,7 @@ class PackedCollator:
                     f"The rows have the columns {sorted(examples[0])} and no 'seq_lengths': pack the data set with "
                     "chronicals_trl.packing.pack_dataset, or give PackedCollator a fallback for rows that are not."
                 )
-            batch = self.fallback(list(examples))
-            if self.emit_label_rows:
-                add_label_rows(batch)
-            return batch
+            return self.fallback(list(examples))
 
         rows = [np.asarray(example["seq_lengths"], dtype=np.int64) for example in examples]
         longest_document = max((int(row.max()) for row in rows if len(row)), default=1)
@@ -140,8 +135,6 @@ class PackedCollator:
         batch["max_length_q"] = batch["max_length_k"] = self._max_length(int(segments_G.max()))
         if self.emit_token_mask:
             batch["token_mask"] = torch.from_numpy(real_S)[None]
-        if self.emit_label_rows:
-            add_label_rows(batch)
         return batch
 
     def _filler(self, examples: Sequence[Example]) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,9 @@ def label_rows(labels: Tensor) -> Tensor | None:
     return torch.nn.functional.pad(rows, (0, length - len(rows)), value=-1)
 
 
-def add_label_rows(batch: dict[str, Any]) -> None:
+def add_label_rows(batch: MutableMapping[str, Any]) -> None:
     """Put `label_rows` into a batch that has labels (B, S), if there are few enough. The trainer takes them out."""
-    labels = batch.get("labels")
+    labels = batch.get("labels") if isinstance(batch, MutableMapping) else None
     if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_cuda:
         rows = label_rows(labels)
         if rows is not None:
@@ -52,9 +52,9 @@ def add_label_rows(batch: dict[str, Any]) -> None:
 class WithLabelRows:
     """A collator whose batches have `label_rows` too."""
 
-    collator: Callable[[list[Any]], dict[str, Any]]
+    collator: Callable[[list[Any]], Any]
 
-    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+    def __call__(self, examples: list[Any]) -> Any:
         batch = self.collator(examples)
         add_label_rows(batch)
         return batch

@@ -101,3 +101,36 @@ def test_interp_backward_of_a_scaled_loss():
         )
         torch.testing.assert_close(ours, full)
     assert LAUNCHES["scale_unless_one"] == 4
+
+
+def test_interp_a_second_backward_pass_finds_nothing_scaled():
+    """The first one scales the gradients in place and gives them away."""
+    hidden, weight, _, labels = check.ce_inputs("cpu", torch.float32, *SHAPE)
+    loss = linear_cross_entropy(hidden, weight, labels, z_loss=0.01).loss * 3
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), first)
+    assert all(torch.equal(grad, was) for grad, was in zip(first, kept, strict=True))
+
+
+def test_interp_upstream_gradients_of_any_stride():
+    """That of a sum is one number, expanded."""
+    hidden, weight, _, labels = check.ce_inputs("cpu", torch.float32, *SHAPE)
+    for part in ("log_probs", "entropy"):
+        ours, full = (
+            torch.autograd.grad(getattr(op(hidden, weight, labels), part).sum(), (hidden, weight))
+            for op in (linear_cross_entropy, linear_cross_entropy_reference)
+        )
+        torch.testing.assert_close(ours, full)
+
+
+def test_interp_autocast_with_float32_parameters():
+    hidden, weight, _, labels = check.ce_inputs("cpu", torch.float32, *SHAPE)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = linear_cross_entropy(hidden, weight, labels).loss
+    # A loss scale; the gradients are float32, and what float16 takes from them it takes before that.
+    ours = torch.autograd.grad(loss * 2**16, (hidden, weight))
+    full = torch.autograd.grad(linear_cross_entropy_reference(hidden, weight, labels).loss * 2**16, (hidden, weight))
+    for grad, expected in zip(ours, full, strict=True):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, expected, rtol=0, atol=5e-3 * float(expected.abs().max()))

@@ -154,6 +154,23 @@ def test_a_second_backward_pass_forms_the_gradients_anew(weighting):
         loss.backward()
 
 
+@pytest.mark.parametrize("differentiate", ["all", "loss", "tokens"])
+def test_a_second_derivative_is_an_error_not_a_part_of_one(differentiate):
+    hidden, weight, _, labels = check.ce_inputs("cpu", torch.float32, *SHAPE)
+    loss = linear_cross_entropy(hidden, weight, labels, differentiate=differentiate).loss
+    (grad,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+def test_num_items_of_any_dtype():
+    hidden, weight, _, labels = check.ce_inputs("cpu", torch.float32, *SHAPE)
+    for count in (5, torch.tensor(5), torch.tensor(5.0, dtype=torch.float64), torch.tensor(5.0, dtype=torch.bfloat16)):
+        loss = linear_cross_entropy(hidden, weight, labels, num_items=count).loss
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, linear_cross_entropy(hidden, weight, labels, reduction="sum").loss / 5)
+
+
 def test_the_weight_gradient_is_handed_over_not_copied():
     hidden, weight, _, labels = check.ce_inputs("cpu", torch.float32, *SHAPE)
     made = []
@@ -321,3 +338,13 @@ def test_a_weight_gradient_is_rounded_in_its_own_memory(rows, dtype):
     assert rows < 2 or total.parts[0].data_ptr() == total.out.data_ptr()
     exact = sum(a[i].float().t() @ b[i].float() for i in range(2))
     torch.testing.assert_close(total.finish(), exact.to(dtype), rtol=0, atol=0)
+
+
+def test_what_pads_rows_takes_nothing_from_the_row_that_it_names():
+    hidden, weight = 5 * torch.eye(3), torch.eye(3)
+    labels = torch.tensor([0, -100, 2])
+    out = linear_cross_entropy(hidden, weight, labels, rows=torch.tensor([0, 2, -1, -1]))
+    whole = linear_cross_entropy(hidden, weight, labels)
+    assert out.is_top1.tolist() == [True, False, True]
+    torch.testing.assert_close(out.log_probs, whole.log_probs)
+    torch.testing.assert_close(out.entropy, whole.entropy)

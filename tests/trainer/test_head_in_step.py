@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_data
 import torch
+import transformers
 import trl
 from training_runs import logged, run
 
@@ -55,6 +56,74 @@ def test_rows_agree_with_trl_where_nothing_is_packed(tmp_path: Path) -> None:
     theirs, _ = run(trl.SFTTrainer, trl.SFTConfig, tmp_path, data=data)
     for key in ("loss", "entropy", "mean_token_accuracy"):
         assert logged(ours, key) == pytest.approx(logged(theirs, key), rel=1e-4)
+
+
+def test_rows_stay_out_of_batches_that_accelerate_cuts(tmp_path: Path) -> None:
+    """Its dispatcher, the default for streams, takes the first rows of every tensor of a batch, on one rank too."""
+    losses = []
+    for trainer_class, config_class, flag in ((SFTTrainer, SFTConfig, True), (trl.SFTTrainer, trl.SFTConfig, None)):
+        options = {
+            "accelerator_config": {"dispatch_batches": True}, "completion_only_loss": True,
+            **({"use_chronicals": flag} if flag else {}),
+        }  # fmt: skip
+        dispatched, _ = run(trainer_class, config_class, tmp_path, data=tiny_data.prompt_completion(), options=options)
+        del options["accelerator_config"]
+        stream = tiny_data.prompt_completion().to_iterable_dataset()
+        evaluated, _ = run(
+            trainer_class, config_class, tmp_path, data=tiny_data.prompt_completion(), options=options,
+            eval_dataset=stream,
+        )  # fmt: skip
+        losses.append([*logged(dispatched, "loss"), evaluated.evaluate()["eval_loss"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_move_no_rows(tmp_path: Path, kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    losses = []
+    for trainer_class, config_class, options in (
+        (SFTTrainer, SFTConfig, {"use_chronicals": True}),
+        (trl.SFTTrainer, trl.SFTConfig, {}),
+    ):
+        torch.manual_seed(0)
+        trainer, _ = run(
+            trainer_class, config_class, tmp_path, data=tiny_data.prompt_completion(),
+            options={**options, "completion_only_loss": True, "learning_rate": 0.0},
+            peft_config=getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        )  # fmt: skip
+        # Where the virtual tokens are drawn is not the same in both: the model they are drawn for has been probed.
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                if "prompt" in name:
+                    parameter.copy_(torch.randn(parameter.shape))
+        losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_rows_of_another_batch_are_not_used(tmp_path: Path, scored) -> None:
+    options = {"use_chronicals": True, "completion_only_loss": True}
+    trainer, _ = run(SFTTrainer, SFTConfig, tmp_path, data=tiny_data.prompt_completion(), options=options)
+    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset.select(range(20, 22)))))
+    del batch["label_rows"]
+    scored.clear()
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, batch)
+    assert scored == [(batch["labels"].numel(), int((batch["labels"][:, 1:] >= 0).sum()))]
+
+
+def test_rows_of_a_batch_that_is_no_dict(tmp_path: Path, scored) -> None:
+    """The collators of transformers return a BatchEncoding."""
+    trainer, _ = run(
+        SFTTrainer, SFTConfig, tmp_path, data=tiny_data.prompt_completion(),
+        options={"use_chronicals": True, "completion_only_loss": True},
+        data_collator=transformers.DataCollatorForSeq2Seq(tiny_data.tokenizer()),
+    )  # fmt: skip
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert not isinstance(batch, dict)
+    assert "label_rows" in batch
+    assert "label_rows" not in trainer._prepare_inputs(batch)
+    assert all(rows < 1.2 * labels + 8 for rows, labels in scored)
 
 
 def test_label_rows() -> None:
