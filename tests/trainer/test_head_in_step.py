@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny_data
+import tiny_models
 import torch
 import transformers
 import trl
@@ -176,3 +177,26 @@ def test_the_filter_is_there_whenever_something_is_written(tmp_path: Path) -> No
     )  # fmt: skip
     saved = torch.load(Path(trainer.args.output_dir) / "checkpoint-2" / "training_args.bin", weights_only=False)
     assert saved.logging_nan_inf_filter is True
+
+
+def test_the_filter_is_there_after_a_run_that_failed(tmp_path: Path) -> None:
+    class Failing(SFTTrainer):
+        def training_step(self, *args, **kwargs):
+            super().training_step(*args, **kwargs)
+            assert self.args.logging_nan_inf_filter is False  # the loss is filtered already
+            raise KeyError("a step that fails")
+
+    arguments = {
+        "output_dir": str(tmp_path),
+        "use_chronicals": True,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+    }
+    trainer = Failing(
+        model=tiny_models.build("llama"), args=SFTConfig(**arguments), train_dataset=tiny_data.text(4),
+        processing_class=tiny_data.tokenizer(),
+    )  # fmt: skip
+    with pytest.raises(KeyError):
+        trainer.train()
+    assert trainer.args.logging_nan_inf_filter is True
