@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ._common import HAS_TRITON, backend, math_dtype
+from ._common import math_dtype, use_triton
 from ._cross_entropy_pass import (
     Head,
     OfLoss,
@@ -93,10 +93,6 @@ def plan(
         if columns > _PITCH:
             return Plan(n_rows, columns - columns % _PITCH)
     return Plan(rows, vocab)
-
-
-def runs_kernels(device: torch.device, compute: torch.dtype) -> bool:
-    return HAS_TRITON and backend(device) == "triton" and compute != torch.float64
 
 
 def weight_gradient_dtype(weight: torch.dtype, compute: torch.dtype, final: bool) -> torch.dtype:
@@ -233,7 +229,7 @@ def _run(
     narrowed = needs[1] and weight_gradient_dtype(weight_VH.dtype, compute, final) != math_dtype(compute)
     if budget_mib is None:
         budget_mib = automatic_budget_mib(n_rows, vocab, width, compute.itemsize, narrowed=narrowed)
-    kernels = runs_kernels(device, compute)
+    kernels = use_triton(hidden_MH, weight_VH)
     cut = plan(n_rows, vocab, compute, budget_mib, trainable=needs[1], kernels=kernels)
     tiles = cut.columns < vocab
     gradients = _Gradients(hidden_MH, weight_VH, needs, compute, final=final, tiles=tiles)
