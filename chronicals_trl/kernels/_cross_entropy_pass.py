@@ -36,6 +36,8 @@ _LN_2 = 0.6931471805599453
 # program on a multiprocessor that holds as much as it can; of shorter rows, two that hold all or most of theirs.
 _GROUPS, _WARPS, _MOST_HELD, _STAGES = 1024, 16, 9, 4
 _SHORT_ROW, _SHORT_GROUPS, _SHORT_WARPS, _SHORT_HELD = 65_536, 512, 8, 5
+# A narrow tile of the vocabulary is folded by one warp a row: there is nothing to reduce across warps then.
+_NARROW, _NARROW_GROUPS, _NARROW_WARPS = 16_384, 64, 1
 
 
 class Head(NamedTuple):
@@ -180,6 +182,8 @@ def _softmax_launch(extent: _Extent, gradient: bool, dft: bool, cap: bool, given
 @lru_cache(MAX_LAUNCHES)
 def _fold_launch(extent: _Extent, column: int, cap: bool) -> Launch:
     groups, group, warps, _ = _tiling(extent.n_cols, extent.dtype.itemsize)
+    if extent.n_cols < _NARROW:
+        groups, warps = min(groups, _NARROW_GROUPS), _NARROW_WARPS
     return Launch(
         fold_pass_kernel,
         extent.n_rows,
