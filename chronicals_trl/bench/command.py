@@ -21,7 +21,7 @@ __all__ = ["main"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 REPEATS, QUICK_REPEATS = 15, 5
-HEAD_SAMPLES, QUICK_HEAD_SAMPLES = 5, 2  # in each of two rounds
+HEAD_SAMPLES, QUICK_HEAD_SAMPLES = 3, 1  # in each round
 DRY_RUN_TOKENS, DRY_RUN_HIDDEN, DRY_RUN_VOCAB = 32, 64, 1000
 
 _OPS_DESCRIPTION = """\
@@ -55,7 +55,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "chronicals-trl bench") 
         "head", help="the head with its cross-entropy against TRL, Liger, Apple's CCE, quack and torch",
         description=_HEAD_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
-    _add_common(heads, head.SHAPES, head.SIDES, f"{2 * QUICK_HEAD_SAMPLES} samples, not {2 * HEAD_SAMPLES}")
+    _add_common(
+        heads,
+        head.SHAPES,
+        head.SIDES,
+        f"{head_run.ROUNDS * QUICK_HEAD_SAMPLES} samples, not {head_run.ROUNDS * HEAD_SAMPLES}",
+    )
     options = parser.parse_args(argv)
     return _ops(ops, options) if options.command == "ops" else _head(heads, options)
 

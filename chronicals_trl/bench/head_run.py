@@ -1,8 +1,8 @@
 """Check each side of the head against fp64, measure its memory and time it beside the GEMMs alone.
 
-A case is a shape with the weight trained or frozen. All sides go through it twice, the floor first and last: the first
-time a side is checked, its memory measured and half of its samples taken, the second time it gives the other half. So
-no side has the GPU at its coolest.
+A case is a shape with the weight trained or frozen. All sides go through it several times, and the floor with them.
+The first time a side is checked and its memory measured; each time some of its samples are taken. So no side has the
+GPU at its coolest, and what drifts within the run is in all of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from chronicals_trl.bench.timing import quantile, replay_ms, sample_ms
 
 __all__ = ["Case", "Row", "Settings", "run"]
 
-ROUNDS = 2
+ROUNDS = 5
 WARM_UP = 1
 MIB = 2**20
 
@@ -40,7 +40,7 @@ class Settings:
         skipped: Side to the reason why it is not run; reported as such.
         dtype: Of hidden and weight.
         device: A CUDA device, or the CPU for a dry run.
-        samples: Of each side, in each of the two rounds.
+        samples: Of each side, in each of the ROUNDS.
         keep: Called with the result so far after each case: a crash of a peer's kernel must not cost what is there.
     """
 
@@ -95,6 +95,7 @@ class Row:
         of_floor: `ms` over the floor.
         ours_is_faster_by: `ms` over that of "ours".
         graph_ms, graph_samples: The same as a replayed CUDA graph; of "ours" alone.
+        launched_ms, launched_samples: The same launched, by turns with the graph.
         graph_reason: Why there is no such time.
     """
 
@@ -116,6 +117,8 @@ class Row:
     ours_is_faster_by: float | None = None
     graph_ms: float | None = None
     graph_samples: list[float] = field(default_factory=list)
+    launched_ms: float | None = None
+    launched_samples: list[float] = field(default_factory=list)
     graph_reason: str | None = None
 
 
@@ -182,8 +185,7 @@ def _run_case(case: Case, rows: list[Row], problem: Problem, reference: Referenc
     problem.weight.requires_grad_(not case.frozen)
     calls: dict[str, Callable[..., Any]] = {}
     for number in range(ROUNDS):
-        if number == 0:
-            _time_floor(case, problem, settings)
+        _time_floor(case, problem, settings)
         for row in rows:
             if row.status != "ok":
                 continue
@@ -198,8 +200,6 @@ def _run_case(case: Case, rows: list[Row], problem: Problem, reference: Referenc
                 gc.collect()  # frames of the failed call may hold its buffers; takes too long to do it each time
             problem.clear()
             _release(settings.device)
-        if number == ROUNDS - 1:
-            _time_floor(case, problem, settings)
     for row in rows:
         if row.side == "ours" and row.status == "ok":
             _time_graph(row, calls[row.side], problem, settings)
@@ -258,8 +258,8 @@ def _time_graph(row: Row, call: Callable[..., Any], problem: Problem, settings: 
         return loss, torch.autograd.grad(loss, fresh.leaves)
 
     try:
-        row.graph_samples = replay_ms(step, settings.device, settings.samples)
-        row.graph_ms = statistics.median(row.graph_samples)
+        row.launched_samples, row.graph_samples = replay_ms(step, settings.device, ROUNDS * settings.samples)
+        row.launched_ms, row.graph_ms = map(statistics.median, (row.launched_samples, row.graph_samples))
     except Exception as error:
         row.graph_reason = explain(error)[1]
     _release(settings.device)

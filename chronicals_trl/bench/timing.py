@@ -199,9 +199,20 @@ def sample_ms(call: Callable[[], Any], device: torch.device) -> float:
     return begin.elapsed_time(end)
 
 
-def replay_ms(call: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
-    """Milliseconds of one `call` as a CUDA graph, `repeats` samples; raises what capturing it raises."""
-    return [us / 1e3 for us in _replay([call], lambda: None, 1, repeats, device)]
+def replay_ms(call: Callable[[], Any], device: torch.device, repeats: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of one `call` launched, and as a CUDA graph; `repeats` of each, by turns, so that both find the GPU
+    equally warm. Raises what capturing raises.
+    """
+    graph, kept = _capture([call], 1, device)
+    launched, replayed = [], []
+    for number in range(WARM_UP + repeats):
+        times = sample_ms(call, device), sample_ms(graph.replay, device)
+        if number >= WARM_UP:
+            launched.append(times[0])
+            replayed.append(times[1])
+    kept.clear()
+    graph.reset()
+    return launched, replayed
 
 
 def _time(
@@ -226,17 +237,7 @@ def _replay(
     calls: Sequence[Callable[[], Any]], restore: Callable[[], None], rounds: int, repeats: int, device: torch.device
 ) -> list[float]:
     """Microseconds of a call, once for each of `repeats` samples."""
-    with _on_side_stream(device) as stream:
-        for call in calls:  # compiles, loads and tunes kernels, none of which a capture allows
-            call()
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    kept: list[Any] = [None] * len(calls)
-    # thread_local: autograd's own thread may do what a capture forbids to the thread that captures.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        for _ in range(rounds):
-            for index, call in enumerate(calls):
-                kept[index] = call()
+    graph, kept = _capture(calls, rounds, device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     samples = []
     for _ in range(WARM_UP + repeats):
@@ -252,6 +253,22 @@ def _replay(
     kept.clear()
     graph.reset()
     return samples[WARM_UP:]
+
+
+def _capture(calls: Sequence[Callable[[], Any]], rounds: int, device: torch.device) -> tuple[Any, list[Any]]:
+    """A graph of `rounds` times all calls, and what they return: its memory, to be held while the graph is used."""
+    with _on_side_stream(device) as stream:
+        for call in calls:  # compiles, loads and tunes kernels, none of which a capture allows
+            call()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    kept: list[Any] = [None] * len(calls)
+    # thread_local: autograd's own thread may do what a capture forbids to the thread that captures.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for _ in range(rounds):
+            for index, call in enumerate(calls):
+                kept[index] = call()
+    return graph, kept
 
 
 def _run_on_cpu(calls: Sequence[Callable[[], Any]], restore: Callable[[], None], repeats: int) -> list[float]:

@@ -90,8 +90,8 @@ def plan(
         return Plan(max(1, n_rows), vocab)
     if kernels and trainable and rows < FEWEST_ROWS:
         columns = max(1, budget_mib * MIB // (per_logit * n_rows))
-        if columns > _PITCH:
-            return Plan(n_rows, columns - columns % _PITCH)
+        if columns > 256:
+            return Plan(n_rows, columns - columns % 256)  # whole GEMM tiles
     return Plan(rows, vocab)
 
 

@@ -63,7 +63,7 @@ def test_dry_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     floors = {}
     for case in result["cases"]:
         assert (case["tokens"], case["hidden"], case["vocab"]) == (16, 64, 1000)
-        assert case["floor_chunk"] == 16 and len(case["floor_samples"]["16"]) == 10
+        assert case["floor_chunk"] == 16 and len(case["floor_samples"]["16"]) == 15
         operations = (4 if case["frozen"] else 6) * 16 * 64 * 1000
         assert case["floor_tflops"] == pytest.approx(operations / case["floor_ms"] / 1e9)
         floors[case["name"]] = case["floor_ms"]
@@ -73,7 +73,7 @@ def test_dry_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert set(found) == wanted
     for (name, _), row in found.items():
         assert row["status"] == "ok" and row["reason"] is None
-        assert len(row["samples"]) == 10 and 0 < row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+        assert len(row["samples"]) == 15 and 0 < row["ms_p20"] <= row["ms"] <= row["ms_p80"]
         assert row["of_floor"] == pytest.approx(row["ms"] / floors[name])
         assert row["ours_is_faster_by"] == pytest.approx(row["ms"] / found[name, "ours"]["ms"])
         assert 0 < row["errors"]["hidden_rms"] < row["errors"]["hidden_max"]
@@ -87,7 +87,7 @@ def test_what_a_dry_run_leaves_out_and_quick(tmp_path: Path) -> None:
     assert [case["name"] for case in result["cases"]] == ["qwen2.5-0.5b trained", "qwen2.5-0.5b frozen"]
     skipped = {row["side"] for row in result["rows"] if row["status"] == "not run"}
     assert skipped == set(head.NOT_ON_CPU)
-    assert {len(row["samples"]) for row in result["rows"] if row["side"] == "ours"} == {4}
+    assert {len(row["samples"]) for row in result["rows"] if row["side"] == "ours"} == {5}
     assert {row["side"] for row in result["rows"]} == set(head.SIDES)
 
 
@@ -169,7 +169,7 @@ def test_eager_is_the_definition() -> None:
     assert torch.equal(problem.loss(head.load_side("eager")), expected)
 
 
-def test_every_side_goes_through_twice_between_two_floors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_side_goes_through_in_each_round_after_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     def watched(name: str) -> Callable[[], Any]:
@@ -190,8 +190,9 @@ def test_every_side_goes_through_twice_between_two_floors(monkeypatch: pytest.Mo
     monkeypatch.setattr(head_run, "floor_calls", floor)
     head_run.run(Settings([TINY], ["ours", "eager"], {}, torch.float32, CPU, samples=2), say=lambda line: None)
     # One call to compile, one that is checked, one to warm up and two samples; then one to warm up and two samples.
-    once = ["floor"] * 3 + ["ours"] * 5 + ["eager"] * 5 + ["ours"] * 3 + ["eager"] * 3 + ["floor"] * 3
-    assert order == once * 2
+    first = ["floor"] * 3 + ["ours"] * 5 + ["eager"] * 5
+    later = ["floor"] * 3 + ["ours"] * 3 + ["eager"] * 3
+    assert order == (first + later * (head_run.ROUNDS - 1)) * 2
 
 
 # -- the check --------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ def planted(
             extra_mib=mib,
             samples=[ms] * 3,
             graph_ms=(graph or ms) if s == "ours" else None,
+            launched_ms=ms if s == "ours" else None,
         )
         for s, (ms, mib) in sides.items()
     ]
