@@ -1,8 +1,8 @@
 """Check each side of the head against fp64, measure its memory and time it beside the GEMMs alone.
 
 A case is a shape with the weight trained or frozen. All sides go through it several times, and the floor with them.
-The first time a side is checked and its memory measured; each time some of its samples are taken. So no side has the
-GPU at its coolest, and what drifts within the run is in all of them.
+The first time a side is checked and its memory measured; each time some of its samples are taken. So what drifts within
+the run is in all of them. Each round begins with another side.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from chronicals_trl.bench.timing import quantile, replay_ms, sample_ms
 __all__ = ["Case", "Row", "Settings", "run"]
 
 ROUNDS = 5
+REST_S = 0.02
 WARM_UP = 1
 MIB = 2**20
 
@@ -185,8 +186,10 @@ def _run_case(case: Case, rows: list[Row], problem: Problem, reference: Referenc
     problem.weight.requires_grad_(not case.frozen)
     calls: dict[str, Callable[..., Any]] = {}
     for number in range(ROUNDS):
-        _time_floor(case, problem, settings)
-        for row in rows:
+        for row in _turn([None, *rows], number):
+            if row is None:
+                _time_floor(case, problem, settings)
+                continue
             if row.status != "ok":
                 continue
             try:
@@ -204,6 +207,19 @@ def _run_case(case: Case, rows: list[Row], problem: Problem, reference: Referenc
         if row.side == "ours" and row.status == "ok":
             _time_graph(row, calls[row.side], problem, settings)
     _finish(case, rows)
+
+
+def _turn(parts: Sequence[Any], number: int) -> Sequence[Any]:
+    """The parts in the order of round `number`: each round begins elsewhere, so that none always follows the same."""
+    first = number * len(parts) // ROUNDS
+    return [*parts[first:], *parts[:first]]
+
+
+def _rested_ms(call: Callable[[], Any], device: torch.device) -> float:
+    """`sample_ms` after a pause, in which the clocks recover: what ran before lowers them, most of all bare GEMMs."""
+    if device.type == "cuda":
+        time.sleep(REST_S)
+    return sample_ms(call, device)
 
 
 def _check(row: Row, call: Callable[..., Any], problem: Problem, reference: Reference, device: torch.device) -> None:
@@ -230,7 +246,7 @@ def _check(row: Row, call: Callable[..., Any], problem: Problem, reference: Refe
 def _take_samples(row: Row, call: Callable[..., Any], problem: Problem, settings: Settings) -> None:
     for number in range(WARM_UP + settings.samples):
         problem.clear()  # not in the time: an optimizer does it between steps
-        ms = sample_ms(lambda: problem.loss(call).backward(), settings.device)
+        ms = _rested_ms(lambda: problem.loss(call).backward(), settings.device)
         if number >= WARM_UP:
             row.samples.append(ms)
 
@@ -239,7 +255,7 @@ def _time_floor(case: Case, problem: Problem, settings: Settings) -> None:
     try:
         for chunk, multiply in floor_calls(problem, case.frozen):
             samples = case.floor_samples.setdefault(chunk, [])
-            samples += [sample_ms(multiply, settings.device) for _ in range(WARM_UP + settings.samples)][WARM_UP:]
+            samples += [_rested_ms(multiply, settings.device) for _ in range(WARM_UP + settings.samples)][WARM_UP:]
     except Exception as error:
         case.reason = f"no floor: {explain(error)[1]}"
     _release(settings.device)

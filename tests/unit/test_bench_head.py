@@ -169,7 +169,7 @@ def test_eager_is_the_definition() -> None:
     assert torch.equal(problem.loss(head.load_side("eager")), expected)
 
 
-def test_every_side_goes_through_in_each_round_after_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_side_goes_through_in_each_round_from_another_start(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     def watched(name: str) -> Callable[[], Any]:
@@ -190,9 +190,10 @@ def test_every_side_goes_through_in_each_round_after_the_floor(monkeypatch: pyte
     monkeypatch.setattr(head_run, "floor_calls", floor)
     head_run.run(Settings([TINY], ["ours", "eager"], {}, torch.float32, CPU, samples=2), say=lambda line: None)
     # One call to compile, one that is checked, one to warm up and two samples; then one to warm up and two samples.
-    first = ["floor"] * 3 + ["ours"] * 5 + ["eager"] * 5
-    later = ["floor"] * 3 + ["ours"] * 3 + ["eager"] * 3
-    assert order == (first + later * (head_run.ROUNDS - 1)) * 2
+    floor, ours, eager = (["floor"] * 3, ["ours"] * 3, ["eager"] * 3)
+    first = [*floor, "ours", "ours", *ours, "eager", "eager", *eager]
+    later = [floor, ours, eager], [ours, eager, floor], [ours, eager, floor], [eager, floor, ours]
+    assert order == (first + [name for turn in later for part in turn for name in part]) * 2
 
 
 # -- the check --------------------------------------------------------------------------------------------------------
