@@ -21,7 +21,7 @@ __all__ = ["main"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 REPEATS, QUICK_REPEATS = 15, 5
-HEAD_SAMPLES, QUICK_HEAD_SAMPLES = 3, 1  # in each round
+HEAD_SAMPLES, QUICK_HEAD_SAMPLES = 5, 2  # in each round
 DRY_RUN_TOKENS, DRY_RUN_HIDDEN, DRY_RUN_VOCAB = 32, 64, 1000
 
 _OPS_DESCRIPTION = """\

@@ -1,7 +1,7 @@
 """Check each side of the head against fp64, measure its memory and time it beside the GEMMs alone.
 
 A case is a shape with the weight trained or frozen. All sides go through it several times, and the floor with them.
-The first time a side is checked and its memory measured; each time some of its samples are taken. So what drifts within
+The first time a side is checked and its memory measured; each time some of its samples are taken. So what drifts in
 the run is in all of them. Each round begins with another side.
 """
 
@@ -26,9 +26,9 @@ from chronicals_trl.bench.timing import quantile, replay_ms, sample_ms
 
 __all__ = ["Case", "Row", "Settings", "run"]
 
-ROUNDS = 5
-REST_S = 0.02
-WARM_UP = 1
+ROUNDS = 3
+# Calls, some hundreds of milliseconds: enough for the clocks to become those that a long run of this call has.
+WARM_UP = 6
 MIB = 2**20
 
 
@@ -42,6 +42,7 @@ class Settings:
         dtype: Of hidden and weight.
         device: A CUDA device, or the CPU for a dry run.
         samples: Of each side, in each of the ROUNDS.
+        warm_up: Calls before them, each time.
         keep: Called with the result so far after each case: a crash of a peer's kernel must not cost what is there.
     """
 
@@ -51,6 +52,7 @@ class Settings:
     dtype: torch.dtype
     device: torch.device
     samples: int
+    warm_up: int = WARM_UP
     keep: Callable[[dict[str, Any]], None] = lambda result: None
 
 
@@ -215,13 +217,6 @@ def _turn(parts: Sequence[Any], number: int) -> Sequence[Any]:
     return [*parts[first:], *parts[:first]]
 
 
-def _rested_ms(call: Callable[[], Any], device: torch.device) -> float:
-    """`sample_ms` after a pause, in which the clocks recover: what ran before lowers them, most of all bare GEMMs."""
-    if device.type == "cuda":
-        time.sleep(REST_S)
-    return sample_ms(call, device)
-
-
 def _check(row: Row, call: Callable[..., Any], problem: Problem, reference: Reference, device: torch.device) -> None:
     """Compile and tune by a first call, measure the memory of a second one, and compare its results."""
     _step(call, problem)
@@ -244,10 +239,10 @@ def _check(row: Row, call: Callable[..., Any], problem: Problem, reference: Refe
 
 
 def _take_samples(row: Row, call: Callable[..., Any], problem: Problem, settings: Settings) -> None:
-    for number in range(WARM_UP + settings.samples):
+    for number in range(settings.warm_up + settings.samples):
         problem.clear()  # not in the time: an optimizer does it between steps
-        ms = _rested_ms(lambda: problem.loss(call).backward(), settings.device)
-        if number >= WARM_UP:
+        ms = sample_ms(lambda: problem.loss(call).backward(), settings.device)
+        if number >= settings.warm_up:
             row.samples.append(ms)
 
 
@@ -255,7 +250,9 @@ def _time_floor(case: Case, problem: Problem, settings: Settings) -> None:
     try:
         for chunk, multiply in floor_calls(problem, case.frozen):
             samples = case.floor_samples.setdefault(chunk, [])
-            samples += [_rested_ms(multiply, settings.device) for _ in range(WARM_UP + settings.samples)][WARM_UP:]
+            samples += [sample_ms(multiply, settings.device) for _ in range(settings.warm_up + settings.samples)][
+                settings.warm_up :
+            ]
     except Exception as error:
         case.reason = f"no floor: {explain(error)[1]}"
     _release(settings.device)
