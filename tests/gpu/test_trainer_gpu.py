@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_data
 import torch
 import trl
 from training_runs import logged, run
+from transformers import TrainerCallback
 
 from chronicals_trl import SFTConfig, SFTTrainer
 
@@ -83,3 +87,40 @@ def test_lora_in_bf16(tmp_path: Path) -> None:
     assert trainer.chronicals_report["lora"].state == "on"
     assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
     assert min(logged(trainer, "grad_norm")) > 0
+
+
+class Waits(TrainerCallback):
+    """Makes torch warn where the host waits for the GPU, from the beginning of step `first` to the end of `last`."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.found: list[str] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.first:  # kernels are compiled and chosen by now
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.last:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_step_does_not_wait_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: bool) -> None:
+    """From the batch to the optimizer's step; only logging reads anything back."""
+    options = {**GPU, "bf16": True, "use_chronicals": True, "max_steps": 8, "logging_strategy": "no"}
+    adapter = {}
+    if lora:
+        adapter["peft_config"] = pytest.importorskip("peft").LoraConfig(r=8, target_modules="all-linear")
+    waits = Waits(first=3, last=8)
+
+    def record(message: Any, *args: Any, **kwargs: Any) -> None:
+        if "called a synchronizing" in str(message):
+            waits.found.append("".join(traceback.format_stack(limit=14)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", record)
+        trainer, _ = run(SFTTrainer, SFTConfig, tmp_path, options=options, callbacks=[waits], **adapter)
+    assert trainer.state.global_step == 8
+    assert not waits.found, f"{len(waits.found)} waits in 5 steps; the first at\n{waits.found[0]}"
