@@ -304,6 +304,17 @@ def balance_off(trainer: SFTTrainer, config: ChronicalsConfig, own: type) -> str
     return None
 
 
+def copies_note(args: Any) -> str | None:
+    """How batches get to the GPU; None on a CPU."""
+    if args.device.type == "cpu":
+        return None
+    pinned, non_blocking = args.dataloader_pin_memory, args.accelerator_config.non_blocking
+    if pinned and non_blocking:
+        return "copies to the GPU: pinned and non-blocking"
+    cause = "accelerator_config's non_blocking=False" if pinned else "dataloader_pin_memory=False"
+    return f"copies to the GPU: each waits for the GPU ({cause})"
+
+
 def conflicts(trainer: SFTTrainer, stock: type, own: type) -> dict[str, str]:
     """part -> reason, for what the trainer's settings rule out."""
     args, leave_out = trainer.args, dict[str, str]()

@@ -283,6 +283,8 @@ class SFTConfig(TrlSFTConfig):
             false, no, off, 0. Default (and None): the environment's `CHRONICALS_USE_CHRONICALS`, else False.
         chronicals_config: A dict, or JSON text on the command line, of `ChronicalsConfig`'s fields; kept as a plain
             dict of the keys that were given.
+        accelerator_config: Transformers'; with the flag on, `non_blocking` is True unless it is given or
+            `dataloader_pin_memory` is off.
 
     Raises:
         ImportError: The flag is on and trl, transformers, torch or accelerate is older than its floor.
@@ -321,4 +323,19 @@ class SFTConfig(TrlSFTConfig):
         if self.use_chronicals:
             # A wrong CHRONICALS_* variable has to show here, not after the model was loaded.
             ChronicalsConfig.resolve(self.chronicals_config)
+        open_choice = self.use_chronicals and _leaves_copies_open(self.accelerator_config)
         super().__post_init__()
+        if open_choice and self.dataloader_pin_memory:  # only from pinned memory does such a copy not wait
+            cast(Any, self.accelerator_config).non_blocking = True
+
+
+def _leaves_copies_open(accelerator_config: Any) -> bool:
+    """Whether the user has not said if copies to the GPU block; a file or an AcceleratorConfig says it."""
+    if isinstance(accelerator_config, str) and accelerator_config.lstrip().startswith("{"):
+        try:
+            accelerator_config = json.loads(accelerator_config)
+        except json.JSONDecodeError:  # transformers says what is wrong with it
+            return False
+    if isinstance(accelerator_config, Mapping):
+        return "non_blocking" not in accelerator_config
+    return accelerator_config is None

@@ -161,7 +161,7 @@ class SFTTrainer(TrlSFTTrainer):
             self._use_packed_collator()
             self._check_isolation()
         report.notes += self._notes(config)
-        report.notes += self._balance_notes()
+        report.notes += [*self._balance_notes(), *filter(None, [_inputs.copies_note(self.args)])]
         report.raise_for_omissions(config)
         return report
 
@@ -428,6 +428,8 @@ class SFTTrainer(TrlSFTTrainer):
         collator: Any = self.data_collator
         if self._chronicals is not None and self._head and not self._cuts_batches(dataset):
             self.data_collator = WithLabelRows(collator)  # type: ignore[assignment]
+        if type(collator) is PackedCollator and _python_rows_of_bins(dataset):
+            dataset = dataset.with_format("numpy")  # lists of Python integers take ten times as long
         try:
             loader = super()._get_dataloader(dataset, *args, **kwargs)
         finally:
@@ -608,6 +610,11 @@ def _unpatch(model: Any) -> bool:
     patched = is_patched(model)
     unpatch_model(model)
     return patched
+
+
+def _python_rows_of_bins(dataset: Any) -> bool:
+    """Whether the rows are packed and come as Python lists; another format is the user's own wish."""
+    return isinstance(dataset, Dataset) and "seq_lengths" in dataset.column_names and dataset.format["type"] is None
 
 
 def _first_tokens(dataset: Any) -> list[int]:

@@ -10,6 +10,7 @@ import tiny_data
 import tiny_models
 import torch
 import trl
+from torch.utils.data import RandomSampler
 from training_runs import SETTINGS, logged
 from transformers import TrainerCallback
 
@@ -94,6 +95,52 @@ def test_rows_are_shuffled_as_trl_does_before_and_after_packing(tmp_path: Path) 
     assert list(trainer.train_dataset["input_ids"]) == list(packed.shuffle(seed=7)["input_ids"])
     plain = make(tmp_path, packing=True, seed=7)
     assert set(map(tuple, plain.train_dataset["input_ids"])) != set(map(tuple, trainer.train_dataset["input_ids"]))
+
+
+def test_packed_rows_reach_the_collator_as_arrays(tmp_path: Path) -> None:
+    """And give the batches that lists give; a format of the user's own stays."""
+    made = make(tmp_path, packing=True, eval_packing=True, eval_dataset=tiny_data.text(), bf16=False)
+    loader = made.get_train_dataloader()
+    assert loader.dataset.format["type"] == made.get_eval_dataloader().dataset.format["type"] == "numpy"
+    assert made.train_dataset.format["type"] is None
+    collate = made.data_collator
+    batches = list(made.get_eval_dataloader())
+    expected = collate(made.eval_dataset.to_list())
+    for name in ("input_ids", "labels", "position_ids"):
+        assert batches[0][name].dtype == torch.int64
+        assert torch.equal(torch.cat([batch[name] for batch in batches], 1), expected[name])
+    made.train_dataset = made.train_dataset.with_format("torch")
+    assert made.get_train_dataloader().dataset.format["type"] == "torch"
+    # Rows that are not packed, and collators of other kinds, know nothing of it.
+    plain = make(tmp_path, packing=False)
+    assert plain.get_train_dataloader().dataset.format["type"] is None
+    made.train_dataset = made.train_dataset.with_format(None)
+    made.data_collator = lambda rows: collate(rows)
+    assert made.get_train_dataloader().dataset.format["type"] is None
+
+
+def test_one_rank_keeps_the_stock_order(tmp_path: Path) -> None:
+    trainer = make(tmp_path, packing=True, gradient_accumulation_steps=2)
+    assert type(trainer._get_train_sampler()) is RandomSampler
+    assert not any(note.startswith("balance") for note in trainer.chronicals_report.notes)
+
+
+@pytest.mark.parametrize(
+    ("device", "pinned", "non_blocking", "note"),
+    [
+        ("cpu", True, True, None),
+        ("cuda", True, True, "copies to the GPU: pinned and non-blocking"),
+        ("cuda", True, False, "copies to the GPU: each waits for the GPU (accelerator_config's non_blocking=False)"),
+        ("cuda", False, True, "copies to the GPU: each waits for the GPU (dataloader_pin_memory=False)"),
+    ],
+)
+def test_the_report_says_how_batches_are_copied(device: str, pinned: bool, non_blocking: bool, note: str) -> None:
+    args = SimpleNamespace(
+        device=torch.device(device),
+        dataloader_pin_memory=pinned,
+        accelerator_config=SimpleNamespace(non_blocking=non_blocking),
+    )
+    assert _inputs.copies_note(args) == note
 
 
 @pytest.mark.parametrize("layer_types", [None, ["linear_attention", "full_attention"]])
