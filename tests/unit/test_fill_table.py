@@ -30,11 +30,11 @@ def test_slots_of_padded_batches() -> None:
 
 def test_a_row_of_the_table() -> None:
     """Documents of half a row, and others above the capacity."""
-    row = fill_table.table_row("x", np.array([4] * 40 + [20] * 20), 8)
-    assert (row["bins"], row["lower_bound"], row["fill"], row["trl_bins"]) == (40, 40, 1.0, 40)
-    assert row["saved_against_trl"] == 0.0 and "recovered_from_trl" not in row and row["split_bins"] == 20 + 50
-    # 60 documents in batches of 8: 480 slots if each batch has a long one, for 320 tokens.
-    assert 0.3 < row["saved_against_random"] <= 1 - 320 / 480
+    row = fill_table.table_row("x", np.array([4] * 400 + [20] * 200), 8)
+    assert (row["bins"], row["lower_bound"], row["fill"], row["trl_bins"]) == (400, 400, 1.0, 400)
+    assert row["saved_against_trl"] == 0.0 and "recovered_from_trl" not in row and row["split_bins"] == 200 + 500
+    # 600 documents in batches of 8: 4,800 slots where each batch has a long one, for 3,200 tokens.
+    assert 0.3 < row["saved_against_random"] <= round(1 - 3200 / 4800, 4)
     assert row["recovered_from_random"] == 1.0
     assert 0 <= row["saved_against_grouped"] < 0.1
 
