@@ -132,6 +132,15 @@ def test_a_rank_is_not_always_the_costly_one() -> None:
     assert 0.4 < (pairs[:, 0] > pairs[:, 1]).mean() < 0.6
 
 
+def test_a_short_last_window_joins_the_one_before() -> None:
+    """By itself it would be rows of whatever bins came last."""
+    costs = np.tile([1_000, 5_000], WINDOW_ROWS + 1)
+    sampler = BalancedSampler(costs, ranks=2, batch_size=1)
+    for epoch in range(20):
+        pairs = costs[sampler.order(epoch)].reshape(-1, 2)
+        assert (pairs[:, 0] != pairs[:, 1]).sum() <= 1  # of one odd bin of each kind
+
+
 def test_no_more_rows_than_a_window_or_a_micro_step() -> None:
     costs = random_costs(11)
     few = BalancedSampler(costs[:3], ranks=2, batch_size=2)
