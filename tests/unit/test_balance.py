@@ -134,11 +134,39 @@ def test_a_rank_is_not_always_the_costly_one() -> None:
 
 def test_a_short_last_window_joins_the_one_before() -> None:
     """By itself it would be rows of whatever bins came last."""
-    costs = np.tile([1_000, 5_000], WINDOW_ROWS + 1)
+    costs = np.arange(1, 2 * (WINDOW_ROWS + 1) + 1) * 100
     sampler = BalancedSampler(costs, ranks=2, batch_size=1)
-    for epoch in range(20):
+    for epoch in range(5):
         pairs = costs[sampler.order(epoch)].reshape(-1, 2)
-        assert (pairs[:, 0] != pairs[:, 1]).sum() <= 1  # of one odd bin of each kind
+        assert (np.abs(np.diff(pairs)) == 100).all()
+
+
+def test_windows_are_of_whole_steps() -> None:
+    costs = random_costs(8 * 30)
+    sampler = BalancedSampler(costs, ranks=2, batch_size=2, accumulation=2, window_rows=3)
+    order, shuffled = (rows.reshape(-1, 8) for rows in (sampler.order(0), sampler.shuffled(0)))
+    for step, drawn in zip(order, shuffled, strict=True):
+        assert set(step.tolist()) == set(drawn.tolist())
+
+
+# Three rows that differ by 10, 4 and 4 within.
+UNEQUAL = np.array([100, 110, 200, 204, 300, 304])
+
+
+def test_the_rows_of_a_micro_step_make_up_for_each_other() -> None:
+    """10 - 4 - 4, whatever the order in which the rows were drawn: they go into one batch."""
+    for epoch in range(10):
+        order = BalancedSampler(UNEQUAL, ranks=2, batch_size=3).order(epoch)
+        assert abs(np.diff(UNEQUAL[order].reshape(2, 3).sum(1))) == 2
+
+
+def test_the_micro_steps_of_a_step_make_up_for_each_other() -> None:
+    """As they come: 10 - 4 - 4, 4 - 10 + 4, or 4 - 4 + 10."""
+    for epoch in range(10):
+        order = BalancedSampler(UNEQUAL, ranks=2, batch_size=1, accumulation=3).order(epoch)
+        first, second, third = np.abs(np.diff(UNEQUAL[order].reshape(3, 2)))[:, 0].tolist()
+        apart = abs(np.diff(UNEQUAL[order].reshape(3, 2).sum(0)))
+        assert apart == abs(abs(first - second) - third)
 
 
 def test_no_more_rows_than_a_window_or_a_micro_step() -> None:
