@@ -282,7 +282,37 @@ def bins_per_round(args: Any, *, training: bool) -> int:
     """
     if not training or (args.world_size == 1 and args.device.type == "cpu"):
         return 1
-    return args.world_size * args.train_batch_size
+    # With split_batches a batch is that of all ranks.
+    return args.train_batch_size * (1 if args.accelerator_config.split_batches else args.world_size)
+
+
+def balance_off(trainer: SFTTrainer, config: ChronicalsConfig, own: type) -> str | None:
+    """Why several ranks get packed rows as the shuffle has them; None where the ranks' costs are balanced."""
+    args = trainer.args
+    if not config.balance_ranks:
+        return "off, balance_ranks=False in the configuration"
+    if not isinstance(trainer.train_dataset, Dataset):
+        return "off, a streamed data set is dealt to the ranks as it comes"
+    if "seq_lengths" not in trainer.train_dataset.column_names:
+        return "off, the training rows have no seq_lengths"
+    if args.train_sampling_strategy != "random":
+        return f"off, train_sampling_strategy={args.train_sampling_strategy!r} decides on the order"
+    for name in ("_get_train_sampler", "get_train_dataloader"):
+        if getattr(type(trainer), name) is not getattr(own, name):
+            owner = next(base for base in type(trainer).__mro__ if name in vars(base))
+            return f"off, {owner.__qualname__} overrides {name}"
+    return None
+
+
+def copies_note(args: Any) -> str | None:
+    """How batches get to the GPU; None on a CPU."""
+    if args.device.type == "cpu":
+        return None
+    pinned, non_blocking = args.dataloader_pin_memory, args.accelerator_config.non_blocking
+    if pinned and non_blocking:
+        return "copies to the GPU: pinned and non-blocking"
+    cause = "accelerator_config's non_blocking=False" if pinned else "dataloader_pin_memory=False"
+    return f"copies to the GPU: each waits for the GPU ({cause})"
 
 
 def conflicts(trainer: SFTTrainer, stock: type, own: type) -> dict[str, str]:

@@ -90,6 +90,7 @@ _CHECKS: dict[str, Any] = {
     "attention_backend": lambda where, value: _choice(where, value, ATTENTION_BACKENDS),
     "logit_budget_mib": lambda where, value: None if value is None else _positive_int(where, value),
     "packing_window": _positive_int,
+    "balance_ranks": _boolean,
     "lora_plus_ratio": _positive_float,
     "lora_plus_embedding_lr": _optional_positive_float,
 }
@@ -114,6 +115,8 @@ class ChronicalsConfig:
         logit_budget_mib: Memory for logits in the head, in MiB; at least 1. None: as much as leaves the head's peak no
             higher than that of TRL's fused head, at most 1,024.
         packing_window: Documents that are packed together when the data set is streamed; at least 1.
+        balance_ranks: Packed rows are dealt so that the ranks have the same attention cost in a step. False: by the
+            shuffle alone.
         lora_plus_ratio: Learning rate of LoRA's B matrices over that of A; above 0.
         lora_plus_embedding_lr: Learning rate of LoRA's embedding matrices; None leaves the optimizer's.
 
@@ -135,6 +138,7 @@ class ChronicalsConfig:
     attention_backend: str = "auto"
     logit_budget_mib: int | None = None
     packing_window: int = 10_000
+    balance_ranks: bool = True
     lora_plus_ratio: float = 16.0
     lora_plus_embedding_lr: float | None = None
 
@@ -279,6 +283,8 @@ class SFTConfig(TrlSFTConfig):
             false, no, off, 0. Default (and None): the environment's `CHRONICALS_USE_CHRONICALS`, else False.
         chronicals_config: A dict, or JSON text on the command line, of `ChronicalsConfig`'s fields; kept as a plain
             dict of the keys that were given.
+        accelerator_config: Transformers'; with the flag on, `non_blocking` is True unless it is given or
+            `dataloader_pin_memory` is off.
 
     Raises:
         ImportError: The flag is on and trl, transformers, torch or accelerate is older than its floor.
@@ -317,4 +323,19 @@ class SFTConfig(TrlSFTConfig):
         if self.use_chronicals:
             # A wrong CHRONICALS_* variable has to show here, not after the model was loaded.
             ChronicalsConfig.resolve(self.chronicals_config)
+        open_choice = self.use_chronicals and _leaves_copies_open(self.accelerator_config)
         super().__post_init__()
+        if open_choice and self.dataloader_pin_memory:  # only from pinned memory does such a copy not wait
+            cast(Any, self.accelerator_config).non_blocking = True
+
+
+def _leaves_copies_open(accelerator_config: Any) -> bool:
+    """Whether the user has not said if copies to the GPU block; a file or an AcceleratorConfig says it."""
+    if isinstance(accelerator_config, str) and accelerator_config.lstrip().startswith("{"):
+        try:
+            accelerator_config = json.loads(accelerator_config)
+        except json.JSONDecodeError:  # transformers says what is wrong with it
+            return False
+    if isinstance(accelerator_config, Mapping):
+        return "non_blocking" not in accelerator_config
+    return accelerator_config is None

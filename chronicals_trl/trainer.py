@@ -1,8 +1,8 @@
 """SFTTrainer: TRL's, with the parts of this package put in at the seams that TRL leaves open. Glue, and nothing else.
 
-The seams, all of them methods that TRL or transformers calls: `_prepare_dataset` (packing), `compute_loss` (the head),
-`create_optimizer` (LoRA+), `get_batch_samples` and `_prepare_inputs` (token counts), `log`. With the flag off each
-returns the parent's result as it is.
+The seams, all of them methods that TRL or transformers calls: `_prepare_dataset` (packing), `_get_train_sampler` (the
+ranks' shares), `compute_loss` (the head), `create_optimizer` (LoRA+), `get_batch_samples` and `_prepare_inputs` (token
+counts), `log`. With the flag off each returns the parent's result as it is.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
 from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpatch_model
 from chronicals_trl.observe.throughput import ThroughputMeter
 from chronicals_trl.optim.lora_plus import apply_lora_plus, group_sizes
+from chronicals_trl.packing.balance import BalancedSampler, attention_costs
 from chronicals_trl.packing.collator import PackedCollator
 from chronicals_trl.packing.dataset import PackStats, pack_dataset
 from chronicals_trl.packing.label_rows import WithLabelRows
@@ -160,6 +161,7 @@ class SFTTrainer(TrlSFTTrainer):
             self._use_packed_collator()
             self._check_isolation()
         report.notes += self._notes(config)
+        report.notes += [*self._balance_notes(), *filter(None, [_inputs.copies_note(self.args)])]
         report.raise_for_omissions(config)
         return report
 
@@ -303,6 +305,46 @@ class SFTTrainer(TrlSFTTrainer):
                 f"({int((above - max_length).sum()):,} tokens lost)"
             )
 
+    # -- the ranks' shares -------------------------------------------------------------------------------------------
+
+    def _balance_notes(self) -> list[str]:
+        """How even the ranks' shares of packed rows are; nothing where one rank has them all."""
+        if not self._deals_packed_rows():
+            return []
+        reason = self._balance_off()
+        return [f"balance: {self._balanced_sampler(self.train_dataset).describe() if reason is None else reason}"]
+
+    def _deals_packed_rows(self) -> bool:
+        on = self._chronicals is not None and self._packing.state == "on" and self.args.packing
+        return on and self._data_ranks() > 1
+
+    def _balance_off(self) -> str | None:
+        assert self._chronicals is not None
+        return _inputs.balance_off(self, self._chronicals, SFTTrainer)
+
+    def _balanced_sampler(self, dataset: Dataset) -> BalancedSampler:
+        ranks = self._data_ranks()
+        shares = ranks if self.accelerator.split_batches else 1
+        return BalancedSampler(
+            attention_costs(dataset, self.args.max_length),
+            ranks=ranks,
+            batch_size=max(1, self._train_batch_size // shares),
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+
+    def _data_ranks(self) -> int:
+        """Ranks that get rows of their own; those of one tensor- or context-parallel group share theirs."""
+        parallelism = self.accelerator.parallelism_config
+        shared = 1 if parallelism is None else parallelism.tp_size * parallelism.cp_size
+        ranks: int = self.accelerator.num_processes // shared
+        return ranks
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self._deals_packed_rows() or self._balance_off():
+            return super()._get_train_sampler(train_dataset)
+        return self._balanced_sampler(self.train_dataset if train_dataset is None else train_dataset)
+
     # -- the step ----------------------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -386,10 +428,18 @@ class SFTTrainer(TrlSFTTrainer):
         collator: Any = self.data_collator
         if self._chronicals is not None and self._head and not self._cuts_batches(dataset):
             self.data_collator = WithLabelRows(collator)  # type: ignore[assignment]
+        if type(collator) is PackedCollator and _python_rows_of_bins(dataset):
+            dataset = dataset.with_format("numpy")  # lists of Python integers take ten times as long
         try:
-            return super()._get_dataloader(dataset, *args, **kwargs)
+            loader = super()._get_dataloader(dataset, *args, **kwargs)
         finally:
             self.data_collator = collator  # the user's own, to whoever looks
+        shard = getattr(loader, "batch_sampler", None)
+        sampler = getattr(getattr(shard, "batch_sampler", None), "sampler", None)
+        if isinstance(sampler, BalancedSampler):
+            # As Accelerate does with its own sampler: set_epoch then finds it behind skip_first_batches (resume) too.
+            loader.set_sampler(sampler)
+        return loader
 
     def _cuts_batches(self, dataset: Any) -> bool:
         """Whether batches will be cut into shares, on one rank too, by what knows nothing of indices."""
@@ -560,6 +610,11 @@ def _unpatch(model: Any) -> bool:
     patched = is_patched(model)
     unpatch_model(model)
     return patched
+
+
+def _python_rows_of_bins(dataset: Any) -> bool:
+    """Whether the rows are packed and come as Python lists; another format is the user's own wish."""
+    return isinstance(dataset, Dataset) and "seq_lengths" in dataset.column_names and dataset.format["type"] is None
 
 
 def _first_tokens(dataset: Any) -> list[int]:

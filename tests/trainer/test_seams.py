@@ -10,11 +10,13 @@ import tiny_data
 import tiny_models
 import torch
 import trl
+from torch.utils.data import RandomSampler
 from training_runs import SETTINGS, logged
 from transformers import TrainerCallback
 
 from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer, _inputs
-from chronicals_trl.packing import pack_dataset
+from chronicals_trl.packing import BalancedSampler, pack_dataset
+from chronicals_trl.packing.balance import attention_costs
 
 
 def make(tmp_path: Path, *, data=None, model=None, trainer_class: type = SFTTrainer, peft_config=None, **options):
@@ -94,6 +96,97 @@ def test_rows_are_shuffled_as_trl_does_before_and_after_packing(tmp_path: Path) 
     assert list(trainer.train_dataset["input_ids"]) == list(packed.shuffle(seed=7)["input_ids"])
     plain = make(tmp_path, packing=True, seed=7)
     assert set(map(tuple, plain.train_dataset["input_ids"])) != set(map(tuple, trainer.train_dataset["input_ids"]))
+
+
+def test_packed_rows_reach_the_collator_as_arrays(tmp_path: Path) -> None:
+    """And give the batches that lists give; a format of the user's own stays."""
+    made = make(tmp_path, packing=True, eval_packing=True, eval_dataset=tiny_data.text(), bf16=False)
+    loader = made.get_train_dataloader()
+    assert loader.dataset.format["type"] == made.get_eval_dataloader().dataset.format["type"] == "numpy"
+    assert made.train_dataset.format["type"] is None
+    collate = made.data_collator
+    batches = list(made.get_eval_dataloader())
+    expected = collate(made.eval_dataset.to_list())
+    for name in ("input_ids", "labels", "position_ids"):
+        assert batches[0][name].dtype == torch.int64
+        assert torch.equal(torch.cat([batch[name] for batch in batches], 1), expected[name])
+    made.train_dataset = made.train_dataset.with_format("torch")
+    assert made.get_train_dataloader().dataset.format["type"] == "torch"
+    # Rows that are not packed, and collators of other kinds, know nothing of it.
+    plain = make(tmp_path, packing=False)
+    assert plain.get_train_dataloader().dataset.format["type"] is None
+    made.train_dataset = made.train_dataset.with_format(None)
+    made.data_collator = lambda rows: collate(rows)
+    assert made.get_train_dataloader().dataset.format["type"] is None
+
+
+def test_one_rank_keeps_the_stock_order(tmp_path: Path) -> None:
+    trainer = make(tmp_path, packing=True, gradient_accumulation_steps=2)
+    assert type(trainer._get_train_sampler()) is RandomSampler
+    assert not any(note.startswith("balance") for note in trainer.chronicals_report.notes)
+
+
+def test_the_sampler_of_several_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SFTTrainer, "_data_ranks", lambda self: 2)
+    settings = {"packing": True, "gradient_accumulation_steps": 3, "seed": 5}
+    trainer = make(tmp_path, **settings)
+    sampler = trainer._get_train_sampler()
+    assert isinstance(sampler, BalancedSampler)
+    assert (sampler.ranks, sampler.batch_size, sampler.accumulation, sampler.seed) == (2, 2, 3, 5)
+    assert sampler.costs.tolist() == attention_costs(trainer.train_dataset, 96).tolist()
+    assert any(note == f"balance: {sampler.describe()}" for note in trainer.chronicals_report.notes)
+    assert make(tmp_path, **settings, data_seed=8)._get_train_sampler().seed == 8
+    # A dataset that is handed over counts, not the trainer's own.
+    assert len(trainer._get_train_sampler(trainer.train_dataset.select(range(4)))) == 4
+
+    off = make(tmp_path, **settings, chronicals_config={"balance_ranks": False})
+    assert type(off._get_train_sampler()) is RandomSampler
+    # Nothing is dealt, and nothing said, where the training set is not packed, or by TRL.
+    for unpacked in ({"eval_packing": True, "packing": False}, {"chronicals_config": {"packing": "off"}}):
+        other = make(tmp_path, **{**settings, **unpacked}, eval_dataset=tiny_data.text())
+        assert type(other._get_train_sampler()) is RandomSampler
+        assert not any(note.startswith("balance") for note in other.chronicals_report.notes)
+
+
+class OwnLoader(SFTTrainer):
+    def get_train_dataloader(self):
+        return super().get_train_dataloader()
+
+
+def test_a_loader_of_the_users_own_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SFTTrainer, "_data_ranks", lambda self: 2)
+    trainer = make(tmp_path, packing=True, trainer_class=OwnLoader)
+    assert "balance: off, OwnLoader overrides get_train_dataloader" in trainer.chronicals_report.notes
+    assert type(trainer._get_train_sampler()) is RandomSampler
+    assert isinstance(make(tmp_path, packing=True)._get_train_sampler(), BalancedSampler)
+    swapped = make(tmp_path, packing=True)
+    swapped.train_dataset = swapped.train_dataset.remove_columns("seq_lengths")
+    assert type(swapped._get_train_sampler()) is RandomSampler
+
+
+@pytest.mark.parametrize(("sizes", "ranks"), [(None, 8), ((1, 1), 8), ((2, 1), 4), ((2, 2), 2)])
+def test_ranks_of_one_group_share_their_rows(sizes: tuple[int, int] | None, ranks: int) -> None:
+    parallelism = None if sizes is None else SimpleNamespace(tp_size=sizes[0], cp_size=sizes[1])
+    accelerator = SimpleNamespace(num_processes=8, parallelism_config=parallelism)
+    assert SFTTrainer._data_ranks(SimpleNamespace(accelerator=accelerator)) == ranks
+
+
+@pytest.mark.parametrize(
+    ("device", "pinned", "non_blocking", "note"),
+    [
+        ("cpu", True, True, None),
+        ("cuda", True, True, "copies to the GPU: pinned and non-blocking"),
+        ("cuda", True, False, "copies to the GPU: each waits for the GPU (accelerator_config's non_blocking=False)"),
+        ("cuda", False, True, "copies to the GPU: each waits for the GPU (dataloader_pin_memory=False)"),
+    ],
+)
+def test_the_report_says_how_batches_are_copied(device: str, pinned: bool, non_blocking: bool, note: str) -> None:
+    args = SimpleNamespace(
+        device=torch.device(device),
+        dataloader_pin_memory=pinned,
+        accelerator_config=SimpleNamespace(non_blocking=non_blocking),
+    )
+    assert _inputs.copies_note(args) == note
 
 
 @pytest.mark.parametrize("layer_types", [None, ["linear_attention", "full_attention"]])

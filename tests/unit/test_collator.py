@@ -153,6 +153,25 @@ def test_pickles() -> None:
     assert torch.equal(again([make_row([3])])["labels"], collate([make_row([3])])["labels"])
 
 
+def test_rows_as_arrays_give_the_same_batch() -> None:
+    """As a data set formatted as numpy hands them out; a row without tokens has no integer type there."""
+    rows = [make_row([3, 2]), make_row([]), make_row([8], 20)]
+    source = Dataset.from_list([{k: list(v) for k, v in row.items()} for row in rows])
+    collate = PackedCollator(pad_token_id=0, capacity=8, cu_seqlens_bucket=4)
+    from_lists = collate(rows)
+    arrays = source.with_format("numpy").__getitems__([0, 1, 2])
+    assert all(isinstance(row["input_ids"], np.ndarray) for row in arrays)
+    from_arrays = collate(arrays)
+    assert from_arrays.keys() == from_lists.keys()
+    for name, expected in from_lists.items():
+        if isinstance(expected, torch.Tensor):
+            assert from_arrays[name].dtype == expected.dtype and torch.equal(from_arrays[name], expected), name
+        else:
+            assert from_arrays[name] == expected and type(from_arrays[name]) is type(expected), name
+    empty = collate(source.with_format("numpy").__getitems__([1]))
+    assert empty["num_real_tokens"] == 0 and empty["input_ids"].dtype == torch.int64
+
+
 def test_errors() -> None:
     collate = PackedCollator(pad_token_id=0, capacity=8)
     with pytest.raises(ValueError, match="Row 1 of the batch has 9 tokens and the capacity is 8"):

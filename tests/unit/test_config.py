@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import pickle
@@ -12,6 +13,7 @@ import pytest
 import torch
 import trl.trainer.sft_config
 from transformers import HfArgumentParser
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import TrlParser
 
 from chronicals_trl import _environment, _versions
@@ -26,6 +28,7 @@ def test_defaults() -> None:
     config = ChronicalsConfig()
     assert {getattr(config, part) for part in PARTS} == {"auto"}
     assert (config.strict, config.attention_backend, config.logit_budget_mib) == (False, "auto", None)
+    assert config.balance_ranks is True
     assert (config.packing_window, config.lora_plus_ratio, config.lora_plus_embedding_lr) == (10_000, 16.0, None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.strict = True  # type: ignore[misc]
@@ -91,6 +94,7 @@ def test_environment_values(key: str, text: str, value: Any) -> None:
         ({"attention_backend": "flash"}, ValueError, ["attention_backend", "'flash'", "'varlen'", "flash_attn_4"]),
         ({"logit_budget_mib": 0}, ValueError, ["logit_budget_mib", "0", "at least 1"]),
         ({"logit_budget_mib": True}, TypeError, ["logit_budget_mib", "True"]),
+        ({"balance_ranks": "auto"}, TypeError, ["balance_ranks", "'auto'", "true or false"]),
         ({"packing_window": 1.5}, TypeError, ["packing_window", "1.5", "integer"]),
         ({"lora_plus_ratio": -1}, ValueError, ["lora_plus_ratio", "-1", "above 0"]),
         ({"lora_plus_ratio": float("nan")}, ValueError, ["lora_plus_ratio", "nan"]),
@@ -212,9 +216,9 @@ def test_yaml_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_arguments_pickle_copy_and_survive_torch_save(tmp_path: Path) -> None:
     args = make_args(tmp_path, use_chronicals=True, chronicals_config={"head": "off"})
-    for copy in (pickle.loads(pickle.dumps(args)), dataclasses.replace(args)):
-        assert copy.use_chronicals is True
-        assert copy.chronicals_config == {"head": "off"}
+    for again in (pickle.loads(pickle.dumps(args)), dataclasses.replace(args)):
+        assert again.use_chronicals is True
+        assert again.chronicals_config == {"head": "off"}
     torch.save(args, tmp_path / "training_args.bin")
     loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
     assert loaded.to_dict() == args.to_dict()
@@ -289,3 +293,43 @@ def test_a_misspelt_variable_is_an_error_with_the_flag_off(tmp_path: Path, monke
 
 def test_the_environments_names_are_the_configurations_fields() -> None:
     assert tuple(field.name for field in dataclasses.fields(ChronicalsConfig)) == _environment.FIELDS
+
+
+# -- copies to the GPU -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, True),
+        ({"even_batches": True}, True),
+        ('{"split_batches": false}', True),
+        ({"non_blocking": False}, False),
+        ('{"non_blocking": false}', False),
+        ({"non_blocking": True}, True),
+        (AcceleratorConfig(), False),
+    ],
+)
+def test_copies_do_not_block_unless_the_user_says_so(tmp_path: Path, given: Any, expected: bool) -> None:
+    def non_blocking(**settings: Any) -> bool:
+        # A copy: what is set in the one must not be what the next is given.
+        args = SFTConfig(
+            output_dir=str(tmp_path), bf16=False, report_to="none", accelerator_config=copy.copy(given), **settings
+        )
+        return args.accelerator_config.non_blocking
+
+    stock = isinstance(given, dict) and given.get("non_blocking", False)
+    assert non_blocking(use_chronicals=True) == expected
+    assert non_blocking(use_chronicals=False) == stock
+    # From pageable memory a copy waits all the same, and transformers warns.
+    assert non_blocking(use_chronicals=True, dataloader_pin_memory=False) == stock
+    assert non_blocking(use_chronicals=True, use_cpu=True) == stock
+
+
+def test_a_file_says_whether_copies_block(tmp_path: Path) -> None:
+    (tmp_path / "accelerator.json").write_text('{"split_batches": false}')
+    args = SFTConfig(
+        output_dir=str(tmp_path), bf16=False, report_to="none", use_chronicals=True,
+        accelerator_config=str(tmp_path / "accelerator.json"),
+    )  # fmt: skip
+    assert args.accelerator_config.non_blocking is False
