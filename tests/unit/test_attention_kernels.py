@@ -204,7 +204,7 @@ def test_the_deterministic_mode_is_handed_on() -> None:
     for mode in (False, True):
         torch.use_deterministic_algorithms(mode)
         try:
-            leaves, tensors = qkv()
+            _, tensors = qkv()
             ours(*tensors, torch.tensor([0, 12], dtype=torch.int32)).sum().backward()
         finally:
             torch.use_deterministic_algorithms(False)
