@@ -150,9 +150,8 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
                 if not empty:
                     rows += [Row(case.name, side, "not run", why) for side, why in settings.skipped.items()]
                 seconds = time.perf_counter() - case_start
-                say(
-                    f"[{len(cases)}/{len(_empty(settings.sides)) * len(settings.shapes)}] {_summary(case, new)} ({seconds:.1f} s)"
-                )
+                of = len(_empty(settings.sides)) * len(settings.shapes)
+                say(f"[{len(cases)}/{of}] {_summary(case, new)} ({seconds:.1f} s)")
                 settings.keep(result())
     return result()
 
