@@ -178,10 +178,9 @@ def _varlen(documents: Documents) -> Call:
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q_THD, k_THD, v_THD = _tokens_first(q, k, v)
-        out: Tensor = varlen_attn(
-            q_THD, k_THD, v_THD, offsets, offsets, longest, longest, window_size=(-1, 0), **grouped
-        )
-        return out.unsqueeze(0)
+        out: Any = varlen_attn(q_THD, k_THD, v_THD, offsets, offsets, longest, longest, window_size=(-1, 0), **grouped)
+        out_THD: Tensor = out
+        return out_THD.unsqueeze(0)
 
     return call
 

@@ -219,6 +219,22 @@ def register_implementations() -> None:
             AttentionMaskInterface.register(name + PADDED_SUFFIX, partial(_varlen_mask, True))
 
 
+def _mark_packed(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook of a decoder: a batch that says where its documents lie comes with the mask that says so.
+
+    transformers would look for documents in `position_ids`, and wait for the GPU to tell it whether there are any,
+    once for each kind of mask.
+    """
+    offsets, tokens = kwargs.get("cu_seq_lens_q"), kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if offsets is None or tokens is None or tokens.shape[0] != 1:
+        return None
+    if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        return None
+    mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=offsets.device)
+    return args, {**kwargs, "attention_mask": mask}
+
+
 # -- switching a model over ------------------------------------------------------------------------------------------
 
 
@@ -238,6 +254,9 @@ def use_backend(model: PreTrainedModel, backend: str) -> None:
     new._attn_implementation_internal = IMPLEMENTATION_PREFIX + backend
     _swap_config(model, old, new)
     model.__dict__[_CONFIGS] = (old, new)
+    # Layers of other kinds (linear attention) take masks of their own.
+    if backend in BACKENDS and set(getattr(new, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}:
+        model.base_model.register_forward_pre_hook(_mark_packed, with_kwargs=True)
 
 
 def use_padding(model: nn.Module, trusted: bool = True) -> bool:
@@ -265,3 +284,7 @@ def restore_attention(model: nn.Module) -> None:
         old, new = configs
         vars(old).update({k: v for k, v in vars(new).items() if k != "_attn_implementation_internal"})
         _swap_config(model, new, old)
+        decoder: Any = model.base_model
+        for key in [key for key, hook in decoder._forward_pre_hooks.items() if hook is _mark_packed]:
+            del decoder._forward_pre_hooks[key]
+            decoder._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -11,10 +11,11 @@ import fake_flash_attention as fake
 import pytest
 import tiny_models
 import torch
+import transformers
 from torch.utils.checkpoint import checkpoint
 from unit.test_patch import prepared, require_same_gradients, step
 
-from chronicals_trl import patch_model
+from chronicals_trl import patch_model, unpatch_model
 from chronicals_trl.model import attention_backends, attention_choice, attention_rows
 from chronicals_trl.model.attention import FORWARDS, use_padding
 from chronicals_trl.model.attention_choice import verify_backend, verify_padding
@@ -261,6 +262,39 @@ def test_a_leak_in_the_kernel_shows_in_the_model(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention_backends, "_fa4", lambda: (leaking, fake.backward))
     reason = attention_choice.verify_isolation(model, CPU)
     assert reason is not None and "when packed" in reason
+
+
+def test_a_packed_batch_is_not_searched_for_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' search waits for the GPU; a batch that gives its documents need not be searched."""
+    searched = []
+    search = transformers.masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(
+        transformers.masking_utils, "find_packed_sequence_indices", lambda ids: searched.append(1) or search(ids)
+    )
+    batch = tiny_models.packed_batch()
+    for family in ("llama", "gemma3"):
+        model = on_fa4(family)
+        step(model, batch, use_cache=False)
+        assert not searched and fake.CALLS["forward"] == 2
+        without = {key: value for key, value in batch.items() if "length" not in key and "cu_seq" not in key}
+        loss, _ = step(model, without, use_cache=False)
+        assert searched and torch.allclose(loss, step(prepared(family), batch)[0], rtol=1e-5)
+        unpatch_model(model)
+        assert not model.base_model._forward_pre_hooks and not model.base_model._forward_pre_hooks_with_kwargs
+        searched.clear()
+
+
+def test_a_chunk_after_a_cache_is_no_packed_row_in_a_model() -> None:
+    batch = padded_batch("right")["input_ids"][:1]
+    offsets = torch.tensor([0, 5], dtype=torch.int32)
+    for model in (prepared("llama").eval(), on_fa4("llama").eval()):
+        with torch.no_grad():
+            first = model(input_ids=batch[:, :6], use_cache=True)
+            second = model(
+                input_ids=batch[:, 6:], past_key_values=first.past_key_values, cu_seq_lens_q=offsets, max_length_q=5
+            ).logits
+            whole = model(input_ids=batch).logits[:, 6:]
+        torch.testing.assert_close(second, whole, atol=1e-5, rtol=1e-5)
 
 
 # -- rows and padded rows --------------------------------------------------------------------------------------------
