@@ -138,6 +138,13 @@ def test_outputs_and_gradients(backend: str, head_dim: int, groups: int, window:
     require_close(evaluate(ours, leaves, grad), eager, exact)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(14, 2, 64), (32, 8, 128), (8, 2, 256)])
+@pytest.mark.parametrize("window", [None, 128])
+def test_verification_passes(backend: str, heads: int, kv_heads: int, head_dim: int, window: int | None) -> None:
+    options = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": window, "device": DEVICE}
+    assert verify_backend(backend, **options) is None
+
+
 def test_the_comparison_sees_a_leak(backend: str) -> None:
     """An off-by-one in cu_seqlens, and no documents at all, are far outside of what passes above."""
     leaves, grad = qkv(128, 4)
