@@ -15,11 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from chronicals_trl.model import attention_backends, attention_choice
+from chronicals_trl.model import attention_backends, attention_choice, attention_fa4
 
 #: The function that looks for the package, which `install` replaces.
-FA4 = attention_backends._fa4
+PACKAGE = attention_fa4.package
+#: Of the kernels; the forward kernel is also called without its function.
 CALLS: Counter[str] = Counter()
+CALLS_OF_THE_FUNCTION: Counter[str] = Counter()
 LAST: dict[str, Any] = {}
 
 
@@ -62,13 +64,32 @@ def forward(
     q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, softcap,
     window_size_left, window_size_right, return_lse,
 ):  # fmt: skip
-    CALLS["forward"] += 1
     assert causal and return_lse and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert max_seqlen_q == max_seqlen_k >= int(cu_seqlens_q.diff().max())
     assert window_size_right == (None if window_size_left is None else 0)
-    window = None if window_size_left is None else window_size_left + 1
-    out = attend(q, k, v, cu_seqlens_q, softmax_scale, window, softcap)
-    return out.contiguous(), q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32), None, None, None
+    CALLS_OF_THE_FUNCTION["forward"] += 1
+    key = (q.dtype, q.shape[1:], k.shape[1:], window_size_left is None, softcap)
+    if key not in forward.compile_cache:
+        forward.compile_cache[key] = kernel
+    out = torch.empty(q.shape).to(q)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    longest = (max_seqlen_q, max_seqlen_k)
+    forward.compile_cache[key](
+        q.detach(), k.detach(), v.detach(), out.detach(), lse, softmax_scale, cu_seqlens_q, cu_seqlens_k, None,
+        window_size_left, softcap, max(longest), (None, None),
+    )  # fmt: skip
+    return out, lse, None, None, None
+
+
+forward.compile_cache = {}
+
+
+def kernel(q, k, v, out, lse, scale, cu_seqlens_q, cu_seqlens_k, page_table, left, softcap, max_seqlen, aux):
+    """What is compiled, and called again without `forward` once it is known how."""
+    CALLS["forward"] += 1
+    assert not any(x.requires_grad for x in (q, k, v, out, lse)), "cannot be handed to the kernel"
+    assert max_seqlen >= int(cu_seqlens_q.diff().max())
+    out.copy_(attend(q, k, v, cu_seqlens_q, scale, None if left is None else left + 1, softcap))
+    lse.zero_()
 
 
 def backward(
@@ -95,7 +116,9 @@ def backward(
 def install(monkeypatch: pytest.MonkeyPatch, forward=forward, backward=backward) -> None:
     """Let "flash_attn_4" be found, in fp32 and on the CPU."""
     CALLS.clear()
-    monkeypatch.setattr(attention_backends, "_fa4", lambda: (forward, backward))
+    CALLS_OF_THE_FUNCTION.clear()
+    monkeypatch.setattr(attention_fa4, "package", lambda: (forward, backward))
+    monkeypatch.setattr(attention_fa4, "_replays", {})
     allow_fp32(monkeypatch, "fa4")
     monkeypatch.setattr(attention_choice, "unavailable", lambda backend, device: None)
     monkeypatch.setattr(attention_choice, "_varlen_is_out", lambda model, device: None)

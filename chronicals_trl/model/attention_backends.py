@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from chronicals_trl.kernels._common import LAUNCHES, kernel_op
+from chronicals_trl.model import attention_fa4
+from chronicals_trl.model.attention_rows import heads_first, tokens_first
 
 __all__ = ["BACKENDS", "HALF", "Backend", "unavailable"]
 
@@ -69,18 +71,7 @@ def unavailable(backend: Backend, device: torch.device) -> str | None:
     return backend.missing()
 
 
-# -- layouts ---------------------------------------------------------------------------------------------------------
-
-
-def _tokens(x_BHSD: Tensor) -> Tensor:
-    """(B, H, S, D), strided as HF's attention has it, to (T, H, D): a view."""
-    return x_BHSD.transpose(1, 2).flatten(0, 1)
-
-
-def _heads_first(x_THD: Tensor, like_BHSD: Tensor) -> Tensor:
-    """The way back, for gradients."""
-    batch, heads, length, _ = like_BHSD.shape
-    return x_THD.view(batch, length, heads, -1).transpose(1, 2)
+# -- kernels as ops --------------------------------------------------------------------------------------------------
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -136,74 +127,6 @@ def _attention_op(name: str, forward: Callable[..., Any], backward: Callable[...
     return call
 
 
-# -- flash-attn-4 ----------------------------------------------------------------------------------------------------
-
-# The package's public function neither compiles nor lets its backward pass be called; these two names and arguments
-# have been there since its first wheels, and what they compute is verified before a model is switched.
-_FA4_FORWARD = {"softcap", "window_size_left", "window_size_right", "return_lse", "max_seqlen_q", "cu_seqlens_q"}
-_FA4_BACKWARD = {"softcap", "window_size_left", "window_size_right", "deterministic", "dq", "dk", "dv"}
-
-
-@cache
-def _fa4() -> tuple[Callable[..., Any], Callable[..., Any]] | str:
-    """Its forward and backward functions, or why there are none."""
-    try:
-        from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "flash_attn":
-            return "flash_attn_4 is not installed"
-        return f"flash_attn_4: {error}"
-    except Exception as error:  # a broken installation, of it or of what it is built on
-        return f"flash_attn_4 cannot be imported ({type(error).__name__}: {error})"
-    for function, needed in ((_flash_attn_fwd, _FA4_FORWARD), (_flash_attn_bwd, _FA4_BACKWARD)):
-        absent = needed - set(inspect.signature(function).parameters)
-        if absent:
-            return f"flash_attn_4 in this version: {function.__name__} takes no {', '.join(sorted(absent))}"
-    return _flash_attn_fwd, _flash_attn_bwd
-
-
-def _fa4_missing() -> str | None:
-    found = _fa4()
-    return found if isinstance(found, str) else None
-
-
-def _bounds(window: int | None) -> dict[str, int | None]:
-    """A window of W tokens, the own one included, as flash-attn-4 counts: how many to the left and to the right."""
-    if window is None:
-        return {"window_size_left": None, "window_size_right": None}
-    return {"window_size_left": window - 1, "window_size_right": 0}
-
-
-def _fa4_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    LAUNCHES["flash_attn_4"] += 1
-    out, lse = _fa4()[0](  # type: ignore[operator]
-        _tokens(q), _tokens(k), _tokens(v), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, softmax_scale=scale, causal=True, softcap=softcap,
-        return_lse=True, **_bounds(window),
-    )[:2]  # fmt: skip
-    return out.view(q.shape[0], q.shape[2], q.shape[1], -1), lse
-
-
-def _fa4_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-    scale: float, window: int | None, softcap: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    LAUNCHES["flash_attn_4_backward"] += 1
-    inputs = _tokens(q), _tokens(k), _tokens(v)
-    # Of its own it would give gradients in the layout of q, k and v, whatever that is.
-    gradients = [x.new_empty(x.shape) for x in inputs]
-    _fa4()[1](  # type: ignore[operator]
-        *inputs, out.flatten(0, 1), grad_out.flatten(0, 1), lse, scale, True, softcap,
-        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        **dict(zip(("dq", "dk", "dv"), gradients, strict=True)), **_bounds(window),
-    )  # fmt: skip
-    return tuple(_heads_first(gradient, x) for gradient, x in zip(gradients, (q, k, v), strict=True))
-
-
 # -- torch -----------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +150,8 @@ def _varlen_forward(
     _refuse_softcap(softcap)
     LAUNCHES["flash_attn_varlen"] += 1
     out, lse, *_ = torch.ops.aten._flash_attention_forward.default(
-        _tokens(q), _tokens(k), _tokens(v), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, window is None, False,
+        tokens_first(q), tokens_first(k), tokens_first(v), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        0.0, window is None, False,
         scale=scale, window_size_left=-1 if window is None else window - 1, window_size_right=0,
     )  # fmt: skip
     return out.contiguous().view(q.shape[0], q.shape[2], q.shape[1], -1), lse
@@ -243,11 +167,11 @@ def _varlen_backward(
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
     offset = torch.empty(0, device=q.device)
     gradients = torch.ops.aten._flash_attention_backward.default(
-        grad_out.flatten(0, 1), _tokens(q), _tokens(k), _tokens(v), out.flatten(0, 1), lse, cu_seqlens, cu_seqlens,
-        max_seqlen, max_seqlen, 0.0, window is None, seed, offset,
+        grad_out.flatten(0, 1), tokens_first(q), tokens_first(k), tokens_first(v), out.flatten(0, 1), lse,
+        cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, window is None, seed, offset,
         scale=scale, window_size_left=-1 if window is None else window - 1, window_size_right=0,
     )  # fmt: skip
-    return tuple(_heads_first(gradient.contiguous(), x) for gradient, x in zip(gradients, (q, k, v), strict=True))
+    return tuple(heads_first(gradient.contiguous(), x) for gradient, x in zip(gradients, (q, k, v), strict=True))
 
 
 # -- installed flash-attn 2 and 3 ------------------------------------------------------------------------------------
@@ -280,7 +204,7 @@ def _package_call(
     window: int | None, softcap: float,
 ) -> Tensor:  # fmt: skip
     out = _package(label)(  # type: ignore[operator]
-        _tokens(q), _tokens(k), _tokens(v), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+        tokens_first(q), tokens_first(k), tokens_first(v), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
         max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, softmax_scale=scale, causal=True, softcap=softcap,
         window_size=(-1, -1) if window is None else (window - 1, 0),
         deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -293,9 +217,9 @@ def _package_call(
 BACKENDS: dict[str, Backend] = {
     "fa4": Backend(
         "flash_attn_4",
-        _attention_op("flash_attn_4", _fa4_forward, _fa4_backward),
+        _attention_op("flash_attn_4", attention_fa4.forward, attention_fa4.backward),
         softcap=True,
-        missing=_fa4_missing,
+        missing=attention_fa4.missing,
         capability=(9, "a Hopper"),
     ),
     "varlen": Backend(

@@ -1,6 +1,6 @@
-"""Where the documents of a batch lie, as cumulative lengths and as masks; nothing here reads the device but one.
+"""Where the documents of a batch lie, as cumulative lengths and as masks; rows as the kernels take them.
 
-Legend: B rows, S their length, T tokens of all rows (B * S), N documents.
+Legend: B rows, H heads, S length of a row, D head dimension, T tokens of all rows (B * S), N documents.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ __all__ = [
     "cu_seqlens_of_positions",
     "cu_seqlens_of_rows",
     "document_ids",
+    "heads_first",
+    "tokens_first",
 ]
 
 
@@ -71,3 +73,15 @@ def cu_seqlens_of_padding(mask: Tensor) -> Tensor:
     starts = torch.arange(0, rows * length, length, device=mask.device)
     ends = torch.stack([starts + boundary, starts + length], dim=1).flatten()
     return F.pad(ends, (1, 0)).to(torch.int32)
+
+
+def tokens_first(x_BHSD: Tensor) -> Tensor:
+    """(B, H, S, D), strided as transformers' attention has it, to (T, H, D): a view."""
+    heads, dim = x_BHSD.shape[1], x_BHSD.shape[3]
+    return x_BHSD.transpose(1, 2).reshape(-1, heads, dim)
+
+
+def heads_first(x_THD: Tensor, like_BHSD: Tensor) -> Tensor:
+    """The way back, to the shape of `like_BHSD`."""
+    batch, heads, length, _ = like_BHSD.shape
+    return x_THD.view(batch, length, heads, -1).transpose(1, 2)

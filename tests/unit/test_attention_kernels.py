@@ -114,7 +114,7 @@ def test_another_version_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", module)
-    find = fake.FA4.__wrapped__  # not what an earlier test has found
+    find = fake.PACKAGE.__wrapped__  # not what an earlier test has found
     found = find()
     assert isinstance(found, str) and "takes no dk, dq, dv, softcap, window_size_left" in found
     module._flash_attn_bwd = fake.backward
@@ -259,7 +259,7 @@ def test_a_leak_in_the_kernel_shows_in_the_model(monkeypatch: pytest.MonkeyPatch
     def leaking(*args, **kwargs):
         return fake.forward(*args, **{**kwargs, "cu_seqlens_q": off_by_one(kwargs["cu_seqlens_q"])})
 
-    monkeypatch.setattr(attention_backends, "_fa4", lambda: (leaking, fake.backward))
+    fake.install(monkeypatch, forward=leaking)
     reason = attention_choice.verify_isolation(model, CPU)
     assert reason is not None and "when packed" in reason
 
@@ -363,7 +363,7 @@ def test_a_kernel_that_mixes_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> N
         last[1] = last[2] = last[1] - 1  # the first row's last token opens the second row
         return fake.forward(*args, **{**kwargs, "cu_seqlens_q": last})
 
-    monkeypatch.setattr(attention_backends, "_fa4", lambda: (mixing, fake.backward))
+    fake.install(monkeypatch, forward=mixing)
     reason = verify_padding(model, CPU)
     assert reason is not None and "when padded" in reason
 
