@@ -49,7 +49,8 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int | None, softcap: float
 ) -> Tensor:
     """q (T, Hq, D), k and v (T, Hk, D) -> (T, Hq, D); rows that no document covers hold NaN."""
-    groups = q.shape[1] // k.shape[1]
+    dtype, groups = q.dtype, q.shape[1] // k.shape[1]
+    q, k, v = (x.float() if dtype in attention_backends.HALF else x for x in (q, k, v))  # as kernels do
     parts, covered = [], 0
     for document in _documents(cu_seqlens):
         q_HSD, k_HSD, v_HSD = (x[document].transpose(0, 1) for x in (q, k, v))
@@ -57,7 +58,7 @@ def attend(
         weights, _ = _weights(q_HSD, k_HSD, scale, window, softcap)
         parts.append((weights @ v_HSD).transpose(0, 1))
         covered += parts[-1].shape[0]
-    return torch.cat([*parts, q.new_full((q.shape[0] - covered, *q.shape[1:]), float("nan"))])
+    return torch.cat([*parts, q.new_full((q.shape[0] - covered, *q.shape[1:]), float("nan"))]).to(dtype)
 
 
 def forward(
@@ -100,6 +101,7 @@ def backward(
     LAST["deterministic"] = deterministic
     assert lse.shape == (q.shape[1], q.shape[0]) and out.shape == dout.shape == q.shape
     window = None if window_size_left is None else window_size_left + 1
+    q, k, v, dout = (x.float() if x.dtype in attention_backends.HALF else x for x in (q, k, v, dout))
     groups = q.shape[1] // k.shape[1]
     for document in _documents(cu_seqlens_q):
         q_HSD, dout_HSD, k_HSD, v_HSD = (x[document].transpose(0, 1) for x in (q, dout, k, v))

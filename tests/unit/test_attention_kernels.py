@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 
@@ -78,6 +79,21 @@ def test_a_wrong_kernel_does_not(monkeypatch: pytest.MonkeyPatch, leak: str) -> 
     softcap = 30.0 if leak == "no softcap" else None
     reason = verify_backend("fa4", heads=4, kv_heads=2, head_dim=16, window=8, device=CPU, softcap=softcap)
     assert reason is not None and "output 0 differs" in reason
+
+
+@pytest.mark.parametrize("softcap", [20.0, 50.0])
+def test_a_missing_cap_shows_in_bf16(monkeypatch: pytest.MonkeyPatch, softcap: float) -> None:
+    """Where rounding is coarse, logits that the cap hardly touches would not show it."""
+    options = {"heads": 4, "kv_heads": 2, "head_dim": 64, "window": None, "device": CPU, "softcap": softcap}
+
+    def without(*args, **kwargs):
+        return fake.forward(*args, **{**kwargs, "softcap": 0.0})
+
+    for forward, right in ((fake.forward, True), (without, False)):
+        fake.install(monkeypatch, forward=forward)
+        half = replace(attention_backends.BACKENDS["fa4"], dtypes=(torch.bfloat16,))
+        monkeypatch.setitem(attention_backends.BACKENDS, "fa4", half)
+        assert (verify_backend("fa4", **options) is None) == right
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -400,6 +416,19 @@ def test_documents_that_are_told_go_before_rows() -> None:
     loss, _ = step(prepared("llama"), batch, use_cache=False)
     ours, _ = step(on_fa4("llama"), copy.copy(batch), use_cache=True)
     assert torch.allclose(ours, loss, rtol=1e-5) and fake.CALLS["forward"] == 2
+
+
+def test_a_padding_mask_goes_before_documents_that_are_told() -> None:
+    module = torch.nn.Module()
+    _, tensors = qkv()
+    told = torch.tensor([0, 12], dtype=torch.int32)
+    padded, whole = (torch.tensor(x, dtype=torch.int32).view(-1, 1, 1, 1) for x in ([0, 7, 12], [0, 12]))
+    plain, _ = FORWARDS["fa4"](module, *tensors, None, cu_seq_lens_q=told)
+    masked, _ = FORWARDS["fa4"](module, *tensors, padded, cu_seq_lens_q=told)
+    assert not torch.allclose(masked[:, 7:], plain[:, 7:])
+    # A whole row says nothing: the documents do.
+    apart, _ = FORWARDS["fa4"](module, *tensors, whole, cu_seq_lens_q=padded.view(-1))
+    torch.testing.assert_close(apart, masked)
 
 
 def test_attention_dropout_and_other_dtypes_take_a_mask_of_the_same_rows() -> None:
