@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import add_fused_lm_head
 
 from chronicals_trl import kernels, patch_model
-from chronicals_trl.model import attention_choice
+from chronicals_trl.model import attention_choice, attention_fa4
 from chronicals_trl.model.attention import FORWARDS, use_padding
 from chronicals_trl.model.attention_backends import BACKENDS, unavailable
 from chronicals_trl.model.attention_choice import verify_backend, verify_isolation, verify_padding
@@ -134,8 +134,20 @@ SHAPES = [
 def test_outputs_and_gradients(backend: str, head_dim: int, groups: int, window: int | None) -> None:
     leaves, grad = qkv(head_dim, groups)
     eager, exact = references(leaves, grad, window)
-    ours = call(backend, *leaves, offsets_of(LENGTHS), sliding_window=window)
-    require_close(evaluate(ours, leaves, grad), eager, exact)
+    for _ in range(2):  # the second call of a kind goes to flash-attn-4's kernel by itself
+        ours = call(backend, *leaves, offsets_of(LENGTHS), sliding_window=window)
+        require_close(evaluate(ours, leaves, grad), eager, exact)
+
+
+def test_flash_attn_4s_kernel_is_called_by_itself() -> None:
+    """Its cache of compiled kernels is where it is looked for, and what it calls can be told."""
+    require("fa4")
+    leaves, _ = qkv(128, 4)
+    with torch.no_grad():
+        first = call("fa4", *leaves, offsets_of(LENGTHS))
+        known = [kind for kind, replay in attention_fa4._replays.items() if replay is not None]
+        assert known and None not in attention_fa4._replays.values()
+        assert torch.equal(call("fa4", *leaves, offsets_of(LENGTHS)), first)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(14, 2, 64), (32, 8, 128), (8, 2, 256)])
