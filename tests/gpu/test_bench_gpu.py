@@ -1,4 +1,4 @@
-"""`bench ops`, `bench head` and `bench attention` on a GPU: times are those of a plain loop, and a run measures what it says."""
+"""The benchmarks on a GPU: times are those of a plain loop, and a run measures what it says."""
 
 from __future__ import annotations
 
