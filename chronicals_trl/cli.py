@@ -181,6 +181,7 @@ def _backends() -> dict[str, bool]:
         "triton": "triton",
         "torch varlen attention": "torch.nn.attention.varlen",
         "flash-attn-4": "flash_attn.cute",
+        "flash-attn-3": "flash_attn_interface",
         "flash-attn": "flash_attn_2_cuda",
         "peft": "peft",
         "deepspeed": "deepspeed",

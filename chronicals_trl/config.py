@@ -22,7 +22,7 @@ from chronicals_trl._versions import check_floors
 
 PARTS = ("rms_norm", "gated_mlp", "qk_rope", "attention", "head", "packing", "lora", "lora_plus")
 PART_STATES = ("auto", "on", "off")
-ATTENTION_BACKENDS = ("auto", "flash_attn_4", "varlen", "sdpa")
+ATTENTION_BACKENDS = ("auto", "flash_attn_4", "varlen", "flash_attn_3", "flash_attn_2", "sdpa")
 
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
@@ -111,7 +111,8 @@ class ChronicalsConfig:
         strict: Every part that is left out of its own accord is an error.
         recompute_mlp: MLPs keep gate and up alone and compute their product again in the backward pass: less memory,
             slightly slower.
-        attention_backend: "auto" takes the first that works of "flash_attn_4", "varlen" and "sdpa".
+        attention_backend: "auto" takes the first that works of "flash_attn_4", "varlen", "flash_attn_3",
+            "flash_attn_2" and "sdpa".
         logit_budget_mib: Memory for logits in the head, in MiB; at least 1. None: as much as leaves the head's peak no
             higher than that of TRL's fused head, at most 1,024.
         packing_window: Documents that are packed together when the data set is streamed; at least 1.

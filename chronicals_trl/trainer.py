@@ -22,13 +22,15 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from chronicals_trl import _inputs
 from chronicals_trl._versions import installed, newer_than_tested
 from chronicals_trl.config import PARTS, ChronicalsConfig, SFTConfig, read_flag, without_trainer_parts
-from chronicals_trl.model.attention import verify_isolation
+from chronicals_trl.model.attention import use_padding
+from chronicals_trl.model.attention_choice import verify_isolation, verify_padding
 from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
 from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpatch_model
 from chronicals_trl.observe.throughput import ThroughputMeter
@@ -160,6 +162,8 @@ class SFTTrainer(TrlSFTTrainer):
         if self._packing.state == "on":
             self._use_packed_collator()
             self._check_isolation()
+        else:
+            report.notes += self._use_padded_attention()
         report.notes += self._notes(config)
         report.notes += [*self._balance_notes(), *filter(None, [_inputs.copies_note(self.args)])]
         report.raise_for_omissions(config)
@@ -209,6 +213,22 @@ class SFTTrainer(TrlSFTTrainer):
                 f"{setting}=True, but this model lets packed documents attend to each other ({leak}). Set "
                 f"{setting}=False{remedy}."
             )
+
+    def _use_padded_attention(self) -> list[str]:
+        """Padded rows through a varlen kernel, where the mask is sure to mark padding alone; a note for the report."""
+        # TRL's own collator makes the mask from the lengths, and pads on the right. Another's may mean anything.
+        collator: Any = self.data_collator
+        if type(collator) is not DataCollatorForLanguageModeling or collator.padding_free:
+            return []
+        model = base_model(self.model)
+        if not use_padding(model):
+            return []
+        with self.compute_loss_context_manager():
+            difference = verify_padding(self.model, self.args.device)
+        if difference is not None:
+            use_padding(model, trusted=False)
+            return [f"attention: padded rows keep SDPA's dense mask ({difference})"]
+        return ["attention: padded rows go through the same kernel, without a dense mask"]
 
     def _notes(self, config: ChronicalsConfig) -> list[str]:
         notes = list(self._data_notes.values())

@@ -1,25 +1,23 @@
-"""Packed attention: documents that share a row attend to themselves alone, on every device.
+"""Packed and padded attention: documents that share a row, or a batch, attend to themselves alone, on every device.
 
 One attention function per back end, registered under a name of its own with transformers' AttentionInterface *and*
 AttentionMaskInterface (a name unknown to the second drops padding masks in silence). Registering adds names; nothing
 that exists changes. A model is switched by `config._attn_implementation`, on a copy of its configuration, so that a
 second model that was built from the same configuration object is not touched.
 
-Back ends, best first:
-    fa4     flash-attn-4 (`flash_attn.cute`), Hopper and newer
-    varlen  torch.nn.attention.varlen, Ampere and newer
-    sdpa    scaled_dot_product_attention with a block-diagonal mask, everywhere
+What transformers takes for a mask and hands to each layer is, for a varlen back end, one of
+    an empty tensor            a packed row; its documents are in `cu_seq_lens_q`
+    int32 (N+1, 1, 1, 1)       cumulative lengths over all rows: whole rows, or padded ones (see `use_padding`)
+    a boolean mask, or None    anything else (a cache, a user's own mask): torch's scaled_dot_product_attention
 
-Legend: B batch, H heads, S sequence, D head dimension, T tokens of a packed row (B is 1), N documents.
+Legend: B batch, H heads, S sequence, D head dimension, N documents.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,117 +26,28 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from chronicals_trl.model.match import Mismatch, compare, probing, randn
+from chronicals_trl.model.attention_backends import BACKENDS
+from chronicals_trl.model.attention_rows import (
+    block_diagonal_mask,
+    cu_seqlens_of_padding,
+    cu_seqlens_of_positions,
+    cu_seqlens_of_rows,
+)
+
+__all__ = [
+    "FORWARDS",
+    "capped_attention",
+    "register_implementations",
+    "restore_attention",
+    "use_backend",
+    "use_padding",
+]
 
 # The names must hold neither "flash" nor "sdpa": transformers looks for those words and takes paths of its own.
 IMPLEMENTATION_PREFIX = "chronicals_"
-BACKENDS = ("fa4", "varlen", "blockwise")
-CONFIG_TO_BACKEND = {"flash_attn_4": "fa4", "varlen": "varlen", "sdpa": "blockwise"}
-BACKEND_LABELS = {backend: name for name, backend in CONFIG_TO_BACKEND.items()}
+PADDED_SUFFIX = "_padded"
 
-HALF = (torch.bfloat16, torch.float16)
-
-
-# -- which documents a row holds -------------------------------------------------------------------------------------
-
-
-def document_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """The document of each token, (T,) int64, from cumulative lengths (N+1,); empty documents are skipped over."""
-    positions = torch.arange(num_tokens, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:].long(), positions, right=True)
-
-
-def block_diagonal_mask(cu_seqlens: Tensor, num_tokens: int, window: int | None = None) -> Tensor:
-    """Boolean mask (1, 1, T, T): causal, inside one document, and inside the sliding window if there is one."""
-    documents = document_ids(cu_seqlens, num_tokens)
-    positions = torch.arange(num_tokens, device=cu_seqlens.device)
-    distance = positions[:, None] - positions[None, :]
-    mask = (documents[:, None] == documents[None, :]) & (distance >= 0)
-    if window is not None:
-        mask &= distance < window
-    return mask[None, None]
-
-
-def cu_seqlens_of_positions(position_ids: Tensor) -> Tensor:
-    """Cumulative document lengths (N+1,) int32 of one packed row, from position ids (1, T) that restart at 0.
-
-    Reads the device back (the number of documents is data): only for batches whose collator gave no `cu_seq_lens_q`.
-    """
-    flat = position_ids.reshape(-1)
-    starts = (flat == 0).nonzero().flatten().to(torch.int32)
-    return torch.cat([starts, starts.new_tensor([flat.numel()])])
-
-
-# -- back ends: q (T, Hq, D), k and v (T, Hk, D), cu_seqlens (N+1,) -> (T, Hq, D) -------------------------------------
-
-
-@cache
-def _varlen_function() -> Callable[..., Any] | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    parameters = set(inspect.signature(varlen_attn).parameters)
-    if not {"window_size", "scale"} <= parameters:
-        return None
-    if "enable_gqa" in parameters:  # from torch 2.12 on; before, fewer key-value heads are simply taken
-        return functools.partial(varlen_attn, enable_gqa=True)
-    return varlen_attn
-
-
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None
-) -> Tensor:
-    function = _varlen_function()
-    assert function is not None
-    window_size = (-1, 0) if window is None else (window - 1, 0)
-    out: Tensor = function(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-        scale=scale, window_size=window_size,
-    )  # fmt: skip
-    return out
-
-
-@cache
-def _fa4_function() -> Callable[..., Any] | None:
-    try:
-        from flash_attn.cute.interface import flash_attn_varlen_func
-    except ImportError:
-        return None
-    return flash_attn_varlen_func
-
-
-def _fa4(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int | None
-) -> Tensor:
-    function = _fa4_function()
-    assert function is not None
-    out = function(
-        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-        softmax_scale=scale, causal=True, window_size=(None, None) if window is None else (window - 1, 0),
-    )  # fmt: skip
-    return out[0] if isinstance(out, tuple) else out
-
-
-VARLEN_BACKENDS: dict[str, Callable[..., Tensor]] = {"fa4": _fa4, "varlen": _varlen}
-
-
-def unavailable(backend: str, device: torch.device) -> str | None:
-    """None if `backend` can be tried on `device`, else the reason why not."""
-    if backend == "blockwise":
-        return None
-    if device.type != "cuda":
-        return f"{BACKEND_LABELS[backend]} needs an NVIDIA GPU, the model is on {device.type}"
-    major, _ = torch.cuda.get_device_capability(device)
-    if backend == "fa4":
-        if major < 9:
-            return "flash-attn-4 needs a Hopper GPU or newer"
-        return None if _fa4_function() is not None else "flash-attn-4 is not installed"
-    if major < 8:
-        return "torch's varlen attention needs an Ampere GPU or newer"
-    return (
-        None if _varlen_function() is not None else f"torch {torch.__version__} has no varlen attention with windows"
-    )
+_CONFIGS = "_chronicals_configs"
 
 
 # -- the functions that transformers calls ---------------------------------------------------------------------------
@@ -153,6 +62,57 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return query, key, value
 
 
+def capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention with logits capped at ±`softcap` (Gemma 2), in plain torch, for what no kernel takes.
+
+    Args:
+        query, key, value: (B, Hq, S, D), (B, Hk, L, D) twice.
+        mask: boolean (B, 1, S, L), or None: causal, or everything for a single query.
+
+    Returns:
+        (B, S, Hq, D).
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    length = query.shape[2]
+    if mask is None and length > 1:
+        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # not -inf: a row may be masked as a whole
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous()
+
+
+def _masked_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """What no varlen kernel takes: a cache, a user's own mask, the CPU, fp32, attention dropout."""
+    if softcap is not None:
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        return capped_attention(query, key, value, mask, scale=scale, softcap=softcap, dropout=dropout), None
+    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
 def _attention_forward(
     backend: str,
     module: nn.Module,
@@ -163,183 +123,116 @@ def _attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention contract: q (B, Hq, S, D), k and v (B, Hk, S, D) -> ((B, S, Hq, D), None)."""
-    num_tokens = query.shape[2]
-    marked = attention_mask is not None and attention_mask.numel() == 0  # by _varlen_mask
+    batch, _, length, _ = query.shape
+    cu_seqlens: Tensor | None = None
+    max_seqlen = length
+    of_rows = attention_mask is not None and attention_mask.dtype is torch.int32
+    if of_rows:
+        assert attention_mask is not None
+        cu_seqlens = attention_mask.view(-1)
     # transformers looks for documents only while there is no cache; `cu_seq_lens_q` says that there are some.
-    told = (
-        attention_mask is None and cu_seq_lens_q is not None and query.shape[0] == 1 and num_tokens == key.shape[2] > 1
-    )
-    if marked or told:
-        if cu_seq_lens_q is None:
-            if position_ids is None:
-                raise ValueError(
-                    "A packed row reached the attention without `cu_seq_lens_q` and without `position_ids`."
-                )
-            cu_seq_lens_q, max_length_q = cu_seqlens_of_positions(position_ids), None
+    unmasked = attention_mask is None or (of_rows and attention_mask.shape[0] == batch + 1)
+    told = unmasked and cu_seq_lens_q is not None and batch == 1 and length == key.shape[2] > 1
+    if told or (attention_mask is not None and attention_mask.numel() == 0):  # by `_varlen_mask`
+        if cu_seq_lens_q is not None:
+            cu_seqlens, max_seqlen = cu_seq_lens_q, max_length_q or length
+        elif position_ids is not None:
+            cu_seqlens = cu_seqlens_of_positions(position_ids)
+        else:
+            raise ValueError("A packed row reached the attention without `cu_seq_lens_q` and without `position_ids`.")
+    if cu_seqlens is None:
+        return _masked_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
+    kernel = BACKENDS.get(backend)
+    if kernel is not None and dropout == 0.0 and kwargs.get("position_bias") is None:
         q, k, v = _autocast(query, key, value)
-        if backend in VARLEN_BACKENDS and q.dtype in HALF and dropout == 0.0:
+        if q.dtype in kernel.dtypes:
+            if cu_seqlens.dtype is not torch.int32:
+                cu_seqlens = cu_seqlens.to(torch.int32)
             scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-            # squeeze, not [0]: the backward of a selection fills a buffer with zeros and copies into it.
-            q_THD, k_THD, v_THD = (tensor.transpose(1, 2).squeeze(0) for tensor in (q, k, v))
-            out_THD = VARLEN_BACKENDS[backend](
-                q_THD, k_THD, v_THD, cu_seq_lens_q, max_length_q or num_tokens, scale, sliding_window
-            )
-            return out_THD.unsqueeze(0), None
-        # The CPU, fp32, or attention dropout: no varlen kernel has them.
-        attention_mask = block_diagonal_mask(cu_seq_lens_q, num_tokens, sliding_window)
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
+            return kernel.call(q, k, v, cu_seqlens, max_seqlen, scale, sliding_window, softcap or 0.0), None
+    mask = block_diagonal_mask(cu_seqlens, length, sliding_window, rows=batch)
+    return _masked_attention(module, query, key, value, mask, dropout, scaling, softcap, kwargs)
 
 
-def _fa4_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return _attention_forward("fa4", module, *args, **kwargs)
+def _forward_of(backend: str) -> Callable[..., tuple[Tensor, None]]:
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return _attention_forward(backend, module, *args, **kwargs)
+
+    forward.__name__ = f"{backend}_forward"
+    return forward
 
 
-def _varlen_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return _attention_forward("varlen", module, *args, **kwargs)
+#: Back end to the function that transformers calls; "blockwise" is torch's own attention with a mask.
+FORWARDS = {backend: _forward_of(backend) for backend in (*BACKENDS, "blockwise")}
 
 
-def _blockwise_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return _attention_forward("blockwise", module, *args, **kwargs)
+# -- the masks that transformers asks for ----------------------------------------------------------------------------
 
 
 def _varlen_mask(
-    batch_size: int, q_length: int, kv_length: int, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
+    trusted: bool,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
 ) -> Tensor | None:
-    """An empty tensor for a packed row (the kernels take its documents from `cu_seqlens`), SDPA's mask for the rest.
+    """See the module's text. Without gradients, as in generation, rows keep the mask that SDPA takes.
 
     transformers forbids the causal short cut when it finds position ids that restart, and uses vmap for masks that
     its caller has altered; those are real masks and have to be built.
+
+    Args:
+        trusted: padding masks are such by construction: see `use_padding`.
     """
-    packed = not kwargs.get("allow_is_causal_skip", True) and not kwargs.get("use_vmap", False)
-    if attention_mask is None and packed and batch_size == 1 and q_length == kv_length > 1:
-        return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+    offset = kwargs.get("q_offset", 0)
+    altered = kwargs.get("use_vmap", False) or kwargs.get("allow_is_bidirectional_skip", False)
+    whole = q_length == kv_length > 1 and isinstance(offset, int) and offset == 0 and not altered
+    if whole and not kwargs.get("allow_is_causal_skip", True):
+        if attention_mask is None and batch_size == 1:
+            return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+    elif whole and torch.is_grad_enabled():
+        if attention_mask is None:
+            return cu_seqlens_of_rows(batch_size, q_length, kwargs.get("device", "cpu")).view(-1, 1, 1, 1)
+        if trusted and attention_mask.shape == (batch_size, q_length):
+            return cu_seqlens_of_padding(attention_mask).view(-1, 1, 1, 1)
     return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)
 
 
 def register_implementations() -> None:
     """Make our names known to transformers; idempotent, and without effect on any model that does not use them."""
-    for backend, forward in (("fa4", _fa4_forward), ("varlen", _varlen_forward), ("blockwise", _blockwise_forward)):
-        AttentionInterface.register(IMPLEMENTATION_PREFIX + backend, forward)
-        AttentionMaskInterface.register(
-            IMPLEMENTATION_PREFIX + backend, sdpa_mask if backend == "blockwise" else _varlen_mask
-        )
+    for backend, forward in FORWARDS.items():
+        varlen = backend in BACKENDS
+        name = IMPLEMENTATION_PREFIX + backend
+        AttentionInterface.register(name, forward)
+        AttentionMaskInterface.register(name, partial(_varlen_mask, False) if varlen else sdpa_mask)
+        if varlen:
+            AttentionInterface.register(name + PADDED_SUFFIX, forward)
+            AttentionMaskInterface.register(name + PADDED_SUFFIX, partial(_varlen_mask, True))
 
 
-# -- verification and choice -----------------------------------------------------------------------------------------
+def _mark_packed(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook of a decoder: a batch that says where its documents lie comes with the mask that says so.
 
-_verified: dict[tuple[Any, ...], str | None] = {}
-
-
-def verify_backend(
-    backend: str, *, heads: int, kv_heads: int, head_dim: int, window: int | None, device: torch.device
-) -> str | None:
-    """None if `backend` isolates three ragged documents as SDPA document by document does, else the reason."""
-    key = (backend, heads, kv_heads, head_dim, window, device.type)
-    if key in _verified:
-        return _verified[key]
-    dtype = torch.bfloat16 if backend in VARLEN_BACKENDS else torch.float32
-    lengths = (7, 64, 25)
-    offsets = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    # Two empty documents at the end: static shapes pad cu_seqlens with its last value.
-    padded = torch.cat([offsets, offsets[-1:], offsets[-1:]])
-
-    stand = nn.Module()  # what transformers' SDPA reads off an attention block
-    stand.num_key_value_groups = heads // kv_heads  # type: ignore[assignment]
-    stand.is_causal = True  # type: ignore[assignment]
-
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if backend in VARLEN_BACKENDS:
-            mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
-        else:
-            mask = block_diagonal_mask(padded, sum(lengths), window)
-        return _attention_forward(
-            backend, stand, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask,
-            sliding_window=window, cu_seq_lens_q=padded, max_length_q=max(lengths),
-        )[0]  # fmt: skip
-
-    def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = []
-        for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-            single = torch.tensor([0, end - start], device=device)
-            mask = block_diagonal_mask(single, end - start, window)
-            q_1HSD, k_1HSD, v_1HSD = (tensor[:, start:end].transpose(1, 2).float() for tensor in (q, k, v))
-            part = nn.functional.scaled_dot_product_attention(
-                q_1HSD, k_1HSD, v_1HSD, attn_mask=mask, enable_gqa=heads != kv_heads
-            )
-            parts.append(part.transpose(1, 2))
-        return torch.cat(parts, dim=1).to(q.dtype)
-
-    reason: str | None = None
-    with probing(device) as generator:
-        inputs = tuple(
-            randn(1, sum(lengths), count, head_dim, generator=generator, device=device, dtype=dtype)
-            for count in (heads, kv_heads, kv_heads)
-        )
-        try:
-            with torch.autocast(device.type, enabled=False):
-                compare(ours, one_by_one, inputs, ())
-        except Mismatch as mismatch:
-            reason = str(mismatch)
-        except Exception as error:  # whatever a third-party kernel raises: it is the reason, and the next is tried
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    _verified[key] = reason
-    return reason
-
-
-def choose_backend(model: PreTrainedModel, requested: str, device: torch.device) -> tuple[str | None, str | None]:
-    """The back end for `model` and, where it is not the best one, why.
-
-    Args:
-        requested: `ChronicalsConfig.attention_backend`.
-
-    Returns:
-        (back end or None to keep the model's own implementation, reason or None).
+    transformers would look for documents in `position_ids`, and wait for the GPU to tell it whether there are any,
+    once for each kind of mask.
     """
-    config = model.config.get_text_config()
-    current = config._attn_implementation
-    if config is not model.config:
-        return None, "a multimodal model: its own attention is kept"
-    if current == "eager" and getattr(config, "attn_logit_softcapping", None):
-        return None, "logit softcapping: no back end has it yet, the model's own eager attention is kept"
-    if not getattr(model, "_supports_attention_backend", False):
-        # Falcon's asks for "sdpa" by name, and would take another name for eager attention without a mask.
-        return None, "its attention does not go through transformers' attention interface"
-    if current != "sdpa":
-        return None, f"the chosen attn_implementation {current!r} is kept"
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if layer_types & {"chunked_attention"} or getattr(config, "use_bidirectional_attention", False):
-        return None, "chunked or bidirectional attention: the model's own SDPA is kept"
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    candidates = BACKENDS if requested == "auto" else (CONFIG_TO_BACKEND[requested],)
-    reasons = []
-    if requested == "auto" and device.type != "cuda":
-        candidates, reasons = ("blockwise",), [f"no varlen kernel on {device.type}"]
-    elif requested == "auto" and getattr(config, "attention_dropout", None):
-        candidates, reasons = (
-            ("blockwise",),
-            [f"attention_dropout={config.attention_dropout}: no varlen kernel has it"],
-        )
-    for backend in candidates:
-        reason = unavailable(backend, device)
-        for width in {None, window}:
-            reason = reason or verify_backend(
-                backend, heads=heads, kv_heads=kv_heads, head_dim=head_dim, window=width, device=device
-            )
-        if reason is None:
-            return backend, "; ".join(reasons) or None
-        reasons.append(reason if BACKEND_LABELS[backend] in reason else f"{BACKEND_LABELS[backend]}: {reason}")
-    return None, "; ".join(reasons)
+    offsets, tokens = kwargs.get("cu_seq_lens_q"), kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    if offsets is None or tokens is None or tokens.shape[0] != 1:
+        return None
+    if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        return None
+    mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=offsets.device)
+    return args, {**kwargs, "attention_mask": mask}
 
 
 # -- switching a model over ------------------------------------------------------------------------------------------
@@ -360,56 +253,38 @@ def use_backend(model: PreTrainedModel, backend: str) -> None:
     new = copy.copy(old)
     new._attn_implementation_internal = IMPLEMENTATION_PREFIX + backend
     _swap_config(model, old, new)
-    model.__dict__["_chronicals_configs"] = (old, new)
+    model.__dict__[_CONFIGS] = (old, new)
+    # Layers of other kinds (linear attention) take masks of their own.
+    if backend in BACKENDS and set(getattr(new, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}:
+        model.base_model.register_forward_pre_hook(_mark_packed, with_kwargs=True)
+
+
+def use_padding(model: nn.Module, trusted: bool = True) -> bool:
+    """Whether `model` runs on a varlen back end, which from now on takes padded rows without a dense mask.
+
+    For models that are trained on batches whose `attention_mask` (B, S) marks padding and nothing else, and has it on
+    one side of each row: that cannot be checked without waiting for the GPU, so it is for whoever knows the collator
+    to say. A mask with holes would be read wrongly. `trusted=False` takes it back.
+    """
+    configs = model.__dict__.get(_CONFIGS)
+    if configs is None:
+        return False
+    _, config = configs
+    name = config._attn_implementation_internal.removeprefix(IMPLEMENTATION_PREFIX).removesuffix(PADDED_SUFFIX)
+    if name not in BACKENDS:
+        return False
+    config._attn_implementation_internal = IMPLEMENTATION_PREFIX + name + (PADDED_SUFFIX if trusted else "")
+    return True
 
 
 def restore_attention(model: nn.Module) -> None:
     """Give `model` its own configuration object back, with whatever was set on the copy in the meantime."""
-    configs = model.__dict__.pop("_chronicals_configs", None)
+    configs = model.__dict__.pop(_CONFIGS, None)
     if configs is not None:
         old, new = configs
         vars(old).update({k: v for k, v in vars(new).items() if k != "_attn_implementation_internal"})
         _swap_config(model, new, old)
-
-
-@torch.no_grad()
-def verify_isolation(model: nn.Module, device: torch.device) -> str | None:
-    """None if `model`, as it is now, gives a packed document the logits that it has alone; else the difference.
-
-    Two short documents, in evaluation mode, with the keys that a packed batch has. Skipped (None) where the weights
-    are not here: on meta, or partitioned by ZeRO-3.
-
-    Args:
-        model: what training calls, a PEFT wrapper included: PEFT's prompt tuning, for one, drops `position_ids`.
-    """
-    parameters = list(model.parameters())
-    if any(parameter.is_meta or hasattr(parameter, "ds_shape") for parameter in parameters):
-        return None
-    config: Any = model.config
-    vocabulary = config.get_text_config().vocab_size
-    lengths = (6, 9)
-    offsets = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    training = {module: module.training for module in model.modules()}
-    with probing(device) as generator:
-        tokens = torch.randint(vocabulary, (1, sum(lengths)), generator=generator).to(device)
-        positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
-        try:
-            model.eval()
-            # From the end: virtual tokens, where PEFT adds some, come first.
-            packed = model(
-                input_ids=tokens, position_ids=positions, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets,
-                max_length_q=max(lengths), max_length_k=max(lengths), use_cache=False,
-            ).logits[:, -lengths[1] :]  # fmt: skip
-            alone = model(
-                input_ids=tokens[:, lengths[0] :], position_ids=positions[:, lengths[0] :], use_cache=False
-            ).logits[:, -lengths[1] :]
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-    error = ((packed - alone).float().norm() / alone.float().norm()).item()
-    # Rounding differs between the two shapes; a leak is many times this (0.17 in the case that FACTS.md measured).
-    precision = torch.finfo(
-        torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else packed.dtype
-    )
-    allowed = max(8 * precision.eps, 1e-4)
-    return None if error <= allowed else f"logits change by a relative {error:.1e} when packed"
+        decoder: Any = model.base_model
+        for key in [key for key, hook in decoder._forward_pre_hooks.items() if hook is _mark_packed]:
+            del decoder._forward_pre_hooks[key]
+            decoder._forward_pre_hooks_with_kwargs.pop(key, None)

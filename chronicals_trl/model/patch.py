@@ -17,7 +17,7 @@ from torch import nn
 
 from chronicals_trl.config import ChronicalsConfig
 from chronicals_trl.kernels import backend as kernel_backend
-from chronicals_trl.model import attention, decoder, lm_head, match, rope
+from chronicals_trl.model import attention, attention_choice, decoder, lm_head, match, rope
 from chronicals_trl.model.match import SPEC, Mismatch
 from chronicals_trl.report import ActivationReport, PartReport
 
@@ -263,12 +263,12 @@ def _verdict(verify: Callable[..., Any], module: nn.Module, device: torch.device
 
 
 def _swap_attention(base: Any, config: ChronicalsConfig, device: torch.device) -> PartReport:
-    backend, reason = attention.choose_backend(base, config.attention_backend, device)
+    backend, reason = attention_choice.choose_backend(base, config.attention_backend, device)
     if backend is None:
         return PartReport("attention", "off", reason=reason, omitted=True)
     attention.use_backend(base, backend)
     layers = base.config.get_text_config().num_hidden_layers
-    return PartReport("attention", "on", modules=layers, backend=attention.BACKEND_LABELS[backend], reason=reason)
+    return PartReport("attention", "on", modules=layers, backend=attention_choice.LABELS[backend], reason=reason)
 
 
 def _swap_head(base: Any, config: ChronicalsConfig, device: torch.device, dtype: torch.dtype) -> PartReport:

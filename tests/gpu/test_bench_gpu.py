@@ -1,4 +1,4 @@
-"""`bench ops` and `bench head` on a GPU: times are those of a plain loop, and a run measures what it says."""
+"""The benchmarks on a GPU: times are those of a plain loop, and a run measures what it says."""
 
 from __future__ import annotations
 
@@ -78,3 +78,19 @@ def test_a_run_of_the_head(tmp_path):
         ours = rows[frozen, "ours"]
         assert ours["graph_reason"] is None and ours["graph_ms"] == pytest.approx(ours["launched_ms"], rel=0.1)
         assert ours["errors"]["hidden_rms"] < 0.02
+
+
+def test_a_run_of_the_attention(tmp_path):
+    """Of the sides that need torch alone, at a fraction of the tokens."""
+    arguments = ["--quick", "--tokens", "4096", "--sides", "ours_varlen", "varlen", "ours_sdpa"]
+    assert main(["attention", *arguments, "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("bench_attention_*.json")
+    result = json.loads(path.read_text())
+    assert [case["empty"] for case in result["cases"]] == [0, 32, 200] and len(result["verdict"]) == 4
+    assert {row["status"] for row in result["rows"]} == {"ok"}
+    for row in result["rows"]:
+        assert row["error"] < 0.01 and 1 < row["forward"]["us"] < row["backward"]["us"]
+    ours, theirs, dense = (row for row in result["rows"] if row["case"] == "qwen2.5-0.5b")
+    assert ours["of_direct"]["both"] == pytest.approx(1.0, abs=0.2)
+    assert dense["both_us"] > theirs["both_us"]  # a mask of 4096 x 4096, and no tile of it skipped
+    assert 1 < ours["host_us"] < 1000

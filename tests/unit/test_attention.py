@@ -10,12 +10,8 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from chronicals_trl import patch_model, unpatch_model
-from chronicals_trl.model.attention import (
-    _attention_forward,
-    block_diagonal_mask,
-    cu_seqlens_of_positions,
-    document_ids,
-)
+from chronicals_trl.model.attention import _attention_forward
+from chronicals_trl.model.attention_rows import block_diagonal_mask, cu_seqlens_of_positions, document_ids
 
 
 def test_block_diagonal_mask_by_hand() -> None:

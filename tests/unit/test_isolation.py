@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from torch import nn
 
-from chronicals_trl.model.attention import verify_isolation
+from chronicals_trl.model.attention_choice import verify_isolation
 
 CPU = torch.device("cpu")
 VOCABULARY = 53

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 import chronicals_trl  # noqa: E402
 from chronicals_trl import ChronicalsConfig, SFTConfig, patch_model  # noqa: E402
 from chronicals_trl.config import ATTENTION_BACKENDS, PART_STATES, PARTS  # noqa: E402
-from chronicals_trl.model.attention import verify_isolation  # noqa: E402
+from chronicals_trl.model.attention_choice import verify_isolation  # noqa: E402
 from chronicals_trl.observe import ThroughputMeter  # noqa: E402
 
 README = ROOT / "README.md"
