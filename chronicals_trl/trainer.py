@@ -109,6 +109,8 @@ class SFTTrainer(TrlSFTTrainer):
         _inputs.check(arguments, given)
         self._chronicals = config
         self._packing = _inputs.packing_part(arguments, config)
+        if self._packing.state == "on":
+            self._data_notes |= _inputs.keep_batches_whole(arguments)
         _unpatch(given.get("model"))
         super().__init__(*args, **kwargs)
         self._check_tokens()

@@ -17,9 +17,9 @@ import pytest
 from datasets import Dataset
 from packing_data import LENGTHS, documents_of, expected_documents, make_rows
 
-from chronicals_trl.packing import pack_dataset
 from chronicals_trl.packing import columns as columns_module
 from chronicals_trl.packing import dataset as dataset_module
+from chronicals_trl.packing import pack_dataset
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals, locks and limits of POSIX")
 

@@ -328,7 +328,7 @@ def test_missing_values_that_are_filtered_out_do_not_count() -> None:
     source = Dataset.from_dict({"input_ids": [[1], None, [2, None], [3, 4]], "labels": [[1], [9], None, [3, 4]]})
     packed, _ = pack_dataset(source.select([3, 0]), 8)
     assert packed["input_ids"][:] == packed["labels"][:] == [[3, 4, 1]]
-    with pytest.raises(ValueError, match="'input_ids' has missing values .* first in row 1"):
+    with pytest.raises(ValueError, match=r"'input_ids' has missing values .* first in row 1"):
         pack_dataset(source.select([3, 2, 0]), 8)
 
 

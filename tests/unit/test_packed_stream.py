@@ -29,8 +29,7 @@ def generate_nothing() -> Iterator[dict[str, list[int]]]:
 
 def generate_shards(shards: list[int]) -> Iterator[dict[str, list[int]]]:
     for shard in shards:
-        for row in make_rows(LENGTHS)[50 * shard : 50 * shard + 50]:
-            yield row
+        yield from make_rows(LENGTHS)[50 * shard : 50 * shard + 50]
 
 
 def stream(kind: str) -> IterableDataset:
