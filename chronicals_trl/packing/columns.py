@@ -24,7 +24,7 @@ __all__ = ["ListColumn", "TokenColumns", "token_blocks"]
 IGNORE_INDEX = -100
 # Tokens handled at once. A gather needs some 30 bytes a token for a moment; Arrow's list offsets are int32.
 PIECE_TOKENS = 2**22
-# Lengths that are added up at once.
+# Documents looked at at once where only their lengths or their last labels count.
 _RUN = 2**18
 
 Integers = NDArray[Any]  # of any integer type
@@ -157,7 +157,9 @@ class TokenColumns:
         self._require_values(input_ids)
         dropped = []
         for name in names:
-            if name in required:
+            if name == "input_ids":
+                column = input_ids
+            elif name in required:
                 column = cls._integers(name, table) if name == "labels" else ListColumn(name, table.column(name))
                 self._require_values(column)
                 self._require_lengths(column)
@@ -278,23 +280,21 @@ class TokenColumns:
         found: NDArray[np.bool_] = lengths > 0
         if self.columns["labels"] is self.columns["input_ids"]:
             return found
-        # Most documents end with a label, so only the others have to be read whole.
-        documents = np.flatnonzero(found)
-        ends = lengths[documents]
-        one = np.broadcast_to(np.int64(1), len(documents))
-        for low in range(0, len(documents), PIECE_TOKENS):
-            piece = slice(low, low + PIECE_TOKENS)
-            last = self.gather(documents[piece], ends[piece] - 1, one[piece], ["labels"])["labels"]
-            found[documents[piece]] = last != IGNORE_INDEX
-        documents = documents[~found[documents]]
-        ends = lengths[documents]
-        for block in token_blocks(ends, PIECE_TOKENS):
-            span = ends[block]
-            zero = np.broadcast_to(np.int64(0), len(span))
-            labels = self.gather(documents[block], zero, span, ["labels"])["labels"]
-            firsts = np.cumsum(span, dtype=np.int64) - span
-            found[documents[block]] = np.logical_or.reduceat(labels != IGNORE_INDEX, firsts)
+        for low in range(0, len(lengths), _RUN):
+            documents = low + np.flatnonzero(found[low : low + _RUN])
+            # Most documents end with a label, so only the others have to be read whole.
+            last = self._labels(documents, lengths[documents] - 1, np.ones_like(documents))
+            found[documents] = last != IGNORE_INDEX
+            documents = documents[last == IGNORE_INDEX]
+            for block in token_blocks(lengths[documents], PIECE_TOKENS):
+                spans = lengths[documents[block]]
+                labels = self._labels(documents[block], np.zeros_like(spans), spans)
+                firsts = np.cumsum(spans, dtype=np.int64) - spans
+                found[documents[block]] = np.logical_or.reduceat(labels != IGNORE_INDEX, firsts)
         return found
+
+    def _labels(self, documents: Integers, starts: Integers, lengths: Integers) -> NDArray[Any]:
+        return self.gather(documents, starts, lengths, ["labels"])["labels"]
 
 
 def _token_places(begins: Integers, lengths: Integers) -> NDArray[np.int64]:

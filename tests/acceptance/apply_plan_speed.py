@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plan_speed import cpu_model, installed
@@ -106,12 +107,14 @@ def measure(what: str, source: Path) -> dict[str, Any]:
         else:
             packed, _ = pack_dataset(dataset, CAPACITY)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    tokens = int(np.sum([chunk.offsets[-1].as_py() for chunk in dataset.data.column("input_ids").chunks]))
+    tokens, packed_tokens = (
+        int(pc.sum(pc.list_value_length(each.data.column("input_ids"))).as_py()) for each in (dataset, packed)
+    )
     return {
         "documents": len(dataset),
         "tokens": tokens,
         "bins": len(packed),
-        "fill": round(tokens / (len(packed) * CAPACITY), 5),
+        "fill": round(packed_tokens / (len(packed) * CAPACITY), 5),
         "wall_s": round(wall, 2),
         # Of this process alone: TRL's with two does its work in others.
         "cpu_s": round(cpu, 2),

@@ -93,6 +93,14 @@ def test_documents_without_a_label_to_learn_are_left_out() -> None:
     assert (stats.documents, stats.dropped_masked, stats.split_documents) == (3, 2, 1)
 
 
+def test_labels_are_found_a_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns_module, "_RUN", 7)
+    monkeypatch.setattr(columns_module, "PIECE_TOKENS", 20)
+    rows = make_rows([*LENGTHS, 0, 0])
+    found = TokenColumns.of_dataset(Dataset.from_list(rows)).have_labels(np.array([*LENGTHS, 0, 0]))
+    assert found.tolist() == [any(label != -100 for label in row["labels"]) for row in rows]
+
+
 def test_nothing_to_learn_says_so() -> None:
     source = Dataset.from_dict({"input_ids": [[1, 2, 3], [], [4]], "labels": [[-100, -100, 3], [], [-100]]})
     with pytest.raises(ValueError, match=r"nothing to learn: every label of its 2 documents .* the first 2\. Look"):
@@ -219,7 +227,9 @@ def test_other_columns() -> None:
     assert {packed.features[name].feature.dtype for name in ("weights", "flags")} == {"float64", "bool"}
 
 
-def test_labels_default_to_the_tokens() -> None:
+def test_labels_default_to_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    # And need not be read to see whether there are any.
+    monkeypatch.delattr(TokenColumns, "_labels")
     packed, _ = pack_dataset(Dataset.from_dict({"input_ids": [[1, 2], [3]]}), 4)
     assert packed["labels"][:] == packed["input_ids"][:] == [[1, 2, 3]]
 
