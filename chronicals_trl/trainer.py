@@ -35,6 +35,7 @@ from chronicals_trl.optim.lora_plus import apply_lora_plus, group_sizes
 from chronicals_trl.packing.collator import PackedCollator
 from chronicals_trl.packing.dataset import PackStats, pack_dataset
 from chronicals_trl.packing.label_rows import WithLabelRows
+from chronicals_trl.packing.planning import NothingToPack
 from chronicals_trl.packing.ranks import main_process_first, require_same_on_all_ranks
 from chronicals_trl.report import ActivationReport, PartReport
 
@@ -284,14 +285,17 @@ class SFTTrainer(TrlSFTTrainer):
             dataset = dataset.select_columns(["input_ids", "labels"])
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
-        with main_process_first():
-            packed, stats = pack_dataset(
-                dataset,
-                args.max_length,
-                strategy=args.packing_strategy,
-                pad_bins_to_multiple_of=_inputs.bins_per_round(args, training=training),
-                window=self._chronicals.packing_window,
-            )
+        try:
+            with main_process_first():
+                packed, stats = pack_dataset(
+                    dataset,
+                    args.max_length,
+                    strategy=args.packing_strategy,
+                    pad_bins_to_multiple_of=_inputs.bins_per_round(args, training=training),
+                    window=self._chronicals.packing_window,
+                )
+        except NothingToPack as error:
+            raise ValueError(f"The {name} data set cannot be packed. {error}") from error
         require_same_on_all_ranks(name, stats)
         if training:
             self._train_stats = stats

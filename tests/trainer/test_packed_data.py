@@ -114,6 +114,12 @@ def test_masked_documents_are_dropped_and_counted(tmp_path: Path) -> None:
         assert any(f"{dropped} without a label to learn dropped" in note for note in trainer.chronicals_report.notes)
 
 
+def test_an_evaluation_set_without_labels_is_named(tmp_path: Path) -> None:
+    nothing = labelled(12).filter(lambda row: {*row["labels"]} == {-100})
+    with pytest.raises(ValueError, match=r"The eval\['b'\] data set cannot be packed.*nothing to learn"):
+        make(tmp_path, data=labelled(30), evaluation={"a": labelled(12), "b": nothing})
+
+
 def test_token_columns_stay_where_the_user_keeps_columns(tmp_path: Path) -> None:
     trainer = make(tmp_path, data=labelled(30))
     assert trainer.train_dataset.column_names == ["input_ids", "labels", "seq_lengths"]
