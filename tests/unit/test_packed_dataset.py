@@ -153,7 +153,11 @@ def test_runs_of_lengths_join_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns_module, "_RUN", 7)
     blocks = list(columns_module.token_blocks(np.array(LENGTHS), 60))
     assert [i for block in blocks for i in range(block.start, block.stop)] == list(range(200))
-    assert all(sum(LENGTHS[block]) <= 60 for block in blocks)
+    sums = [sum(LENGTHS[block]) for block in blocks]
+    assert all(total <= 60 for total in sums)
+    # As full as can be, but for the ends of runs.
+    full = [left + LENGTHS[right.start] > 60 for left, right in zip(sums, blocks[1:], strict=False)]
+    assert all(is_full or right.start % 7 == 0 for is_full, right in zip(full, blocks[1:], strict=False))
 
 
 # -- what Arrow makes of the source ----------------------------------------------------------------------------------
@@ -338,6 +342,8 @@ def test_missing_values_that_are_filtered_out_do_not_count() -> None:
     source = Dataset.from_dict({"input_ids": [[1], None, [2, None], [3, 4]], "labels": [[1], [9], None, [3, 4]]})
     packed, _ = pack_dataset(source.select([3, 0]), 8)
     assert packed["input_ids"][:] == packed["labels"][:] == [[3, 4, 1]]
+    table = pa.table({"input_ids": [[None, 1], [1, 2], [3], [None]]}).slice(1, 2)
+    assert sorted(pack_dataset(Dataset(table), 8)[0]["input_ids"][0]) == [1, 2, 3]
     with pytest.raises(ValueError, match=r"'input_ids' has missing values .* first in row 1"):
         pack_dataset(source.select([3, 2, 0]), 8)
 

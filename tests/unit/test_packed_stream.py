@@ -137,6 +137,7 @@ CHAINS: dict[str, Callable[[], IterableDataset]] = {
     "shuffled shards": lambda: IterableDataset.from_generator(
         generate_shards, gen_kwargs={"shards": [0, 1, 2, 3]}
     ).shuffle(seed=3, buffer_size=30),
+    "shuffled arrow": lambda: stream("arrow").shuffle(seed=3, buffer_size=30),
     "shuffled arrow, then mapped": lambda: stream("arrow").shuffle(seed=3, buffer_size=30).map(dict),
     "shuffled, two joined": lambda: datasets.concatenate_datasets(
         [stream("generator").shuffle(seed=3, buffer_size=30), stream("generator")]
