@@ -315,6 +315,20 @@ def copies_note(args: Any) -> str | None:
     return f"copies to the GPU: each waits for the GPU ({cause})"
 
 
+def keep_batches_whole(args: Any) -> dict[str, str]:
+    """Have each rank collate its own packed rows; a note where the arguments say otherwise.
+
+    Accelerate's dispatcher, its default for streams, joins the ranks' batches and gives each rank the first rows of
+    every tensor, on one rank too: of `cu_seq_lens_q`, which has no rows, that is its first entry. The rows that a
+    rank gets are others, their sum over the ranks is the same.
+    """
+    asked = args.accelerator_config.dispatch_batches
+    args.accelerator_config.dispatch_batches = False
+    if not asked:
+        return {}
+    return {"dispatch": "dispatch_batches=True cuts packed batches apart: off, each rank reads its own rows"}
+
+
 def conflicts(trainer: SFTTrainer, stock: type, own: type) -> dict[str, str]:
     """part -> reason, for what the trainer's settings rule out."""
     args, leave_out = trainer.args, dict[str, str]()

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
@@ -39,6 +38,8 @@ from chronicals_trl.packing.balance import BalancedSampler, attention_costs
 from chronicals_trl.packing.collator import PackedCollator
 from chronicals_trl.packing.dataset import PackStats, pack_dataset
 from chronicals_trl.packing.label_rows import WithLabelRows
+from chronicals_trl.packing.planning import NothingToPack
+from chronicals_trl.packing.ranks import main_process_first, require_same_on_all_ranks
 from chronicals_trl.report import ActivationReport, PartReport
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,8 @@ class SFTTrainer(TrlSFTTrainer):
         _inputs.check(arguments, given)
         self._chronicals = config
         self._packing = _inputs.packing_part(arguments, config)
+        if self._packing.state == "on":
+            self._data_notes |= _inputs.keep_batches_whole(arguments)
         _unpatch(given.get("model"))
         super().__init__(*args, **kwargs)
         self._check_tokens()
@@ -300,21 +303,28 @@ class SFTTrainer(TrlSFTTrainer):
             if args.max_length is not None:
                 self._note_truncation(name, dataset, args.max_length)
             return prepare(dataset, processing_class, args, False, None, dataset_name)
-        dataset = dataset.select_columns(["input_ids", "labels"])
+        if args.remove_unused_columns:  # else other columns with one value a token are packed along
+            dataset = dataset.select_columns(["input_ids", "labels"])
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
-        with PartialState().local_main_process_first():
-            packed, stats = pack_dataset(
-                dataset,
-                args.max_length,
-                strategy=args.packing_strategy,
-                pad_bins_to_multiple_of=_inputs.bins_per_round(args, training=training),
-                window=self._chronicals.packing_window,
-            )
+        try:
+            with main_process_first():
+                packed, stats = pack_dataset(
+                    dataset,
+                    args.max_length,
+                    strategy=args.packing_strategy,
+                    pad_bins_to_multiple_of=_inputs.bins_per_round(args, training=training),
+                    window=self._chronicals.packing_window,
+                )
+        except NothingToPack as error:
+            raise ValueError(f"The {name} data set cannot be packed. {error}") from error
+        require_same_on_all_ranks(name, stats)
         if training:
             self._train_stats = stats
         self._data_notes[name] = f"packing {name}: {stats.describe()}"
-        return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
+        # The rows of a stream's window are shuffled already, and another buffer of them would not resume.
+        shuffles = args.shuffle_dataset and isinstance(packed, Dataset)
+        return packed.shuffle(seed=args.seed) if shuffles else packed
 
     def _note_truncation(self, name: str, dataset: Dataset, max_length: int) -> None:
         lengths = _inputs.list_lengths(dataset, "input_ids")

@@ -186,9 +186,14 @@ def test_streaming_is_packed_in_windows_and_says_so(tmp_path: Path) -> None:
 def test_a_step_without_a_label_is_a_finite_zero(tmp_path: Path) -> None:
     """Every label of a step ignored: loss 0 and gradients 0, not 0/0; the weights stay as they are."""
     ids = tiny_data.tokenized(8)["input_ids"]
-    data = Dataset.from_dict({"input_ids": ids, "labels": [ids[0], *([-100] * len(row) for row in ids[1:])]})
+    # A document's first label is ignored, but it keeps the document from being dropped as one without labels.
+    labels = [ids[0], *([row[0], *[-100] * (len(row) - 1)] for row in ids[1:])]
+    data = Dataset.from_dict({"input_ids": ids, "labels": labels})
     trainer = make(tmp_path, data=data, packing=True, max_steps=1)
-    trainer.train_dataset = trainer.train_dataset.filter(lambda row: {*row["labels"]} == {-100})
+    trainer.train_dataset = trainer.train_dataset.filter(
+        lambda row: sum(label != -100 for label in row["labels"]) == len(row["seq_lengths"])
+    )
+    assert len(trainer.train_dataset)
     before = trainer.model.lm_head.weight.detach().clone()
     trainer.train()
     assert logged(trainer, "loss") == [0.0] and logged(trainer, "grad_norm") == [0.0]
