@@ -194,6 +194,11 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, TrlSFTTrainer):
         model = base_model(self.model)
         if not use_padding(model):
             return []
+        for name in ("get_train_dataloader", "get_batch_samples", "training_step", "_prepare_inputs", "compute_loss"):
+            if getattr(type(self), name) is not getattr(SFTTrainer, name):  # it may alter the mask on its way
+                use_padding(model, trusted=False)
+                owner = next(base for base in type(self).__mro__ if name in vars(base))
+                return [f"attention: padded rows keep SDPA's dense mask ({owner.__qualname__} overrides {name})"]
         with self.compute_loss_context_manager():
             difference = verify_padding(self.model, self.args.device)
         if difference is not None:

@@ -60,7 +60,8 @@ class PackingMixin(Trainer):
         dataset = prepare(dataset, processing_class, plain, False, formatting_func, dataset_name)
         if training:
             cuts = not packs or args.packing_strategy == "bfd"
-            _inputs.require_labels(dataset, args.max_length if cuts else None)
+            keep_end = not packs and args.truncation_mode == "keep_end"  # TRL packs the beginnings whatever it says
+            _inputs.require_labels(dataset, args.max_length if cuts else None, keep_end=keep_end)
         if not packs:
             # The second step of two, so that what is cut off is seen: tokens are there, and are truncated now.
             if args.max_length is not None:
