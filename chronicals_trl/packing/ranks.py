@@ -58,7 +58,7 @@ def require_same_on_all_ranks(name: str, packed: Dataset | IterableDataset, stat
     (first, _), (other, _) = plans[0], plans[differs]
     found = f"Rank 0: {first}. Rank {differs}: {other}."
     if first == other:
-        found = f"Ranks 0 and {differs} have the same figures ({first}) and other rows: another order of the documents."
+        found = f"Ranks 0 and {differs} have the same figures ({first}) and other rows: another order of documents."
     raise ValueError(
         f"The {name} data set is not the same on all ranks. {found} Load the same files, with the same filters and "
         "seeds, on every rank: the trainer deals the rows out."
