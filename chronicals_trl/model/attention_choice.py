@@ -5,6 +5,7 @@ Legend: H heads, S sequence, D head dimension, T tokens of a packed row (B is 1)
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -157,13 +158,15 @@ def choose_backend(model: PreTrainedModel, requested: str, device: torch.device)
     candidates = (*BACKENDS, BLOCKWISE) if requested == "auto" else (_BY_LABEL[requested],)
     reasons: list[str] = []
     varlen_is_out = _varlen_is_out(model, device) if requested == "auto" else None
+    if _works_on_masks(model):
+        varlen_is_out = "its decoder works on the mask itself, which a varlen kernel does without"
     if softcap:
         candidates = tuple(name for name in candidates if name in BACKENDS and BACKENDS[name].softcap)
         if varlen_is_out is not None or not candidates:
             why = varlen_is_out or f"{requested} has none"
             return None, f"logit softcapping: {why}, the model's own eager attention is kept"
-    elif varlen_is_out is not None:
-        candidates, reasons = (BLOCKWISE,), [varlen_is_out]
+    elif varlen_is_out is not None and candidates != (BLOCKWISE,):
+        candidates, reasons = tuple(name for name in candidates if name == BLOCKWISE), [varlen_is_out]
     for backend in candidates:
         reason = unavailable(BACKENDS[backend], device) if backend in BACKENDS else None
         for heads in sorted(heads_of(model), key=str):
@@ -207,6 +210,19 @@ def _varlen_is_out(model: PreTrainedModel, device: torch.device) -> str | None:
     if any(getattr(module, "v_head_dim", None) != getattr(module, "qk_head_dim", None) for module in model.modules()):
         return "heads of values and of keys differ in size: not verified on varlen kernels"
     return None
+
+
+def _works_on_masks(model: PreTrainedModel) -> bool:
+    """Whether the decoder asks transformers for a mask to add to or to index with (Doge), or for blocks in it.
+
+    A varlen back end has documents in the place of a mask, and the mask is asked for in the words that it is asked
+    for where there are documents.
+    """
+    try:
+        source = inspect.getsource(type(model.base_model))
+    except (OSError, TypeError):  # defined where no source is kept
+        return False
+    return "allow_is_causal_skip=False" in source or "block_sequence_ids=" in source
 
 
 # -- the model as a whole --------------------------------------------------------------------------------------------

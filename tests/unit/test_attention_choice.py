@@ -56,6 +56,23 @@ def test_a_cap_asks_for_a_kernel_that_has_one(monkeypatch: pytest.MonkeyPatch) -
     assert backend is None and reason is not None and reason.startswith("logit softcapping: the model's own eager")
 
 
+def test_a_decoder_that_works_on_the_mask_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doge adds to it; what stands for a packed row's mask on a varlen back end is empty."""
+    tried = fail_all_but(monkeypatch, "fa4", "blockwise")
+    config = transformers.DogeConfig(
+        vocab_size=tiny_models.VOCAB_SIZE, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.DogeForCausalLM(config)
+    backend, reason = choose_backend(model, "auto", CPU)
+    assert backend == "blockwise" and reason is not None and "works on the mask itself" in reason
+    backend, reason = choose_backend(model, "flash_attn_4", CPU)
+    assert backend is None and reason is not None and "works on the mask itself" in reason
+    assert choose_backend(model, "sdpa", CPU) == ("blockwise", None) and tried == ["blockwise"]
+    for family in tiny_models.FAMILIES:
+        assert not attention_choice._works_on_masks(tiny_models.build(family)), family
+
+
 def test_without_a_gpu_nothing_is_tried() -> None:
     assert choose_backend(tiny_models.build("llama"), "auto", CPU) == ("blockwise", "no varlen kernel on cpu")
     for label in ("flash_attn_4", "varlen", "flash_attn_3", "flash_attn_2"):

@@ -14,6 +14,7 @@ import tiny_models
 import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from unit.test_patch import prepared, require_same_gradients, step
 
 from chronicals_trl import patch_model, unpatch_model
@@ -376,6 +377,19 @@ def test_padded_rows_of_unknown_masks_take_sdpa() -> None:
     assert fake.CALLS["forward"] == 2
 
 
+def test_a_mask_that_its_caller_alters_is_built() -> None:
+    """transformers asks for it in the words in which it asks for that of a packed row, but for one."""
+    arguments = {"config": on_fa4("llama").config, "inputs_embeds": torch.zeros(1, 6, 8), "attention_mask": None}
+    altered = create_causal_mask(
+        **arguments, past_key_values=None, and_mask_function=lambda batch, head, query, key: key != 1
+    )
+    expected = torch.ones(6, 6, dtype=torch.bool).tril()
+    expected[:, 1] = False
+    assert torch.equal(altered, expected[None, None])
+    both_ways = create_bidirectional_mask(**arguments)
+    assert both_ways is None or (both_ways.shape == (1, 1, 6, 6) and both_ways.all())
+
+
 def test_padding_needs_a_varlen_kernel() -> None:
     model = prepared("llama")
     assert not use_padding(model)
@@ -409,6 +423,17 @@ def test_whole_rows(family: str) -> None:
     with torch.no_grad():
         model(input_ids=ids)
     assert fake.CALLS["forward"] == 2
+
+
+def test_offsets_of_several_rows_say_nothing() -> None:
+    """`cu_seq_lens_q` counts the tokens of one row; with several rows each is a document, as it is to stock models."""
+    ids = padded_batch("right")["input_ids"]
+    batch = {"input_ids": ids, "labels": ids}
+    loss, gradients = step(prepared("llama"), batch)
+    told = {"cu_seq_lens_q": torch.tensor([0, 5, ids.numel()], dtype=torch.int32), "max_length_q": ids.numel()}
+    ours, patched = step(on_fa4("llama"), {**batch, **told})
+    assert torch.allclose(ours, loss, rtol=1e-5)
+    require_same_gradients(patched, gradients)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
