@@ -120,14 +120,15 @@ def _is_nested(kind: pa.DataType) -> bool:
     return bool(_is_list(kind) or pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType))
 
 
-def require_labels(data: Any, limit: int | None) -> None:
+def require_labels(data: Any, limit: int | None, *, keep_end: bool = False) -> None:
     """Raise ValueError when no document has a token to learn; stops at the first that has one.
 
     The first token of a document has no predecessor to be predicted from.
 
     Args:
         data: the prepared training set; a stream is not looked at.
-        limit: tokens after which a document will be cut off; None if it will not be.
+        limit: tokens that will be left of a longer document; None if it will not be cut.
+        keep_end: whether those are its last ones.
     """
     if not isinstance(data, Dataset):
         return
@@ -138,7 +139,10 @@ def require_labels(data: Any, limit: int | None) -> None:
         for chunk in table.column(0).chunks:
             offsets = chunk.offsets.to_numpy()
             values = chunk.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
-            positions = np.arange(len(values)) - np.repeat(offsets[:-1] - offsets[0], np.diff(offsets))
+            lengths = np.diff(offsets)
+            positions = np.arange(len(values)) - np.repeat(offsets[:-1] - offsets[0], lengths)
+            if limit is not None and keep_end:
+                positions -= np.repeat(np.maximum(lengths - limit, 0), lengths)
             learnable = (values != -100) & (positions > 0)
             if limit is not None:
                 learnable &= positions < limit
@@ -146,7 +150,7 @@ def require_labels(data: Any, limit: int | None) -> None:
                 return
     raise ValueError(
         f"`train_dataset` has nothing to learn: none of its {len(data):,} documents has a labelled token after its "
-        f"first one{'' if limit is None else f' and below max_length={limit}'}. Look at the labels (all -100? then "
+        f"first one{'' if limit is None else f' within max_length={limit}'}. Look at the labels (all -100? then "
         "the prompts may fill max_length, or a mask be empty) and at the texts (empty, or of one token?)."
     )
 
@@ -329,7 +333,7 @@ def keep_batches_whole(args: Any) -> dict[str, str]:
     return {"dispatch": "dispatch_batches=True cuts packed batches apart: off, each rank reads its own rows"}
 
 
-def conflicts(trainer: SFTTrainer, stock: type, own: type) -> dict[str, str]:
+def conflicts(trainer: SFTTrainer, own: type) -> dict[str, str]:
     """part -> reason, for what the trainer's settings rule out."""
     args, leave_out = trainer.args, dict[str, str]()
     if args.use_liger_kernel:

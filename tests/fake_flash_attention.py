@@ -66,6 +66,7 @@ def forward(
     window_size_left, window_size_right, return_lse,
 ):  # fmt: skip
     assert causal and return_lse and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert cu_seqlens_q.is_contiguous() and cu_seqlens_k.is_contiguous()
     assert window_size_right == (None if window_size_left is None else 0)
     CALLS_OF_THE_FUNCTION["forward"] += 1
     key = (q.dtype, q.shape[1:], k.shape[1:], window_size_left is None, softcap)

@@ -115,10 +115,10 @@ _watching = threading.Lock()
 
 def _watch(function: Any, call: Callable[[], tuple[Tensor, Tensor]], inputs: Sequence[Tensor]) -> Any:
     """The outputs of `call`, which calls `function` on `inputs`, and how to replay it, or None."""
-    kernels = getattr(function, "compile_cache", None)
-    if kernels is None:
-        return call(), None
-    with _watching:
+    with _watching:  # one at a time: another thread's watch would be taken for the package's own cache
+        kernels = getattr(function, "compile_cache", None)
+        if kernels is None:
+            return call(), None
         watched = function.compile_cache = _Watched(kernels)
         try:
             outputs = call()
@@ -167,8 +167,9 @@ def forward(
     # The package copies what is not aligned, and the kernel would not find the copy again.
     aligned = not (q_THD.data_ptr() | k_THD.data_ptr() | v_THD.data_ptr()) % 16
     kind = (
-        q_THD.shape, q_THD.stride(), k_THD.shape, k_THD.stride(), v_THD.shape, v_THD.stride(), q.dtype, q.device,
-        cu_seqlens.shape, max_seqlen, scale, window, softcap, aligned,
+        q_THD.shape, q_THD.stride(), k_THD.shape, k_THD.stride(), v_THD.shape, v_THD.stride(), q.dtype, k.dtype,
+        v.dtype, q.device, cu_seqlens.shape, cu_seqlens.stride(), cu_seqlens.dtype, max_seqlen, scale, window, softcap,
+        aligned,
     )  # fmt: skip
     replay = _replays.get(kind)
     if replay is not None:

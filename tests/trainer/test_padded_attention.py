@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,23 @@ def test_another_collators_mask_is_read_as_a_mask(tmp_path: Path) -> None:
     ours, gradients = run(SFTTrainer, SFTConfig, tmp_path, options=FA4, data_collator=collator)
     assert not notes(ours)
     theirs, reference = run(trl.SFTTrainer, trl.SFTConfig, tmp_path, data_collator=collator)
+    require_same_run(ours, theirs, gradients, reference)
+
+
+@pytest.mark.parametrize("method", ["compute_loss", "training_step", "_prepare_inputs"])
+def test_a_mask_that_a_subclass_alters_is_read_as_a_mask(tmp_path: Path, method: str) -> None:
+    def altering(stock: type) -> type:
+        def altered(self: Any, *args: Any, **kwargs: Any) -> Any:
+            inputs = next(arg for arg in args if isinstance(arg, MutableMapping))
+            inputs["attention_mask"][:, 2] = 0
+            inputs["labels"][:, 2] = -100
+            return getattr(stock, method)(self, *args, **kwargs)
+
+        return type("Altering", (stock,), {method: altered})
+
+    ours, gradients = run(altering(SFTTrainer), SFTConfig, tmp_path, options=FA4)
+    assert f"keep SDPA's dense mask (Altering overrides {method})" in notes(ours)
+    theirs, reference = run(altering(trl.SFTTrainer), trl.SFTConfig, tmp_path)
     require_same_run(ours, theirs, gradients, reference)
 
 

@@ -459,6 +459,19 @@ def test_nothing_to_learn(tmp_path: Path, packing: bool, columns: dict, options:
         make(tmp_path, data=Dataset.from_dict(columns), **{"packing": packing, **options})
 
 
+def test_what_truncation_keeps_is_what_counts(tmp_path: Path) -> None:
+    """`keep_end` leaves the labels that stand behind a long prompt; packing cuts off the end in any case, as TRL's."""
+    answers = Dataset.from_dict({"input_ids": [[5] * 20] * 4, "labels": [[-100] * 19 + [5]] * 4})
+    trainer = make(tmp_path, data=answers, max_length=8, packing=False, truncation_mode="keep_end")
+    assert trainer.train_dataset["labels"][:] == [[-100] * 7 + [5]] * 4
+    for rows, options in (
+        (answers, {"packing": True}),
+        (Dataset.from_dict({"input_ids": [[5] * 20], "labels": [[5] * 13 + [-100] * 7]}), {"packing": False}),
+    ):
+        with pytest.raises(ValueError, match="nothing to learn"):
+            make(tmp_path, data=rows, max_length=8, truncation_mode="keep_end", **options)
+
+
 def test_a_little_to_learn_is_enough(tmp_path: Path) -> None:
     masked = {"input_ids": [5] * 20, "labels": [-100] * 20}
     rows = [masked] * 1500 + [{"input_ids": [5] * 20, "labels": [-100] * 19 + [5]}]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import fake_flash_attention as fake
 import pytest
 import torch
@@ -66,6 +70,18 @@ def test_whatever_could_change_the_choice_is_chosen_anew() -> None:
     assert [call() for call in calls] == [0] * len(calls)
 
 
+def test_offsets_that_lie_apart_are_another_kind() -> None:
+    """A kernel reads them as they lie in memory; the package refuses what is not contiguous."""
+    q, k, v = inputs()
+    offsets = torch.tensor([0, 5, 12], dtype=torch.int32)
+    attention_fa4.forward(q, k, v, offsets, 12, 0.4, None, 0.0)
+    before = fake.CALLS_OF_THE_FUNCTION["forward"]
+    for other in (torch.stack([offsets, offsets], dim=1)[:, 0], offsets.long()):
+        with pytest.raises(AssertionError):
+            attention_fa4.forward(q, k, v, other, 12, 0.4, None, 0.0)
+    assert fake.CALLS_OF_THE_FUNCTION["forward"] == before
+
+
 def test_what_is_not_aligned_is_left_to_the_package() -> None:
     assert check(inputs()) == 1
     for _ in range(2):
@@ -117,6 +133,31 @@ def test_the_packages_cache_is_its_own_again(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RuntimeError, match="out of memory"):
         check(inputs())
     assert fake.forward.compile_cache is own and not attention_fa4._replays
+
+
+def test_two_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins while the first one's kernel is looked up: it must not take the watch for the cache."""
+    inside, go_on = threading.Event(), threading.Event()
+    real = fake.kernel
+
+    def slow(*arguments):
+        inside.set()
+        assert go_on.wait(10)
+        return real(*arguments)
+
+    monkeypatch.setattr(fake.forward, "compile_cache", own := {})
+    monkeypatch.setattr(fake, "kernel", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(check, inputs())
+        assert inside.wait(10)
+        second = pool.submit(check, inputs(length=14), (7, 7), max_seqlen=14)
+        while not second.running():
+            time.sleep(0.01)
+        time.sleep(0.1)
+        go_on.set()
+        first.result(10), second.result(10)
+    assert fake.forward.compile_cache is own
+    assert [check(inputs()), check(inputs(length=14), (7, 7), max_seqlen=14)] == [0, 0]
 
 
 def test_kinds_are_forgotten_before_they_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:

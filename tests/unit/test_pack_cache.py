@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -58,6 +60,28 @@ def test_written_once_and_used_again(on_disk: Dataset, monkeypatch: pytest.Monke
     pack_dataset(on_disk, 32, strategy="bfd_split")
     assert len(files(on_disk)) == 5
     assert on_disk.cleanup_cache_files() == 5
+
+
+# What a cache file of each strategy holds, by the number of its format. A cache that an earlier version has written is
+# used again as long as the number is the same: if this test fails, raise `_FORMAT` and put the new figures here.
+CONTENT = {
+    2: {"bfd": "0b6be7829ec35fc9", "bfd_split": "7f92db00412eb0a2", "wrapped": "383054e423fed7bc"},
+}
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_other_rows_or_figures_need_another_format(strategy: str) -> None:
+    source = Dataset.from_list(make_rows(LENGTHS))
+    packed, stats = pack_dataset(source, 24, strategy=strategy, pad_bins_to_multiple_of=4)
+    content = json.dumps([packed.to_list(), sorted(stats.to_dict())])
+    assert hashlib.sha256(content.encode()).hexdigest()[:16] == CONTENT[dataset_module._FORMAT][strategy]
+
+
+def test_another_format_is_another_file(on_disk: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack_dataset(on_disk, 32)
+    monkeypatch.setattr(dataset_module, "_FORMAT", dataset_module._FORMAT + 1)
+    pack_dataset(on_disk, 32)
+    assert len(files(on_disk)) == 2
 
 
 def test_figures_come_back_from_the_cache(on_disk: Dataset) -> None:
