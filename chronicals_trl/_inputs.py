@@ -16,13 +16,12 @@ from torch import nn
 
 from chronicals_trl.config import ChronicalsConfig
 from chronicals_trl.optim.lora_plus import trainable_kinds
+from chronicals_trl.packing.bfd import STRATEGIES
 from chronicals_trl.report import PartReport
 
 if TYPE_CHECKING:
     from chronicals_trl.trainer import SFTTrainer
 
-# Packing strategies that keep documents apart; "wrapped" cuts them and lets them attend to each other.
-STRATEGIES = ("bfd", "bfd_split")
 _ELEMENTWISE = ("rms_norm", "gated_mlp", "qk_rope")
 
 
@@ -263,7 +262,7 @@ def packing_part(args: Any, config: ChronicalsConfig) -> PartReport:
         return PartReport("packing", "off", reason="packing=False: the data is used as it comes")
     if config.packing == "off":
         return PartReport("packing", "off", reason="packing='off' in the configuration: TRL packs")
-    if args.packing_strategy not in STRATEGIES:
+    if args.packing_strategy not in STRATEGIES:  # those keep documents apart
         return PartReport(
             "packing",
             "off",

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 
+import numpy as np
+import pyarrow as pa
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
 
 from chronicals_trl.packing.planning import PackStats
 
 __all__ = ["main_process_first", "require_same_on_all_ranks"]
+
+# Rows that the ranks compare.
+_SAMPLED = 64
 
 
 @contextlib.contextmanager
@@ -37,14 +44,34 @@ def _let_others_go(state: PartialState, rounds: int) -> None:
         state.wait_for_everyone()
 
 
-def require_same_on_all_ranks(name: str, stats: PackStats) -> None:
-    """Raise ValueError where the ranks packed different data, on all of them."""
+def require_same_on_all_ranks(name: str, packed: Dataset | IterableDataset, stats: PackStats) -> None:
+    """Raise ValueError where the ranks packed different data, on all of them.
+
+    The same documents in another order have the same figures, so a sample of the rows is compared too.
+    """
     if PartialState().num_processes == 1:
         return
-    plans = gather_object([stats.describe()])
+    plans = gather_object([(stats.describe(), _sample(packed))])
     differs = next((rank for rank, plan in enumerate(plans) if plan != plans[0]), None)
-    if differs is not None:
-        raise ValueError(
-            f"The {name} data set is not the same on all ranks. Rank 0: {plans[0]}. Rank {differs}: {plans[differs]}. "
-            "Load the same files, with the same filters and seeds, on every rank: the trainer deals the rows out."
-        )
+    if differs is None:
+        return
+    (first, _), (other, _) = plans[0], plans[differs]
+    found = f"Rank 0: {first}. Rank {differs}: {other}."
+    if first == other:
+        found = f"Ranks 0 and {differs} have the same figures ({first}) and other rows: another order of documents."
+    raise ValueError(
+        f"The {name} data set is not the same on all ranks. {found} Load the same files, with the same filters and "
+        "seeds, on every rank: the trainer deals the rows out."
+    )
+
+
+def _sample(packed: Dataset | IterableDataset) -> str:
+    """A digest of some rows, the first and the last among them; of a stream, which is not read, nothing."""
+    if not isinstance(packed, Dataset):
+        return ""
+    rows = np.unique(np.linspace(0, len(packed) - 1, _SAMPLED).astype(np.int64)).tolist()
+    table = packed.with_format("arrow")[rows]
+    digest = hashlib.sha256()
+    for column in table.columns:
+        digest.update(pa.concat_arrays(column.chunks).flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()

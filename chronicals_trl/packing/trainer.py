@@ -83,7 +83,7 @@ class PackingMixin(Trainer):
                 )
         except NothingToPack as error:
             raise ValueError(f"The {name} data set cannot be packed. {error}") from error
-        require_same_on_all_ranks(name, stats)
+        require_same_on_all_ranks(name, packed, stats)
         if training:
             self._train_stats = stats
         self._data_notes[name] = f"packing {name}: {stats.describe()}"

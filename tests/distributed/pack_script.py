@@ -53,6 +53,7 @@ def main(folder: Path) -> None:
 
     for name, broken in (
         ("other data", lambda: data.select(range(30 + RANK))),
+        ("other order", lambda: data.shuffle(seed=RANK)),
         ("no room", lambda: datasets.load_from_disk(str(folder / "data")).select(range(20))),
     ):
         if name == "no room":

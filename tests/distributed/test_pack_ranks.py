@@ -55,6 +55,12 @@ def test_different_data_is_an_error_on_both(ranks: list[dict[str, Any]]) -> None
         assert "not the same on all ranks" in rank["other data"] and "Rank 1: 31 documents" in rank["other data"]
 
 
+def test_another_order_is_an_error_on_both(ranks: list[dict[str, Any]]) -> None:
+    """A shuffle without a seed: the same figures on all ranks, and rows of which some would be trained on twice."""
+    for rank in ranks:
+        assert "Ranks 0 and 1 have the same figures" in rank["other order"]
+
+
 def test_a_cache_that_cannot_be_written_is_an_error_on_both(ranks: list[dict[str, Any]]) -> None:
     """The main process's error does not leave the other one waiting."""
     for rank in ranks:

@@ -300,6 +300,19 @@ def test_a_packed_batch_is_not_searched_for_documents(monkeypatch: pytest.Monkey
         searched.clear()
 
 
+def test_a_mask_of_the_users_own_goes_before_documents_that_are_told() -> None:
+    """A batch that says where its documents lie, and comes with a mask (1, 1, S, S) of another meaning."""
+    batch = tiny_models.packed_batch()
+    length = batch["input_ids"].shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    mask[..., 2:, 1] = False  # nobody looks at the second token
+    batch["attention_mask"] = mask
+    loss, gradients = step(prepared("llama"), batch, use_cache=False)
+    ours, patched = step(on_fa4("llama"), batch, use_cache=False)
+    assert not fake.CALLS and torch.allclose(ours, loss, rtol=1e-5)
+    require_same_gradients(patched, gradients)
+
+
 def test_a_chunk_after_a_cache_is_no_packed_row_in_a_model() -> None:
     batch = padded_batch("right")["input_ids"][:1]
     offsets = torch.tensor([0, 5], dtype=torch.int32)

@@ -109,6 +109,18 @@ def test_same_bins_whatever_the_chunks(chunk: int, table: int, monkeypatch: pyte
         ]
 
 
+@pytest.mark.parametrize("longest", [2**16, 2**16 + 1, 150_000])
+def test_a_table_of_more_lengths_than_16_bits_count(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As millions of documents have it; two lengths 2^16 apart must not be taken for one."""
+    lengths = np.random.default_rng(3).integers(1, longest, 300)
+    lengths[:3] = 1, longest - 2**16 + 1, longest
+    sorted_plan = pack_lengths(lengths, longest)
+    monkeypatch.setattr(bfd, "_TABLE", longest)
+    plan = pack_lengths(lengths, longest)
+    assert np.array_equal(lengths[plan.doc_ids], plan.lengths)
+    assert np.array_equal(plan.doc_ids, sorted_plan.doc_ids)
+
+
 @pytest.mark.parametrize(
     ("shortest", "longest", "dtype"), [(50, 600, np.int64), (50, 600, np.int32), (1500, 2048, np.int64)]
 )
