@@ -29,7 +29,7 @@ from torch import Tensor
 
 from chronicals_trl.kernels._common import LAUNCHES, kernel_op
 from chronicals_trl.model import attention_fa4
-from chronicals_trl.model.attention_rows import heads_first, tokens_first
+from chronicals_trl.model.attention_rows import heads_first, kernel_rows, tokens_first
 
 __all__ = ["BACKENDS", "HALF", "Backend", "unavailable"]
 
@@ -150,7 +150,7 @@ def _varlen_forward(
     _refuse_softcap(softcap)
     LAUNCHES["flash_attn_varlen"] += 1
     out, lse, *_ = torch.ops.aten._flash_attention_forward.default(
-        tokens_first(q), tokens_first(k), tokens_first(v), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        kernel_rows(q), kernel_rows(k), kernel_rows(v), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
         0.0, window is None, False,
         scale=scale, window_size_left=-1 if window is None else window - 1, window_size_right=0,
     )  # fmt: skip
@@ -167,7 +167,7 @@ def _varlen_backward(
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
     offset = torch.empty(0, device=q.device)
     gradients = torch.ops.aten._flash_attention_backward.default(
-        grad_out.flatten(0, 1), tokens_first(q), tokens_first(k), tokens_first(v), out.flatten(0, 1), lse,
+        grad_out.flatten(0, 1), kernel_rows(q), kernel_rows(k), kernel_rows(v), out.flatten(0, 1), lse,
         cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, window is None, seed, offset,
         scale=scale, window_size_left=-1 if window is None else window - 1, window_size_right=0,
     )  # fmt: skip

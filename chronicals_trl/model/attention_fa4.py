@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from chronicals_trl.kernels._common import LAUNCHES, MAX_LAUNCHES
-from chronicals_trl.model.attention_rows import heads_first, tokens_first
+from chronicals_trl.model.attention_rows import heads_first, kernel_rows
 
 __all__ = ["backward", "forward", "missing"]
 
@@ -162,9 +162,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(B, S, Hq, D) and the log-sum-exp (Hq, T), from q (B, Hq, S, D), k and v (B, Hk, S, D), cu_seqlens (N+1,)."""
     LAUNCHES["flash_attn_4"] += 1
-    # Detached: a kernel is handed plain memory, and a view of what requires a gradient would require one too.
-    inputs = *(tokens_first(x.detach()) for x in (q, k, v)), cu_seqlens
-    q_THD, k_THD, v_THD, _ = inputs
+    q_THD, k_THD, v_THD = kernel_rows(q), kernel_rows(k), kernel_rows(v)
+    inputs = q_THD, k_THD, v_THD, cu_seqlens
     # The package copies what is not aligned, and the kernel would not find the copy again.
     aligned = not (q_THD.data_ptr() | k_THD.data_ptr() | v_THD.data_ptr()) % 16
     kind = (
@@ -204,7 +203,7 @@ def backward(
     """The gradients of q, k and v, of their shapes."""
     LAUNCHES["flash_attn_4_backward"] += 1
     function: Any = package()[1]
-    inputs = [tokens_first(x.detach()) for x in (q, k, v)]
+    inputs = [kernel_rows(x) for x in (q, k, v)]
     # Of its own it would give gradients in the layout of q, k and v, whatever that is.
     gradients = [x.new_empty(x.shape) for x in inputs]
     function(

@@ -81,6 +81,18 @@ def tokens_first(x_BHSD: Tensor) -> Tensor:
     return x_BHSD.transpose(1, 2).reshape(-1, heads, dim)
 
 
+def kernel_rows(x_BHSD: Tensor) -> Tensor:
+    """`tokens_first` for the inside of an op, where nothing is differentiated: one operation less where it is a view.
+
+    Detached: a kernel is handed plain memory, and a view of what requires a gradient would require one too.
+    """
+    batch, heads, length, dim = x_BHSD.shape
+    of_batch, of_head, of_token, of_element = x_BHSD.stride()
+    if batch == 1 or of_batch == length * of_token:
+        return x_BHSD.detach().as_strided((batch * length, heads, dim), (of_token, of_head, of_element))
+    return tokens_first(x_BHSD.detach())
+
+
 def heads_first(x_THD: Tensor, like_BHSD: Tensor) -> Tensor:
     """The way back, to the shape of `like_BHSD`."""
     batch, heads, length, _ = like_BHSD.shape

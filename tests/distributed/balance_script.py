@@ -14,6 +14,7 @@ import tiny_data
 import tiny_models
 import torch
 from accelerate.utils import gather_object
+from ranks import leave
 from torch.utils.data import SequentialSampler
 
 from chronicals_trl import SFTConfig, SFTTrainer
@@ -106,3 +107,4 @@ def main(output: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

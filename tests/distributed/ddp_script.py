@@ -11,6 +11,7 @@ from typing import Any
 import tiny_data
 import tiny_models
 import torch
+from ranks import leave
 from transformers import TrainerCallback
 
 from chronicals_trl import SFTConfig, SFTTrainer
@@ -106,3 +107,4 @@ def main(output: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny_models
+from ranks import leave
 
 from chronicals_trl import patch_model
 
@@ -41,4 +42,4 @@ if __name__ == "__main__":
     found = {f"{f} {c}": worst_gradient(f, c) for f in ("llama", "qwen3", "gemma3") for c in (False, True)}
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave()

@@ -39,6 +39,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from head_cases import CI, FAMILIES, ZERO, Case
+from ranks import leave
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -286,7 +287,6 @@ def run_all(cases: Sequence[Case]) -> list[dict[str, Any]]:
         dist.all_gather_object(reasons, reason)
         row["reason"] = next((each for each in reasons if each is not None), None)
         rows.append(row)
-    dist.destroy_process_group()
     return rows
 
 
@@ -294,3 +294,4 @@ if __name__ == "__main__":
     results = run_all(ZERO if sys.argv[2:] == ["zero"] else CI)
     if int(os.environ["RANK"]) == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
+    leave()

@@ -12,6 +12,7 @@ import datasets
 import tiny_data
 import tiny_models
 from packing_data import make_rows
+from ranks import leave
 
 from chronicals_trl import SFTConfig, SFTTrainer
 from chronicals_trl.packing import dataset as dataset_module
@@ -72,3 +73,4 @@ def save(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

@@ -11,7 +11,7 @@ off, on the same rows:
   averaged. Both cards also run the same few batches: how much one is faster in itself, and the spread without that.
 - `train()` under DDP, with the waits: ms a step.
 
-Writes balance_two_gpus.json; exits with 1 if the balanced spread (cards taken for equal) is above 2%.
+Writes balance_two_gpus.json; exits with 1 if the balanced spread, as timed, is above 2%.
 `--tiny` is a dry run on two CPU processes.
 """
 
@@ -43,6 +43,7 @@ from chronicals_trl import SFTConfig, SFTTrainer  # noqa: E402
 from chronicals_trl._versions import installed  # noqa: E402
 
 TARGET = 0.02
+REPEATS = 5
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "triton", "flash-attn-4", "chronicals-trl")
 CUDA = torch.cuda.is_available()
 
@@ -168,7 +169,8 @@ def measure(options: argparse.Namespace, balance: bool) -> dict[str, Any]:
         # The same rows on both cards, one after another: the kernels get compiled, and the cards get compared.
         same = [trainer.data_collator([trainer.train_dataset[i]] * options.batch) for i in range(8)]
         compute_times(trainer, same)
-        own_speed = sum(compute_times(trainer, same)[0])
+        repeats = [compute_times(trainer, same)[0] for _ in range(REPEATS)]
+        own_speed = float(np.median(repeats, axis=0).sum())  # one hiccup of a card is not its speed
         times, costs = compute_times(trainer, batches)
         del batches, loader
         ranks = gather_object([{"times": times, "costs": costs, "own_speed": own_speed}])
@@ -238,7 +240,7 @@ def main() -> int:
         print({k: v for k, v in run.items() if k not in ("times_ms", "costs", "parts")})
     if options.tiny:
         return 0
-    missed = max(runs[0]["spread_micro_step"], runs[0]["spread_step"]) > TARGET
+    missed = max(runs[0]["spread_micro_step_as_timed"], runs[0]["spread_step_as_timed"]) > TARGET
     print(f"target of {TARGET:.0%} for the balanced spread: {'MISSED' if missed else 'met'}")
     return int(missed)
 

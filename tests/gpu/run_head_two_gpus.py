@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from head_cases import MODES, Case, matrix  # noqa: E402
 from head_script import run_all  # noqa: E402
 
@@ -79,6 +80,7 @@ def main() -> int:
     first = int(os.environ["RANK"]) == 0
     start = time.perf_counter()
     rows = run_all(cases)
+    dist.destroy_process_group()
     outcomes(rows)
     if first:
         print(table(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -279,3 +280,13 @@ def test_what_came_before_the_first_step_is_not_measured(tmp_path: Path) -> None
     trainer._meter.update(torch.tensor(10**9), 1)
     trainer.train()
     assert 0 < logged(trainer, "packing_fill")[0] <= 1
+
+
+def test_a_bin_of_many_short_documents_does_not_lengthen_every_batch() -> None:
+    from chronicals_trl.packing.planning import PackStats
+    from chronicals_trl.packing.trainer import _usual_docs_per_bin
+
+    stats = PackStats(capacity=8192, strategy="bfd", documents=510, bins=100, max_docs_per_bin=300)
+    assert _usual_docs_per_bin(stats) == 6 + 16
+    assert _usual_docs_per_bin(replace(stats, max_docs_per_bin=9)) == 9
+    assert _usual_docs_per_bin(PackStats(capacity=8192, strategy="bfd", window=100)) is None
