@@ -1,5 +1,5 @@
 """`chronicals-trl sft`: what `trl sft` does, with the flag on; `chronicals-trl doctor`: what this machine can do;
-`chronicals-trl bench`: how fast the fused ops and the head are on it.
+`chronicals-trl bench`: how fast the fused ops, the head and attention are on it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="versions, GPUs and back ends; with --model, what would be on")
     doctor.add_argument("--model", help="a model's folder or hub id; only its config is read, never its weights")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
-    commands.add_parser("bench", help="time the fused ops, or the head, against other libraries", add_help=False)
+    commands.add_parser(
+        "bench", help="time the fused ops, the head or attention against other libraries", add_help=False
+    )
     namespace = parser.parse_args(arguments)
     if namespace.command is None:
         parser.print_help()

@@ -86,9 +86,9 @@ class PackStats:
 
     def _figures(self) -> list[str]:
         parts = [
-            f"{self.documents:,} documents in {self.bins:,} bins of {self.capacity:,} tokens",
+            f"{_count(self.documents, 'document')} in {_count(self.bins, 'bin')} of {self.capacity:,} tokens",
             f"fill {self.fill:.5f}",
-            f"at least {self.lower_bound:,} bins needed",
+            f"at least {_count(self.lower_bound, 'bin')} needed",
         ]
         if self.truncated_documents:
             parts.append(f"{self.truncated_documents:,} truncated ({self.truncated_tokens:,} tokens lost)")
@@ -101,6 +101,10 @@ class PackStats:
         if self.empty_bins:
             parts.append(f"{self.empty_bins:,} empty bins appended")
         return parts
+
+
+def _count(number: int | None, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def check_strategy(strategy: str) -> None:

@@ -71,6 +71,11 @@ def test_truncates_and_drops_and_counts() -> None:
     assert "2 truncated (19 tokens lost), 2 empty dropped" in stats.describe()
 
 
+def test_one_is_no_plural() -> None:
+    _, stats = pack_dataset(Dataset.from_dict({"input_ids": [[1, 2, 3]]}), 4)
+    assert stats.describe().startswith("1 document in 1 bin of 4 tokens, fill 0.75000, at least 1 bin needed")
+
+
 def test_splits_and_keeps_every_token() -> None:
     rows = make_rows([10, 0, 3, 25, 8])
     packed, stats = pack_dataset(Dataset.from_list(rows), 8, strategy="bfd_split")
