@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -197,12 +198,24 @@ def _what_would_be_on(model: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from chronicals_trl.config import PARTS, ChronicalsConfig
     from chronicals_trl.model.patch import patch_model
+    from chronicals_trl.report import PartReport
+
+    # To show and not to refuse: "on" and strict, from the environment, are for a run.
+    settings = ChronicalsConfig.resolve(None)
+    wanted: dict[str, Any] = {name: "auto" for name in PARTS if getattr(settings, name) == "on"}
+    settings = dataclasses.replace(settings, strict=False, **wanted)
 
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         structure = AutoModelForCausalLM.from_config(config)
-    return patch_model(structure)
+    report = patch_model(structure, settings)
+    # These depend on what a run is given, and say nothing about the model.
+    for name, needs in {"packing": "packing=True", "lora": "a LoRA adapter", "lora_plus": "a LoRA adapter"}.items():
+        if getattr(settings, name) != "off":
+            report.set(PartReport(name, "off", reason=f"not looked at: it takes {needs}, in a run"))
+    return report
 
 
 def _as_text(findings: dict[str, Any]) -> str:
