@@ -66,6 +66,9 @@ def _check_data(name: str, data: Dataset | IterableDataset, args: Any, *, has_fo
     if columns & text or {"prompt", "completion"} <= columns:
         for column in _columns_read(columns, args.dataset_text_field):
             _check_column(name, data, example, column)
+            # Some data sets keep the conversation that their text was made from.
+            if column != "input_ids" and (column != "conversations" or args.dataset_text_field not in columns):
+                _check_messages(name, data, example, column)
         return
     raise ValueError(
         f"`{name}` has no text: its columns are {sorted(columns)}. TRL reads {args.dataset_text_field!r} "
@@ -108,6 +111,27 @@ def _check_column(name: str, data: Dataset | IterableDataset, example: Any, colu
                 else "text. Name the text column with dataset_text_field, or convert this one: "
                 f"dataset.cast_column({column!r}, datasets.Value('string'))."
             )
+        )
+
+
+def _check_messages(name: str, data: Dataset | IterableDataset, example: Any, column: str) -> None:
+    """Raise ValueError where a conversation has no messages, or `conversations` holds what TRL does not read there."""
+    if isinstance(data, Dataset) and data.format["type"] != "custom":
+        if not _is_list(data.data.schema.field(column).type):
+            return
+        empty, total = list_lengths(data, column) == 0, f" of {len(data):,}"
+    else:  # of a stream the first row is known; of a transform likewise
+        empty, total = np.array([isinstance(example[column], list) and not example[column]]), ""
+    if empty.any():
+        raise ValueError(
+            f"`{name}` has no messages (an empty list) in the column {column!r} of {int(empty.sum()):,}{total} rows, "
+            f"first in row {int(empty.argmax())}. Drop them: dataset.filter(lambda row: len(row[{column!r}]) > 0)."
+        )
+    first = example[column][0] if isinstance(example[column], list) else None
+    if column == "conversations" and isinstance(first, dict) and "from" not in first:
+        raise ValueError(
+            f"`{name}` has messages with the keys {sorted(first)} in the column 'conversations', where TRL reads "
+            "'from' and 'value'. Name the column as TRL wants it: dataset.rename_column('conversations', 'messages')."
         )
 
 

@@ -1,10 +1,11 @@
 """`chronicals-trl sft`: what `trl sft` does, with the flag on; `chronicals-trl doctor`: what this machine can do;
-`chronicals-trl bench`: how fast the fused ops and the head are on it.
+`chronicals-trl bench`: how fast the fused ops, the head and attention are on it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="versions, GPUs and back ends; with --model, what would be on")
     doctor.add_argument("--model", help="a model's folder or hub id; only its config is read, never its weights")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
-    commands.add_parser("bench", help="time the fused ops, or the head, against other libraries", add_help=False)
+    commands.add_parser(
+        "bench", help="time the fused ops, the head or attention against other libraries", add_help=False
+    )
     namespace = parser.parse_args(arguments)
     if namespace.command is None:
         parser.print_help()
@@ -195,12 +198,24 @@ def _what_would_be_on(model: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from chronicals_trl.config import PARTS, ChronicalsConfig
     from chronicals_trl.model.patch import patch_model
+    from chronicals_trl.report import PartReport
+
+    # To show and not to refuse: "on" and strict, from the environment, are for a run.
+    settings = ChronicalsConfig.resolve(None)
+    wanted: dict[str, Any] = {name: "auto" for name in PARTS if getattr(settings, name) == "on"}
+    settings = dataclasses.replace(settings, strict=False, **wanted)
 
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         structure = AutoModelForCausalLM.from_config(config)
-    return patch_model(structure)
+    report = patch_model(structure, settings)
+    # These depend on what a run is given, and say nothing about the model.
+    for name, needs in {"packing": "packing=True", "lora": "a LoRA adapter", "lora_plus": "a LoRA adapter"}.items():
+        if getattr(settings, name) != "off":
+            report.set(PartReport(name, "off", reason=f"not looked at: it takes {needs}, in a run"))
+    return report
 
 
 def _as_text(findings: dict[str, Any]) -> str:

@@ -157,13 +157,13 @@ class ActivationReport:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=_TITLE, title_justify="left", caption="\n".join(self.notes) or None)
-        table.caption_justify = "left"
+        # Text, not str: a reason or a note may hold square brackets, which rich would take for markup.
+        notes = Text("\n".join(f"- {note}" for note in self.notes)) if self.notes else None
+        table = Table(title=_TITLE, title_justify="left", caption=notes, caption_justify="left")
         for column in _COLUMNS:
             table.add_column(column, justify="right" if column == "modules" else "left", no_wrap=column != "reason")
         for row in self._rows():
             style = "green" if row[1] == "on" else "yellow" if self[row[0]].omitted else "dim"
-            # Text, not str: a reason may hold square brackets, which rich would take for markup.
             table.add_row(*(Text(cell, style=style if index == 1 else "") for index, cell in enumerate(row)))
         return table
 

@@ -286,11 +286,20 @@ class TokenColumns:
             last = self._labels(documents, lengths[documents] - 1, np.ones_like(documents))
             found[documents] = last != IGNORE_INDEX
             documents = documents[last == IGNORE_INDEX]
-            for block in token_blocks(lengths[documents], PIECE_TOKENS):
-                spans = lengths[documents[block]]
-                labels = self._labels(documents[block], np.zeros_like(spans), spans)
-                firsts = np.cumsum(spans, dtype=np.int64) - spans
-                found[documents[block]] = np.logical_or.reduceat(labels != IGNORE_INDEX, firsts)
+            spans = lengths[documents]
+            found[documents] = self.have_labels_in(documents, np.zeros_like(spans), spans)
+        return found
+
+    def have_labels_in(self, documents: Integers, starts: Integers, lengths: Integers) -> NDArray[np.bool_]:
+        """(F,) whether any label of each stretch of a document, of at least one token, is to be learned."""
+        found = np.ones(len(documents), dtype=bool)
+        if self.columns["labels"] is self.columns["input_ids"]:
+            return found
+        for block in token_blocks(lengths, PIECE_TOKENS):
+            spans = lengths[block]
+            labels = self._labels(documents[block], starts[block], spans)
+            firsts = np.cumsum(spans, dtype=np.int64) - spans
+            found[block] = np.logical_or.reduceat(labels != IGNORE_INDEX, firsts)
         return found
 
     def _labels(self, documents: Integers, starts: Integers, lengths: Integers) -> NDArray[Any]:

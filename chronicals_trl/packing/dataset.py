@@ -8,11 +8,13 @@ rows by itself (FACTS.md has the difference). Tokens go from Arrow buffers to Ar
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo, IterableDataset
 from datasets.fingerprint import Hasher
+from datasets.utils import tqdm
 
 from chronicals_trl.packing.bfd import check_capacity
 from chronicals_trl.packing.cache import cache_path, load_cached, write_cache
@@ -99,15 +101,26 @@ def pack_dataset(
     plan, kept, stats = plan_documents(columns, capacity, strategy, pad_bins_to_multiple_of)
     schema = packed_schema({name: column.value_type for name, column in columns.columns.items()})
     empty_bins = stats.empty_bins or 0
-    batches = packed_batches(columns, plan, kept, schema, empty_bins=empty_bins, one_segment=strategy == "wrapped")
+    rows = plan.num_bins + empty_bins
+    batches = _with_progress(
+        packed_batches(columns, plan, kept, schema, empty_bins=empty_bins, one_segment=strategy == "wrapped"), rows
+    )
     if path is None:
         table = pa.Table.from_batches(batches, schema=schema)
         return Dataset(table, info=DatasetInfo(), split=dataset.split, fingerprint=fingerprint), stats
-    write_cache(path, schema, batches, {"rows": plan.num_bins + empty_bins, "stats": stats.to_dict()})
+    write_cache(path, schema, batches, {"rows": rows, "stats": stats.to_dict()})
     written = load_cached(path, dataset, fingerprint)
     if written is None:
         raise OSError(f"The packed data set was written to {path} but cannot be read back; is the disk sound?")
     return written[0], stats
+
+
+def _with_progress(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """The same batches under a progress bar of `datasets`, which `datasets.disable_progress_bars()` turns off."""
+    with tqdm(total=rows, desc="Packing dataset", unit=" rows") as bar:
+        for batch in batches:
+            yield batch
+            bar.update(batch.num_rows)
 
 
 def _check_positive(name: str, value: Any) -> None:

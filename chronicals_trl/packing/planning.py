@@ -34,6 +34,7 @@ class PackStats:
         truncated_documents, truncated_tokens: documents above the capacity, and what was cut off their ends ("bfd").
         split_documents: documents that were cut into several, above the capacity ("bfd_split") or at a row's end
             ("wrapped").
+        masked_pieces: pieces of split documents without a label to learn ("bfd_split"): kept, but nothing is learned.
         dropped_empty: documents without a token, left out.
         dropped_masked: documents without a label to learn in what would be kept of them, left out.
         max_doc_length: tokens of the longest document as it came.
@@ -54,6 +55,7 @@ class PackStats:
     truncated_documents: int | None = None
     truncated_tokens: int | None = None
     split_documents: int | None = None
+    masked_pieces: int | None = None
     dropped_empty: int | None = None
     dropped_masked: int | None = None
     max_doc_length: int | None = None
@@ -86,14 +88,16 @@ class PackStats:
 
     def _figures(self) -> list[str]:
         parts = [
-            f"{self.documents:,} documents in {self.bins:,} bins of {self.capacity:,} tokens",
+            f"{_count(self.documents, 'document')} in {_count(self.bins, 'bin')} of {self.capacity:,} tokens",
             f"fill {self.fill:.5f}",
-            f"at least {self.lower_bound:,} bins needed",
+            f"at least {_count(self.lower_bound, 'bin')} needed",
         ]
         if self.truncated_documents:
             parts.append(f"{self.truncated_documents:,} truncated ({self.truncated_tokens:,} tokens lost)")
         if self.split_documents:
             parts.append(f"{self.split_documents:,} split")
+        if self.masked_pieces:
+            parts[-1] += f" ({_count(self.masked_pieces, 'piece')} without a label to learn)"
         if self.dropped_empty:
             parts.append(f"{self.dropped_empty:,} empty dropped")
         if self.dropped_masked:
@@ -101,6 +105,10 @@ class PackStats:
         if self.empty_bins:
             parts.append(f"{self.empty_bins:,} empty bins appended")
         return parts
+
+
+def _count(number: int | None, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def check_strategy(strategy: str) -> None:
@@ -181,6 +189,7 @@ def plan_documents(
         truncated_documents=cut if strategy == "bfd" else 0,
         truncated_tokens=lost,
         split_documents=cut if strategy != "bfd" else 0,
+        masked_pieces=_masked_pieces(columns, plan, kept, lengths) if strategy == "bfd_split" and cut else 0,
         dropped_empty=count - has_tokens,
         dropped_masked=has_tokens - len(lengths),
         max_doc_length=longest,
@@ -192,6 +201,13 @@ def plan_documents(
     if strategy != "wrapped":
         plan = plan.reorder(np.random.default_rng(0).permutation(plan.num_bins))
     return plan, kept, stats
+
+
+def _masked_pieces(columns: TokenColumns, plan: PackPlan, kept: Integers | None, lengths: Integers) -> int:
+    """How many pieces of documents above the capacity have no label to learn, as a long prompt's beginnings."""
+    pieces = np.flatnonzero((lengths > plan.capacity)[plan.doc_ids])
+    documents = plan.doc_ids[pieces] if kept is None else kept[plan.doc_ids[pieces]]
+    return int(np.count_nonzero(~columns.have_labels_in(documents, plan.starts[pieces], plan.lengths[pieces])))
 
 
 def _wrap(lengths: Integers, capacity: int) -> PackPlan:

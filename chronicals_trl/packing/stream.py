@@ -8,6 +8,7 @@ stream that has one is run again from the start of the epoch instead, up to the 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +24,8 @@ from chronicals_trl.packing.planning import NothingToPack, PackStats, plan_docum
 from chronicals_trl.packing.rows import packed_batches, packed_schema
 
 __all__ = ["pack_stream"]
+
+logger = logging.getLogger(__name__)
 
 # Rows that are looked at to see which columns have one value a token.
 _PROBED = 16
@@ -47,6 +50,12 @@ class _WindowPacker:
         try:
             plan, kept, _ = plan_documents(columns, self.capacity, self.strategy, multiple=1)
         except NothingToPack:
+            # No error: the next window may have some. A stream of such windows gives no batch and says no more.
+            logger.warning(
+                "None of the %d documents in this window of the stream has a label to learn: it is passed over. Look "
+                "at the masks and templates that made the labels, or raise max_length.",
+                len(columns.lengths()),
+            )
             return {name: [] for name in self.schema.names}
         batches = packed_batches(columns, plan, kept, self.schema, one_segment=self.strategy == "wrapped")
         return pa.Table.from_batches(batches, schema=self.schema).to_pydict()

@@ -423,6 +423,11 @@ _TEXT = "Ada gives Bo 3 cups"
         ({"input_ids": ["a b", "c"]}, "holds string in the column 'input_ids', where TRL reads lists of token ids"),
         ({"input_ids": [[5, 6], None]}, "column 'input_ids' of 1 of 2 rows"),
         ({"messages": [[{"role": "user", "content": "a"}], None]}, "column 'messages' of 1 of 2 rows"),
+        (
+            {"messages": [[{"role": "user", "content": "a"}], []]},
+            "no messages .*'messages' of 1 of 2 rows, first in row 1",
+        ),
+        ({"conversations": [[{"role": "user", "content": "a"}]]}, "reads 'from' and 'value'.*rename_column"),
     ],
 )
 def test_missing_and_wrong_values(tmp_path: Path, columns: dict, message: str) -> None:
@@ -438,6 +443,10 @@ def test_missing_values_in_rows_and_columns_that_are_not_read(tmp_path: Path) ->
     make(tmp_path, data=Dataset.from_dict({"text": [_TEXT] * 2, "source": [None, 1]}))
     ids = tiny_data.tokenized(2)["input_ids"]
     make(tmp_path, data=Dataset.from_dict({"input_ids": ids, "text": [None, None]}))
+    turns = [{"role": "user", "content": "a"}]
+    make(tmp_path, data=Dataset.from_dict({"messages": [turns, [], turns]}).select([0, 2]))
+    make(tmp_path, data=Dataset.from_dict({"text": [_TEXT] * 2, "conversations": [turns, []]}))
+    make(tmp_path, data=Dataset.from_dict({"conversations": [[{"from": "user", "value": "a"}]]}))
     stream = Dataset.from_dict({"text": [1, 2]}).to_iterable_dataset()
     with pytest.raises(ValueError, match="holds int in the column 'text'"):
         make(tmp_path, data=stream)

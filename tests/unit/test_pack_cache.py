@@ -234,3 +234,19 @@ def test_no_space_is_told_from_no_right(on_disk: Dataset, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="No room to write") as caught:
         pack_dataset(on_disk, 32)
     assert caught.value.errno == number
+
+
+def test_progress_is_shown_unless_the_bars_of_datasets_are_off(
+    on_disk: Dataset, capfd: pytest.CaptureFixture[str]
+) -> None:
+    enabled = not datasets.are_progress_bars_disabled()
+    datasets.enable_progress_bars()
+    try:
+        packed, _ = pack_dataset(on_disk, 32)
+        shown = capfd.readouterr().err
+        assert "Packing dataset: 100%" in shown and f"{len(packed)}/{len(packed)}" in shown
+        datasets.disable_progress_bars()
+        pack_dataset(on_disk, 33)
+        assert "Packing" not in capfd.readouterr().err
+    finally:
+        (datasets.enable_progress_bars if enabled else datasets.disable_progress_bars)()

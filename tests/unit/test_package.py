@@ -117,13 +117,30 @@ def test_doctor_shows_what_would_be_on(tmp_path: Path, capsys: pytest.CaptureFix
     assert parts["rms_norm"]["state"] == "on"
     assert parts["rms_norm"]["modules"] == 5  # two in each of two layers, one at the end
     assert parts["gated_mlp"]["modules"] == 2
-    assert {parts[name]["reason"] for name in ("packing", "lora_plus")} == {
-        "decided by the trainer, not by patch_model"
-    }
+    assert parts["packing"]["reason"] == "not looked at: it takes packing=True, in a run"
+    assert (
+        parts["lora"]["reason"] == parts["lora_plus"]["reason"] == "not looked at: it takes a LoRA adapter, in a run"
+    )
     assert cli.main(["doctor", "--model", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "gated_mlp" in text
     assert "transformers" in text
+
+
+def test_doctor_shows_where_a_run_would_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny_models import build
+
+    build("llama").config.save_pretrained(tmp_path)
+    settings = {"CHRONICALS_PACKING": "on", "CHRONICALS_STRICT": "1", "CHRONICALS_LORA": "off"}
+    for name, value in {**settings, "CHRONICALS_ATTENTION_BACKEND": "flash_attn_2"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["doctor", "--model", str(tmp_path), "--json"]) == 0
+    parts = {part["name"]: part for part in json.loads(capsys.readouterr().out)["model"]["parts"]}
+    assert parts["packing"]["reason"].startswith("not looked at")
+    assert parts["attention"]["state"] == "off" and "flash_attn_2" in parts["attention"]["reason"]
+    assert parts["lora"]["reason"] == "lora='off' in the configuration"
 
 
 def test_doctor_on_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

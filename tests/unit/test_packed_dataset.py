@@ -49,6 +49,7 @@ def test_rows_are_those_of_the_plan() -> None:
         truncated_documents=0,
         truncated_tokens=0,
         split_documents=0,
+        masked_pieces=0,
         dropped_empty=0,
         dropped_masked=200 - len(kept),
         max_doc_length=max(kept),
@@ -71,6 +72,11 @@ def test_truncates_and_drops_and_counts() -> None:
     assert "2 truncated (19 tokens lost), 2 empty dropped" in stats.describe()
 
 
+def test_one_is_no_plural() -> None:
+    _, stats = pack_dataset(Dataset.from_dict({"input_ids": [[1, 2, 3]]}), 4)
+    assert stats.describe().startswith("1 document in 1 bin of 4 tokens, fill 0.75000, at least 1 bin needed")
+
+
 def test_splits_and_keeps_every_token() -> None:
     rows = make_rows([10, 0, 3, 25, 8])
     packed, stats = pack_dataset(Dataset.from_list(rows), 8, strategy="bfd_split")
@@ -91,6 +97,12 @@ def test_documents_without_a_label_to_learn_are_left_out() -> None:
     packed, stats = pack_dataset(source, 4, strategy="bfd_split")
     assert sorted(i for row in packed["input_ids"] for i in row) == [*ids[1], 20, 21, 30]
     assert (stats.documents, stats.dropped_masked, stats.split_documents) == (3, 2, 1)
+    assert stats.masked_pieces == 1 and "1 split (1 piece without a label to learn)" in stats.describe()
+    # A prompt of three rows, after a document that is dropped; the second and the third piece of four are labelled.
+    labels = [[-100] * 3, [-100] * 13 + [1], [-100] * 5 + [2] + [-100] * 3 + [3] + [-100] * 5]
+    source = Dataset.from_dict({"input_ids": [[7] * len(row) for row in labels], "labels": labels})
+    assert pack_dataset(source, 4, strategy="bfd_split")[1].masked_pieces == 3 + 2
+    assert pack_dataset(source.remove_columns("labels"), 4, strategy="bfd_split")[1].masked_pieces == 0
 
 
 def test_labels_are_found_a_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -36,6 +37,15 @@ def stream(kind: str) -> IterableDataset:
     if kind == "generator":  # columns and types unknown
         return IterableDataset.from_generator(generate)
     return Dataset.from_list(make_rows(LENGTHS)).to_iterable_dataset(num_shards=2)
+
+
+def test_windows_without_a_label_to_learn_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100] * 3 if i < 4 else [1, 2, 3]} for i in range(6)]
+    packed, _ = pack_dataset(Dataset.from_list(rows).to_iterable_dataset(), 8, window=4)
+    with caplog.at_level(logging.WARNING):
+        assert [row["seq_lengths"] for row in packed] == [[3, 3]]
+    (record,) = caplog.records
+    assert "None of the 4 documents in this window of the stream has a label to learn" in record.getMessage()
 
 
 @pytest.mark.parametrize("kind", ["generator", "arrow"])
