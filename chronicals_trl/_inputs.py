@@ -329,7 +329,7 @@ def keep_batches_whole(args: Any) -> dict[str, str]:
     return {"dispatch": "dispatch_batches=True cuts packed batches apart: off, each rank reads its own rows"}
 
 
-def conflicts(trainer: SFTTrainer, stock: type, own: type) -> dict[str, str]:
+def conflicts(trainer: SFTTrainer, own: type) -> dict[str, str]:
     """part -> reason, for what the trainer's settings rule out."""
     args, leave_out = trainer.args, dict[str, str]()
     if args.use_liger_kernel:

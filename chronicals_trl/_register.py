@@ -28,7 +28,13 @@ _PLACES = {
     "SFTConfig": ("trl", "trl.trainer", "trl.trainer.sft_config"),
     "SFTTrainer": ("trl", "trl.trainer", "trl.trainer.sft_trainer"),
 }
-_WATCHED = ("trl", "chronicals_trl.config", "chronicals_trl.trainer")
+_WATCHED = (
+    "trl",
+    "chronicals_trl.config",
+    "chronicals_trl.optim.trainer",
+    "chronicals_trl.packing.trainer",
+    "chronicals_trl.trainer",
+)
 
 _stock: dict[str, type] = {}
 _hook: _RegisterOnImport | None = None

@@ -1,14 +1,14 @@
 """SFTTrainer: TRL's, with the parts of this package put in at the seams that TRL leaves open. Glue, and nothing else.
 
-The seams, all of them methods that TRL or transformers calls: `_prepare_dataset` (packing), `_get_train_sampler` (the
-ranks' shares), `compute_loss` (the head), `create_optimizer` (LoRA+), `get_batch_samples` and `_prepare_inputs` (token
-counts), `log`. With the flag off each returns the parent's result as it is.
+The seams, all of them methods that TRL or transformers calls: `compute_loss` (the head), `get_batch_samples` and
+`_prepare_inputs` (token counts), `log`; in `packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks'
+shares) and `_get_dataloader`; in `optim/trainer.py` `create_optimizer`. With the flag off each returns the parent's
+result as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 import logging
@@ -18,9 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from trl.trainer.utils import get_config_model_id
@@ -33,23 +31,16 @@ from chronicals_trl.model.attention_choice import verify_isolation, verify_paddi
 from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
 from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpatch_model
 from chronicals_trl.observe.throughput import ThroughputMeter
-from chronicals_trl.optim.lora_plus import apply_lora_plus, group_sizes
-from chronicals_trl.packing.balance import BalancedSampler, attention_costs
-from chronicals_trl.packing.collator import PackedCollator
-from chronicals_trl.packing.dataset import PackStats, pack_dataset
-from chronicals_trl.packing.label_rows import WithLabelRows
-from chronicals_trl.packing.planning import NothingToPack
-from chronicals_trl.packing.ranks import main_process_first, require_same_on_all_ranks
+from chronicals_trl.optim.trainer import LoraPlusMixin
+from chronicals_trl.packing.trainer import PackingMixin
 from chronicals_trl.report import ActivationReport, PartReport
 
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "chronicals_report.json"
-# cu_seqlens is padded to a multiple of this many entries, so that batches share few shapes.
-CU_SEQLENS_BUCKET = 32
 
 
-class SFTTrainer(TrlSFTTrainer):
+class SFTTrainer(PackingMixin, LoraPlusMixin, TrlSFTTrainer):
     """TRL's SFTTrainer; with `SFTConfig(use_chronicals=True)` it trains the same model from packed, fused steps.
 
     Takes exactly what TRL's takes. What is on, and what is off and why, is printed at the start, kept in
@@ -80,14 +71,7 @@ class SFTTrainer(TrlSFTTrainer):
         arguments: Any = given.get("args")
         self._chronicals: ChronicalsConfig | None = None
         self._data_notes: dict[str, str] = {}
-        self._train_stats: PackStats | None = None
-        self._train_prepared = False
-        self._lora_plus = False
-        self._lora_b_group: int | None = None  # of the optimizer's groups, the one whose rate is logged
-        self._lora_b_rate: float | Tensor | None = None
         self._filters_losses = False  # in place of Trainer, until the step is logged
-        self._lora_plus_rates = ""  # which rates it sets, as the report has it
-        self._stock_groups: list[dict[str, Any]] = []  # the optimizer's groups before the split
         # The class's default, "look at the environment", is what stock TRL's pickled arguments fall back to: off.
         flag = getattr(arguments, "use_chronicals", False)
         if not (flag and read_flag(flag)):
@@ -151,7 +135,7 @@ class SFTTrainer(TrlSFTTrainer):
 
     def _activate(self, config: ChronicalsConfig) -> ActivationReport:
         """Patch the model, set the trainer's own parts, and agree with the other ranks on what is on."""
-        leave_out = _inputs.conflicts(self, TrlSFTTrainer, SFTTrainer)
+        leave_out = _inputs.conflicts(self, SFTTrainer)
         report = self._patch(config, leave_out)
         if self.args.world_size > 1:
             states = gather_object([{part.name: part.state for part in report.parts}])
@@ -163,7 +147,7 @@ class SFTTrainer(TrlSFTTrainer):
         self._lora_plus_rates = report["lora_plus"].backend or ""
         self._head = report["head"].state == "on"
         if self._packing.state == "on":
-            self._use_packed_collator()
+            self.data_collator = self._packed_collator(base_model(self.model).config.get_text_config())
             self._check_isolation()
         else:
             report.notes += self._use_padded_attention()
@@ -180,22 +164,6 @@ class SFTTrainer(TrlSFTTrainer):
             lora_plus = PartReport("lora_plus", "off", reason=leave_out["lora_plus"], omitted=True)
         report.set(lora_plus)
         return report
-
-    def _use_packed_collator(self) -> None:
-        stats = self._train_stats
-        text_config = base_model(self.model).config.get_text_config()
-        # Linear-attention and state-space layers start a new state at each entry of cu_seqlens: exact ones for them.
-        hybrid = not set(getattr(text_config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
-        self.data_collator = PackedCollator(
-            pad_token_id=self._tokenizer.pad_token_id,
-            capacity=self.args.max_length,
-            max_segment_length=stats.max_segment_length if stats else None,
-            max_docs_per_bin=stats.max_docs_per_bin if stats else None,
-            cu_seqlens_bucket=None if hybrid else CU_SEQLENS_BUCKET,
-            fallback=self.data_collator,  # type: ignore[has-type]
-            emit_token_mask=self.aux_loss_enabled,
-            filler_ids=_first_tokens(self.train_dataset),
-        )
 
     def _check_isolation(self) -> None:
         model = base_model(self.model)
@@ -271,109 +239,6 @@ class SFTTrainer(TrlSFTTrainer):
     def _save_report(self) -> None:
         if self.args.should_save:
             self.chronicals_report.save(Path(self.args.output_dir) / REPORT_FILE)
-
-    # -- packing -----------------------------------------------------------------------------------------------------
-
-    def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
-    ) -> Dataset | IterableDataset:
-        prepare = super()._prepare_dataset
-        if self._chronicals is None:
-            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        # TRL prepares the training set first; the name does not tell, since a key of an eval_dataset may be "train".
-        training, self._train_prepared = not self._train_prepared, True
-        name = "train" if training else "eval" if dataset_name == "eval" else f"eval[{dataset_name!r}]"
-        packs = packing and self._packing.state == "on"
-        if packs and _inputs.came_packed(f"{name} data set", dataset, args.max_length):
-            self._data_notes[name] = f"packing {name}: the rows came packed (seq_lengths) and are used as they are"
-            return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
-        # Without max_length and packing the parent only tokenises and builds labels: truncating here would lose the
-        # tokens that bfd_split keeps. A data set is shuffled as TRL does it, before and after packing.
-        plain = copy.copy(args)
-        plain.max_length = None
-        plain.shuffle_dataset = False
-        if not packs and (packing or not isinstance(dataset, Dataset)):
-            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        dataset = prepare(dataset, processing_class, plain, False, formatting_func, dataset_name)
-        if training:
-            cuts = not packs or args.packing_strategy == "bfd"
-            _inputs.require_labels(dataset, args.max_length if cuts else None)
-        if not packs:
-            # The second step of two, so that what is cut off is seen: tokens are there, and are truncated now.
-            if args.max_length is not None:
-                self._note_truncation(name, dataset, args.max_length)
-            return prepare(dataset, processing_class, args, False, None, dataset_name)
-        if args.remove_unused_columns:  # else other columns with one value a token are packed along
-            dataset = dataset.select_columns(["input_ids", "labels"])
-        if args.shuffle_dataset:
-            dataset = dataset.shuffle(seed=args.seed)
-        try:
-            with main_process_first():
-                packed, stats = pack_dataset(
-                    dataset,
-                    args.max_length,
-                    strategy=args.packing_strategy,
-                    pad_bins_to_multiple_of=_inputs.bins_per_round(args, training=training),
-                    window=self._chronicals.packing_window,
-                )
-        except NothingToPack as error:
-            raise ValueError(f"The {name} data set cannot be packed. {error}") from error
-        require_same_on_all_ranks(name, stats)
-        if training:
-            self._train_stats = stats
-        self._data_notes[name] = f"packing {name}: {stats.describe()}"
-        # The rows of a stream's window are shuffled already, and another buffer of them would not resume.
-        shuffles = args.shuffle_dataset and isinstance(packed, Dataset)
-        return packed.shuffle(seed=args.seed) if shuffles else packed
-
-    def _note_truncation(self, name: str, dataset: Dataset, max_length: int) -> None:
-        lengths = _inputs.list_lengths(dataset, "input_ids")
-        above = lengths[lengths > max_length]
-        if len(above):
-            self._data_notes[name] = (
-                f"{name}: {len(above):,} of {len(lengths):,} documents truncated to max_length={max_length:,} "
-                f"({int((above - max_length).sum()):,} tokens lost)"
-            )
-
-    # -- the ranks' shares -------------------------------------------------------------------------------------------
-
-    def _balance_notes(self) -> list[str]:
-        """How even the ranks' shares of packed rows are; nothing where one rank has them all."""
-        if not self._deals_packed_rows():
-            return []
-        reason = self._balance_off()
-        return [f"balance: {self._balanced_sampler(self.train_dataset).describe() if reason is None else reason}"]
-
-    def _deals_packed_rows(self) -> bool:
-        on = self._chronicals is not None and self._packing.state == "on" and self.args.packing
-        return on and self._data_ranks() > 1
-
-    def _balance_off(self) -> str | None:
-        assert self._chronicals is not None
-        return _inputs.balance_off(self, self._chronicals, SFTTrainer)
-
-    def _balanced_sampler(self, dataset: Dataset) -> BalancedSampler:
-        ranks = self._data_ranks()
-        shares = ranks if self.accelerator.split_batches else 1
-        return BalancedSampler(
-            attention_costs(dataset, self.args.max_length),
-            ranks=ranks,
-            batch_size=max(1, self._train_batch_size // shares),
-            accumulation=self.args.gradient_accumulation_steps,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-        )
-
-    def _data_ranks(self) -> int:
-        """Ranks that get rows of their own; those of one tensor- or context-parallel group share theirs."""
-        parallelism = self.accelerator.parallelism_config
-        shared = 1 if parallelism is None else parallelism.tp_size * parallelism.cp_size
-        ranks: int = self.accelerator.num_processes // shared
-        return ranks
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self._deals_packed_rows() or self._balance_off():
-            return super()._get_train_sampler(train_dataset)
-        return self._balanced_sampler(self.train_dataset if train_dataset is None else train_dataset)
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -454,31 +319,6 @@ class SFTTrainer(TrlSFTTrainer):
         if self.aux_loss_enabled:
             self._metrics[mode]["aux_loss"].append(sums[3] / sums[4].clamp(min=1))
 
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        collator: Any = self.data_collator
-        if self._chronicals is not None and self._head and not self._cuts_batches(dataset):
-            self.data_collator = WithLabelRows(collator)  # type: ignore[assignment]
-        if type(collator) is PackedCollator and _python_rows_of_bins(dataset):
-            dataset = dataset.with_format("numpy")  # lists of Python integers take ten times as long
-        try:
-            loader = super()._get_dataloader(dataset, *args, **kwargs)
-        finally:
-            self.data_collator = collator  # the user's own, to whoever looks
-        shard = getattr(loader, "batch_sampler", None)
-        sampler = getattr(getattr(shard, "batch_sampler", None), "sampler", None)
-        if isinstance(sampler, BalancedSampler):
-            # As Accelerate does with its own sampler: set_epoch then finds it behind skip_first_batches (resume) too.
-            loader.set_sampler(sampler)
-        return loader
-
-    def _cuts_batches(self, dataset: Any) -> bool:
-        """Whether batches will be cut into shares, on one rank too, by what knows nothing of indices."""
-        if self.args.n_gpu > 1:
-            return True
-        dispatches = self.accelerator.dispatch_batches  # by default accelerate does so with streams
-        streams = isinstance(dataset, (IterableDataset, torch.utils.data.IterableDataset))
-        return streams if dispatches is None else bool(dispatches)
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._chronicals is not None and batches:
@@ -520,66 +360,6 @@ class SFTTrainer(TrlSFTTrainer):
 
     # -- optimizer, logging, evaluation, saving ----------------------------------------------------------------------
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        existed = self.optimizer is not None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self._chronicals is not None and self._lora_plus and not existed:
-            self._split_groups(self._chronicals)
-        return optimizer
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        except ValueError as error:
-            # torch says that the groups differ; if LoRA+ is why, say so.
-            mismatch = self._lora_plus_mismatch(str(checkpoint))
-            if mismatch is None:
-                raise
-            raise ValueError(mismatch) from error
-
-    def _lora_plus_mismatch(self, checkpoint: str) -> str | None:
-        file = Path(checkpoint) / OPTIMIZER_NAME
-        if not file.is_file():
-            return None
-        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
-        layouts = group_sizes(self.model, self._stock_groups or self.optimizer.param_groups)
-        written = next((name for name, sizes in layouts.items() if sizes == [len(g["params"]) for g in saved]), None)
-        if written is None:
-            return None
-        remedy = {
-            "off": "lora_plus='off' in chronicals_config",
-            "on": "use_chronicals=True and lora_plus='auto'",
-            "on with lora_plus_embedding_lr": "use_chronicals=True, lora_plus='auto' and lora_plus_embedding_lr",
-        }[written]
-        return (
-            f"{checkpoint} was written with LoRA+ {written}, and this run has other parameter groups (LoRA+ "
-            f"{self._lora_plus_rates or 'off'}), which its optimizer state does not fit. Resume with {remedy}; or go "
-            f"on from the weights alone: remove {OPTIMIZER_NAME} and {SCHEDULER_NAME} from the checkpoint."
-        )
-
-    def _split_groups(self, config: ChronicalsConfig) -> None:
-        stock = list(self.optimizer.param_groups)
-        try:
-            summary = apply_lora_plus(
-                self.optimizer, self.model, ratio=config.lora_plus_ratio, embedding_lr=config.lora_plus_embedding_lr
-            )
-            self._lora_b_group = next((i for i, group in enumerate(summary["groups"]) if group["lora_b"]), None)
-            self._stock_groups = stock
-        except ValueError as error:
-            self._lora_plus, self._lora_plus_rates = False, ""
-            self.chronicals_report.set(PartReport("lora_plus", "off", reason=str(error), omitted=True))
-            self.chronicals_report.raise_for_omissions(config)
-            self._save_report()
-            logger.warning("chronicals-trl: lora_plus is off: %s", error)
-
-    def _get_learning_rate(self) -> float:
-        # Trainer asks between the optimizer's step and the scheduler's, while the groups hold the rates of the step.
-        rate: float = super()._get_learning_rate()
-        if self._lora_b_group is not None:
-            lora_b = self.optimizer.param_groups[self._lora_b_group]["lr"]
-            self._lora_b_rate = lora_b.clone() if isinstance(lora_b, Tensor) else lora_b
-        return rate
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._chronicals is not None:
             mode = "train" if self.model.training else "eval"
@@ -589,8 +369,6 @@ class SFTTrainer(TrlSFTTrainer):
             self._metrics[mode]["num_tokens"] = [int(self._real_tokens)]
             if "loss" in logs:
                 logs.update(self._meter.read())
-                if self._lora_b_rate is not None and "learning_rate" in logs:
-                    logs["learning_rate_lora_b"] = float(self._lora_b_rate)
         super().log(logs, start_time)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -640,15 +418,3 @@ def _unpatch(model: Any) -> bool:
     patched = is_patched(model)
     unpatch_model(model)
     return patched
-
-
-def _python_rows_of_bins(dataset: Any) -> bool:
-    """Whether the rows are packed and come as Python lists; another format is the user's own wish."""
-    return isinstance(dataset, Dataset) and "seq_lengths" in dataset.column_names and dataset.format["type"] is None
-
-
-def _first_tokens(dataset: Any) -> list[int]:
-    """A few real tokens, for batches of empty rows alone; a stream has no such rows, and is not read for them."""
-    rows = iter(dataset) if isinstance(dataset, Dataset) else iter(())
-    ids: Any = next((row["input_ids"] for row in rows if len(row["input_ids"])), [])
-    return [int(token) for token in ids[:16]]

@@ -26,7 +26,7 @@ from datasets import Dataset
 from chronicals_trl._versions import installed
 from chronicals_trl.packing import PackedCollator, pack_dataset
 from chronicals_trl.packing.label_rows import WithLabelRows
-from chronicals_trl.trainer import CU_SEQLENS_BUCKET
+from chronicals_trl.packing.trainer import CU_SEQLENS_BUCKET
 
 RESULT = Path(__file__).parents[2] / "docs" / "results" / "collate_cpu.json"
 BOUND_MS = 2.0

@@ -235,7 +235,7 @@ def test_model_parts_are_off_under_unverified_parallelism(tmp_path: Path, kind: 
     trainer = make(tmp_path)
     enabled = {f"{name}_enabled": name == kind for name in ("tp", "cp", "sp")}
     trainer.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**enabled))
-    left_out = _inputs.conflicts(trainer, trl.SFTTrainer, SFTTrainer)
+    left_out = _inputs.conflicts(trainer, SFTTrainer)
     assert left_out.keys() == {"rms_norm", "gated_mlp", "qk_rope", "attention", "head", "lora"}
     assert all(reason.startswith(f"{kind}_size > 1") for reason in left_out.values())
 

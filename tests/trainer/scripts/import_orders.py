@@ -16,7 +16,7 @@ for place in (trl, trl.trainer, trl.trainer.sft_config):
     assert place.SFTConfig is SFTConfig, place
 for place in (trl, trl.trainer, trl.trainer.sft_trainer):
     assert place.SFTTrainer is SFTTrainer, place
-stock_config, stock_trainer = SFTConfig.__mro__[1], SFTTrainer.__mro__[1]
+stock_config, stock_trainer = SFTConfig.__base__, SFTTrainer.__bases__[-1]
 assert stock_config.__module__ == "trl.trainer.sft_config" and stock_trainer.__module__ == "trl.trainer.sft_trainer"
 # The parent's own isinstance test must go on seeing the stock class.
 assert trl.trainer.sft_trainer.__dict__["SFTConfig"] is stock_config
@@ -47,6 +47,10 @@ ORDERS = {
     ),
     "our trainer between register and trl": (
         "import chronicals_trl; chronicals_trl.register()\nfrom chronicals_trl import SFTTrainer"
+    ),
+    "the trainer's parts between register and trl": (
+        "import chronicals_trl; chronicals_trl.register()\n"
+        "import chronicals_trl.packing.trainer, chronicals_trl.optim.trainer"
     ),
     "our trainer before register": "from chronicals_trl import SFTTrainer, register; register()",
     "twice": (

@@ -1,0 +1,190 @@
+"""Packing in the trainer: the data set packed once it is prepared, the batches of its rows, the ranks' shares."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import Trainer
+
+from chronicals_trl import _inputs
+from chronicals_trl.config import ChronicalsConfig
+from chronicals_trl.packing.balance import BalancedSampler, attention_costs
+from chronicals_trl.packing.collator import PackedCollator
+from chronicals_trl.packing.dataset import PackStats, pack_dataset
+from chronicals_trl.packing.label_rows import WithLabelRows
+from chronicals_trl.packing.planning import NothingToPack
+from chronicals_trl.packing.ranks import main_process_first, require_same_on_all_ranks
+from chronicals_trl.report import PartReport
+
+# cu_seqlens is padded to a multiple of this many entries, so that batches share few shapes.
+CU_SEQLENS_BUCKET = 32
+
+
+class PackingMixin(Trainer):
+    """The methods of `SFTTrainer` between the data set and the batch; each is the parent's with the flag off."""
+
+    # Of the trainer that mixes this in.
+    _chronicals: ChronicalsConfig | None
+    _packing: PartReport
+    _head: bool
+    _data_notes: dict[str, str]
+    aux_loss_enabled: bool
+    data_collator: Any
+
+    _train_stats: PackStats | None = None
+    _train_prepared: bool = False
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Dataset | IterableDataset:
+        prepare = super()._prepare_dataset
+        if self._chronicals is None:
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        # TRL prepares the training set first; the name does not tell, since a key of an eval_dataset may be "train".
+        training, self._train_prepared = not self._train_prepared, True
+        name = "train" if training else "eval" if dataset_name == "eval" else f"eval[{dataset_name!r}]"
+        packs = packing and self._packing.state == "on"
+        if packs and _inputs.came_packed(f"{name} data set", dataset, args.max_length):
+            self._data_notes[name] = f"packing {name}: the rows came packed (seq_lengths) and are used as they are"
+            return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        # Without max_length and packing the parent only tokenises and builds labels: truncating here would lose the
+        # tokens that bfd_split keeps. A data set is shuffled as TRL does it, before and after packing.
+        plain = copy.copy(args)
+        plain.max_length = None
+        plain.shuffle_dataset = False
+        if not packs and (packing or not isinstance(dataset, Dataset)):
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        dataset = prepare(dataset, processing_class, plain, False, formatting_func, dataset_name)
+        if training:
+            cuts = not packs or args.packing_strategy == "bfd"
+            _inputs.require_labels(dataset, args.max_length if cuts else None)
+        if not packs:
+            # The second step of two, so that what is cut off is seen: tokens are there, and are truncated now.
+            if args.max_length is not None:
+                self._note_truncation(name, dataset, args.max_length)
+            return prepare(dataset, processing_class, args, False, None, dataset_name)
+        if args.remove_unused_columns:  # else other columns with one value a token are packed along
+            dataset = dataset.select_columns(["input_ids", "labels"])
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        try:
+            with main_process_first():
+                packed, stats = pack_dataset(
+                    dataset,
+                    args.max_length,
+                    strategy=args.packing_strategy,
+                    pad_bins_to_multiple_of=_inputs.bins_per_round(args, training=training),
+                    window=self._chronicals.packing_window,
+                )
+        except NothingToPack as error:
+            raise ValueError(f"The {name} data set cannot be packed. {error}") from error
+        require_same_on_all_ranks(name, stats)
+        if training:
+            self._train_stats = stats
+        self._data_notes[name] = f"packing {name}: {stats.describe()}"
+        # The rows of a stream's window are shuffled already, and another buffer of them would not resume.
+        shuffles = args.shuffle_dataset and isinstance(packed, Dataset)
+        return packed.shuffle(seed=args.seed) if shuffles else packed
+
+    def _note_truncation(self, name: str, dataset: Dataset, max_length: int) -> None:
+        lengths = _inputs.list_lengths(dataset, "input_ids")
+        above = lengths[lengths > max_length]
+        if len(above):
+            self._data_notes[name] = (
+                f"{name}: {len(above):,} of {len(lengths):,} documents truncated to max_length={max_length:,} "
+                f"({int((above - max_length).sum()):,} tokens lost)"
+            )
+
+    def _packed_collator(self, text_config: Any) -> PackedCollator:
+        """The collator of packed rows, around the present one; `text_config` is that of the language model."""
+        stats = self._train_stats
+        # Linear-attention and state-space layers start a new state at each entry of cu_seqlens: exact ones for them.
+        hybrid = not set(getattr(text_config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+        return PackedCollator(
+            pad_token_id=self._tokenizer.pad_token_id,
+            capacity=self.args.max_length,
+            max_segment_length=stats.max_segment_length if stats else None,
+            max_docs_per_bin=stats.max_docs_per_bin if stats else None,
+            cu_seqlens_bucket=None if hybrid else CU_SEQLENS_BUCKET,
+            fallback=self.data_collator,
+            emit_token_mask=self.aux_loss_enabled,
+            filler_ids=_first_tokens(self.train_dataset),
+        )
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        collator: Any = self.data_collator
+        if self._chronicals is not None and self._head and not self._cuts_batches(dataset):
+            self.data_collator = WithLabelRows(collator)
+        if type(collator) is PackedCollator and _python_rows_of_bins(dataset):
+            dataset = dataset.with_format("numpy")  # lists of Python integers take ten times as long
+        try:
+            loader = super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = collator  # the user's own, to whoever looks
+        shard = getattr(loader, "batch_sampler", None)
+        sampler = getattr(getattr(shard, "batch_sampler", None), "sampler", None)
+        if isinstance(sampler, BalancedSampler):
+            # As Accelerate does with its own sampler: set_epoch then finds it behind skip_first_batches (resume) too.
+            loader.set_sampler(sampler)
+        return loader
+
+    def _cuts_batches(self, dataset: Any) -> bool:
+        """Whether batches will be cut into shares, on one rank too, by what knows nothing of indices."""
+        if self.args.n_gpu > 1:
+            return True
+        dispatches = self.accelerator.dispatch_batches  # by default accelerate does so with streams
+        streams = isinstance(dataset, (IterableDataset, torch.utils.data.IterableDataset))
+        return streams if dispatches is None else bool(dispatches)
+
+    def _balance_notes(self) -> list[str]:
+        """How even the ranks' shares of packed rows are; nothing where one rank has them all."""
+        if not self._deals_packed_rows():
+            return []
+        reason = self._balance_off()
+        return [f"balance: {self._balanced_sampler(self.train_dataset).describe() if reason is None else reason}"]
+
+    def _deals_packed_rows(self) -> bool:
+        on = self._chronicals is not None and self._packing.state == "on" and self.args.packing
+        return on and self._data_ranks() > 1
+
+    def _balance_off(self) -> str | None:
+        assert self._chronicals is not None
+        return _inputs.balance_off(self, self._chronicals, PackingMixin)
+
+    def _balanced_sampler(self, dataset: Dataset) -> BalancedSampler:
+        ranks = self._data_ranks()
+        shares = ranks if self.accelerator.split_batches else 1
+        return BalancedSampler(
+            attention_costs(dataset, self.args.max_length),
+            ranks=ranks,
+            batch_size=max(1, self._train_batch_size // shares),
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+
+    def _data_ranks(self) -> int:
+        """Ranks that get rows of their own; those of one tensor- or context-parallel group share theirs."""
+        parallelism = self.accelerator.parallelism_config
+        shared = 1 if parallelism is None else parallelism.tp_size * parallelism.cp_size
+        ranks: int = self.accelerator.num_processes // shared
+        return ranks
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self._deals_packed_rows() or self._balance_off():
+            return super()._get_train_sampler(train_dataset)
+        return self._balanced_sampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+def _python_rows_of_bins(dataset: Any) -> bool:
+    """Whether the rows are packed and come as Python lists; another format is the user's own wish."""
+    return isinstance(dataset, Dataset) and "seq_lengths" in dataset.column_names and dataset.format["type"] is None
+
+
+def _first_tokens(dataset: Any) -> list[int]:
+    """A few real tokens, for batches of empty rows alone; a stream has no such rows, and is not read for them."""
+    rows = iter(dataset) if isinstance(dataset, Dataset) else iter(())
+    ids: Any = next((row["input_ids"] for row in rows if len(row["input_ids"])), [])
+    return [int(token) for token in ids[:16]]
