@@ -177,8 +177,10 @@ def scale_rate_bounds(scheduler: Any, optimizer: Optimizer, lr: float) -> None:
     Args:
         scheduler: just made from ``optimizer``.
         optimizer: with split groups, before the first step.
-        lr: the rate that the bounds were given for, the one of A.
+        lr: the rate that the bounds were given for, the one of A; with 0 nothing is scaled.
     """
+    if lr == 0:
+        return
     for name in ("min_lrs", "max_lrs"):
         if hasattr(scheduler, name):
             pairs = zip(getattr(scheduler, name), optimizer.param_groups, strict=True)
@@ -209,6 +211,11 @@ def trainable_kinds(model: nn.Module) -> dict[str, int]:
         if parameter.requires_grad and id(parameter) in kinds:
             counts[kinds[id(parameter)]] += 1
     return counts
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether there is any LoRA adapter, trainable or not."""
+    return bool(_lora_kinds(model))
 
 
 def _lora_kinds(model: nn.Module) -> dict[int, str]:
