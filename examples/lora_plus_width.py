@@ -312,13 +312,22 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def rounded(value: Any) -> Any:
+    """To five digits, all the way down."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def plot(summary: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (losses_of, growths, best) = plt.subplots(1, 3, figsize=(14, 4.2))
+    figure, (losses_of, growths, best) = plt.subplots(1, 3, figsize=(14, 4))
     for index, entry in enumerate(summary["widths"]):
         color = plt.get_cmap("viridis")(index / max(1, len(summary["widths"]) - 1) * 0.9)
         each = entry["by_ratio"]
@@ -381,7 +390,8 @@ def main() -> None:
         "processor_seconds": round(time.process_time() - started),
     }  # fmt: skip
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"setup": setup, **summary, "seeds": rows}, indent=1) + "\n")
+    figures = rounded({"setup": setup, **summary, "seeds": rows})
+    options.output.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
     plot(summary, options.output.with_suffix(".png"))
     for key in ("exponent_of_lowest_loss", "exponent_of_held_a"):
         print(key, summary[key])
