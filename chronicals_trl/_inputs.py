@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from chronicals_trl.config import ChronicalsConfig
-from chronicals_trl.optim.lora_plus import trainable_kinds
+from chronicals_trl.optim.lora_plus import has_adapter, trainable_kinds
 from chronicals_trl.packing.bfd import STRATEGIES
 from chronicals_trl.report import PartReport
 
@@ -399,13 +399,23 @@ def lora_plus_part(trainer: SFTTrainer, config: ChronicalsConfig) -> PartReport:
     if trainer.optimizer is not None:
         return PartReport("lora_plus", "off", reason="the optimizer was passed in and is used as it is", omitted=True)
     deepspeed = getattr(trainer.args, "hf_deepspeed_config", None)
+    if deepspeed is not None:
+        refuse_deepspeed_rates(deepspeed.config, "optim and lr_scheduler_type of the arguments take its place")
+    return part
+
+
+def refuse_deepspeed_rates(config: dict[str, Any], instead: str) -> None:
+    """Raise ValueError for a DeepSpeed configuration that builds the optimizer or the schedule, and so sets the rates.
+
+    Args:
+        instead: what takes the section's place, for the message.
+    """
     for key in ("optimizer", "scheduler"):
-        if deepspeed is not None and key in deepspeed.config:
+        if key in config:
             raise ValueError(
                 f"The DeepSpeed configuration has its own {key!r}, which would lose LoRA+'s learning rates. Remove "
-                "that section (optim and lr_scheduler_type of the arguments take its place), or set lora_plus='off'."
+                f"that section ({instead}), or set lora_plus='off'."
             )
-    return part
 
 
 def lora_plus_of_model(model: nn.Module, config: ChronicalsConfig) -> PartReport:
@@ -414,13 +424,19 @@ def lora_plus_of_model(model: nn.Module, config: ChronicalsConfig) -> PartReport
         return PartReport("lora_plus", "off", reason="lora_plus='off' in the configuration")
     counts = trainable_kinds(model)
     if not any(counts.values()):
-        return PartReport("lora_plus", "off", reason="the model has no trainable LoRA adapter")
+        reason = "the model has no trainable LoRA adapter"
+        if has_adapter(model):
+            reason += (
+                ": all of its adapters are frozen. Load the one to train with is_trainable=True, or choose it with "
+                "model.set_adapter(name)"
+            )
+        return PartReport("lora_plus", "off", reason=reason)
     embeddings = counts["embedding"] if config.lora_plus_embedding_lr is not None else 0
     if not counts["B"] and not embeddings:
         reason = (
             "LoRA is on embeddings alone, which learn at the optimizer's rate: set lora_plus_embedding_lr"
             if counts["embedding"]
-            else "no lora_B matrix is trainable"
+            else "no lora_B matrix is trainable: B is what LoRA+ gives a rate of its own"
         )
         return PartReport("lora_plus", "off", reason=reason)
     rates = [f"ratio {config.lora_plus_ratio:g}"] if counts["B"] else []

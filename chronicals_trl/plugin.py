@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from chronicals_trl._inputs import lora_plus_of_model
+from chronicals_trl._inputs import lora_plus_of_model, refuse_deepspeed_rates
 from chronicals_trl.config import ChronicalsConfig, without_trainer_parts
 from chronicals_trl.model.patch import patch_model, unpatch_model
 from chronicals_trl.optim.lora_plus import apply_lora_plus
@@ -44,8 +44,9 @@ class ChronicalsPlugin:
         reports: one ActivationReport for each prepared model, in order.
 
     Raises (in `prepare`):
-        ValueError, RuntimeError: as `patch_model` does; and RuntimeError where LoRA+ is left out (an optimizer with a
-            scheduler or with state, say) and `strict=True` or `lora_plus="on"` is set.
+        ValueError, RuntimeError: as `patch_model` does; RuntimeError where LoRA+ is left out (an optimizer with a
+            scheduler or with state, say) and `strict=True` or `lora_plus="on"` is set; ValueError for a DeepSpeed
+            configuration with its own optimizer or scheduler, which would undo LoRA+ without a word.
     """
 
     config: ChronicalsConfig | Mapping[str, Any] | str | None = None
@@ -71,7 +72,7 @@ class ChronicalsPlugin:
             models = [item for item in objects if _is_language_model(item)]
             optimizers = [item for item in objects if isinstance(item, Optimizer)]
             for model in models:
-                report = self._patch(model, optimizers if len(models) == 1 else None)
+                report = self._patch(model, optimizers if len(models) == 1 else None, accelerator)
                 self.reports.append(report)
                 if accelerator.is_main_process:
                     report.print()
@@ -80,13 +81,15 @@ class ChronicalsPlugin:
         accelerator.prepare = prepare
         return accelerator
 
-    def _patch(self, model: nn.Module, optimizers: list[Optimizer] | None) -> ActivationReport:
+    def _patch(
+        self, model: nn.Module, optimizers: list[Optimizer] | None, accelerator: Accelerator
+    ) -> ActivationReport:
         config = self.config
         assert isinstance(config, ChronicalsConfig)
         report = patch_model(model, without_trainer_parts(config))
         report.set(PartReport("packing", "off", reason="a raw loop brings its own batches: see packing.dataset"))
         try:
-            report.set(self._split(model, optimizers, config))
+            report.set(self._split(model, optimizers, config, accelerator))
             report.raise_for_omissions(config)
         except BaseException:
             unpatch_model(model)
@@ -94,11 +97,16 @@ class ChronicalsPlugin:
         return report
 
     @staticmethod
-    def _split(model: nn.Module, optimizers: list[Optimizer] | None, config: ChronicalsConfig) -> PartReport:
+    def _split(
+        model: nn.Module, optimizers: list[Optimizer] | None, config: ChronicalsConfig, accelerator: Accelerator
+    ) -> PartReport:
         """Split the groups of the model's optimizers; None stands for optimizers that may be another model's."""
         part = lora_plus_of_model(model, config)
         if part.state == "off":
             return part
+        deepspeed = accelerator.state.deepspeed_plugin
+        if deepspeed is not None:
+            refuse_deepspeed_rates(deepspeed.deepspeed_config, "make both in the loop, and pass them to prepare")
         reasons = []
         if optimizers is None:
             reasons.append("several models in one call of prepare: pass each with its own optimizer, one by one")

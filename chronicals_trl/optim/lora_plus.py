@@ -8,6 +8,19 @@ Existing parameter groups are split and nothing else about them changes, so that
 and the sharding of its parameters stay those of the code that made them. Which parameter is which is read off the
 module tree (PEFT keeps A below ``lora_A``, B below ``lora_B``), not guessed from names or from the number of
 dimensions, which sharding changes.
+
+What learns at which rate, and why. With Adam, and widths alone growing, a matrix that sums over the width (A, a whole
+linear layer) wants a rate of the order of 1/width; what does not (B, whose inputs are the rank's, biases, gains of
+norms, DoRA's magnitudes, embeddings, whose inputs are single tokens) wants one that does not depend on it.
+
+- A: the group's rate. B, and the bias that ``lora_bias=True`` gives it: ``ratio`` times that. Both start at zero, from
+  where the paper's argument leads.
+- Whole layers in ``modules_to_save``: the group's rate. They sum over the width as A does.
+- Biases, gains of norms, DoRA's magnitudes: the group's rate. They scale like B, but start from trained values, which
+  is outside the argument: it gives no reason to move a gain of 1 by 16 times what was asked for. (PEFT's
+  ``create_loraplus_optimizer`` gives every one-dimensional parameter B's rate.)
+- LoRA on embeddings: neither of its two matrices sums over the width, so no ratio between them follows. Both learn at
+  the group's rate, or at ``embedding_lr``. New tokens (``trainable_token_indices``): the group's rate.
 """
 
 from __future__ import annotations
@@ -16,11 +29,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# The attributes of PEFT's LoRA layers that hold adapter matrices. Everything else (modules_to_save, norms, biases of
-# base layers, DoRA's magnitudes) learns at the group's own rate.
+# The attributes of PEFT's LoRA layers that hold adapter matrices. Everything else learns at the group's own rate.
 _KIND_BELOW = {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "embedding", "lora_embedding_B": "embedding"}
 _KINDS = ("A", "B", "embedding", "other")
 
@@ -97,7 +110,7 @@ def split_lora_plus_groups(
                     new_group[key] = embedding_lr
             split.append(new_group)
 
-    _check_effect(found, embedding_lr)
+    _check_effect(found, embedding_lr, sum(trainable_kinds(model).values()))
     return split
 
 
@@ -107,21 +120,20 @@ def apply_lora_plus(
     """Split the groups of an optimizer that has not stepped yet, in place. See ``split_lora_plus_groups``.
 
     Call it before a learning-rate scheduler is made: schedulers scale each group's rate at that moment, and so keep
-    the ratio from then on. On an error the optimizer is as it was.
+    the ratio from then on (those with a bound on the rate after ``scale_rate_bounds``). On an error the optimizer is
+    as it was.
 
     Returns:
         ``{"ratio", "embedding_lr", "tensors": {"A", "B", "embedding", "other"}, "groups": [{"lr", "tensors",
-        "lora_b"}]}``, all plain numbers; ``lora_b``: whether the group holds the B matrices.
+        "kind"}]}``, plain numbers and strings; ``kind`` of a group: "B", "embedding" (where ``embedding_lr`` is
+        given), else "base".
 
     Raises:
-        ValueError: the optimizer has state already, a scheduler is attached to it, or as ``split_lora_plus_groups``.
+        ValueError: the optimizer has stepped or was loaded, a scheduler is attached to it, it would not apply the
+            rates of its groups or has a ratio of its own (Muon), or as ``split_lora_plus_groups``.
         TypeError: as ``split_lora_plus_groups``.
     """
-    if optimizer.state:
-        raise ValueError(
-            f"the optimizer holds state for {len(optimizer.state)} parameters: LoRA+ regroups them, which a loaded or "
-            "stepped optimizer does not survive. Apply it right after the optimizer is made, before load_state_dict()"
-        )
+    _check_optimizer(optimizer)
     if any("initial_lr" in group for group in optimizer.param_groups):
         raise ValueError(
             "a learning-rate scheduler is attached to the optimizer (its groups have initial_lr): it would go on with "
@@ -149,10 +161,30 @@ def apply_lora_plus(
         "embedding_lr": None if embedding_lr is None else float(embedding_lr),
         "tensors": counts,
         "groups": [
-            {"lr": float(g["lr"]), "tensors": len(g["params"]), "lora_b": kinds.get(id(g["params"][0])) == "B"}
+            {"lr": float(g["lr"]), "tensors": len(g["params"]), "kind": _kind_of_group(g, kinds, embedding_lr)}
             for g in optimizer.param_groups
         ],
     }
+
+
+def scale_rate_bounds(scheduler: Any, optimizer: Optimizer, lr: float) -> None:
+    """Scale a scheduler's bounds on the rate, in place, by what each group's rate is to ``lr``.
+
+    ReduceLROnPlateau has a lower bound, transformers' GreedyLR a lower and an upper one. They are given for the rate
+    that the user set; one number for all groups would end LoRA+'s ratio where A reaches it before B. A scheduler
+    without bounds is left as it is.
+
+    Args:
+        scheduler: just made from ``optimizer``.
+        optimizer: with split groups, before the first step.
+        lr: the rate that the bounds were given for, the one of A; with 0 nothing is scaled.
+    """
+    if lr == 0:
+        return
+    for name in ("min_lrs", "max_lrs"):
+        if hasattr(scheduler, name):
+            pairs = zip(getattr(scheduler, name), optimizer.param_groups, strict=True)
+            setattr(scheduler, name, [bound * float(group["lr"]) / lr for bound, group in pairs])
 
 
 def group_sizes(model: nn.Module, param_groups: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
@@ -181,6 +213,11 @@ def trainable_kinds(model: nn.Module) -> dict[str, int]:
     return counts
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether there is any LoRA adapter, trainable or not."""
+    return bool(_lora_kinds(model))
+
+
 def _lora_kinds(model: nn.Module) -> dict[int, str]:
     """id of parameter -> "A", "B" or "embedding", for the parameters of LoRA adapters."""
     kinds: dict[int, str] = {}
@@ -200,7 +237,43 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite and above 0, got {value!r}")
 
 
-def _check_effect(found: set[str], embedding_lr: float | None) -> None:
+def _check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that has run, or with which the groups' rates would not be what LoRA+ says they are."""
+    name = type(optimizer).__name__
+    if hasattr(optimizer, "fused_backward"):
+        raise ValueError(
+            f"{name} updates the weights during the backward pass with one learning rate for all, and does not read "
+            "those of its groups: choose another optim, or set lora_plus='off'"
+        )
+    if isinstance(optimizer, getattr(torch.optim, "Muon", ())) and any(
+        group["adjust_lr_fn"] in (None, "original") for group in optimizer.param_groups
+    ):
+        raise ValueError(
+            "Muon multiplies the rate of a tall matrix by sqrt(rows / columns), which already makes B's updates "
+            "sqrt(width / rank) times A's: pass adjust_lr_fn='match_rms_adamw', with which both are alike and the "
+            "ratio means what it does with AdamW, or set lora_plus='off'"
+        )
+    stepped = sum(map(_has_stepped, optimizer.state.values()))
+    if stepped:
+        raise ValueError(
+            f"the optimizer holds state for {stepped} parameters: LoRA+ regroups them, which a loaded or "
+            "stepped optimizer does not survive. Apply it right after the optimizer is made, before load_state_dict()"
+        )
+
+
+def _has_stepped(state: Any) -> bool:
+    """Whether this state of one parameter is from a step; Adagrad and APOLLO make some when they are constructed."""
+    if "step" in state:
+        return float(state["step"]) > 0
+    return any(isinstance(value, Tensor) for value in state.values())
+
+
+def _kind_of_group(group: dict[str, Any], kinds: dict[int, str], embedding_lr: float | None) -> str:
+    kind = kinds.get(id(group["params"][0]), "other")
+    return kind if kind == "B" or (kind == "embedding" and embedding_lr is not None) else "base"
+
+
+def _check_effect(found: set[str], embedding_lr: float | None, trainable: int) -> None:
     if "B" in found or ("embedding" in found and embedding_lr is not None):
         return
     if "A" in found:
@@ -212,6 +285,12 @@ def _check_effect(found: set[str], embedding_lr: float | None) -> None:
         raise ValueError(
             "LoRA+ found LoRA on embeddings alone, which has no rate of its own by default: set "
             "lora_plus_embedding_lr (embedding_lr), or lora_plus='off'"
+        )
+    if trainable:
+        raise ValueError(
+            f"LoRA+ without effect: the model has {trainable} trainable LoRA parameters, and the optimizer's groups "
+            "hold none of them (layer-wise optimizers keep each in an optimizer of its own): choose another optim, or "
+            "set lora_plus='off'"
         )
     raise ValueError(
         "LoRA+ without any adapter: no trainable LoRA parameter of the model is in the optimizer. Pass peft_config "

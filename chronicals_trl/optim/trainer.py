@@ -1,11 +1,13 @@
-"""LoRA+ in the trainer: the parent's optimizer with its groups split, a checkpoint of another layout explained, the
-rate of B logged."""
+"""LoRA+ in the trainer: the parent's optimizer with its groups split, its schedule with bounds to match, checkpoints
+of other layouts or rates explained, the rates logged."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,10 +16,13 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from chronicals_trl.config import ChronicalsConfig
-from chronicals_trl.optim.lora_plus import apply_lora_plus, group_sizes
+from chronicals_trl.optim.lora_plus import apply_lora_plus, group_sizes, scale_rate_bounds
 from chronicals_trl.report import ActivationReport, PartReport
 
 logger = logging.getLogger(__name__)
+
+# The keys of the logs, by the kind of group whose rate they hold. `learning_rate`, of the first group, is Trainer's.
+_LOG_KEYS = {"B": "learning_rate_lora_b", "embedding": "learning_rate_lora_embedding"}
 
 
 class LoraPlusMixin(Trainer):
@@ -30,8 +35,8 @@ class LoraPlusMixin(Trainer):
 
     _lora_plus: bool = False
     _lora_plus_rates: str = ""  # which rates it sets, as the report has it
-    _lora_b_group: int | None = None  # of the optimizer's groups, the one whose rate is logged
-    _lora_b_rate: float | Tensor | None = None
+    _logged_groups: Mapping[str, int] = MappingProxyType({})  # key of the logs -> index of the group with its rate
+    _logged_rates: Mapping[str, float | Tensor] = MappingProxyType({})
     _stock_groups: Sequence[dict[str, Any]] = ()  # the optimizer's groups before the split
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -41,7 +46,15 @@ class LoraPlusMixin(Trainer):
             self._split_groups(self._chronicals)
         return optimizer
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        existed = self.lr_scheduler is not None
+        scheduler = super().create_scheduler(*args, **kwargs)
+        if self._chronicals is not None and self._lora_plus and not existed:
+            scale_rate_bounds(scheduler, self.optimizer, self.args.learning_rate)
+        return scheduler
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        configured = _rates_to_first(self.optimizer)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:
@@ -50,6 +63,18 @@ class LoraPlusMixin(Trainer):
             if mismatch is None:
                 raise
             raise ValueError(mismatch) from error
+        if self._chronicals is not None and self._lora_plus and checkpoint is not None:
+            loaded = _rates_to_first(self.optimizer)
+            if not all(map(math.isclose, loaded, configured)):
+                # As Trainer does with learning_rate: what the checkpoint has goes on. It must not go on unsaid.
+                note = (
+                    f"LoRA+: {checkpoint} was written with other rates, which go on (of its groups, to the first: "
+                    f"{_listed(loaded)}; configured: {_listed(configured)}). For the configured ones remove "
+                    f"{OPTIMIZER_NAME} and {SCHEDULER_NAME} from the checkpoint"
+                )
+                self.chronicals_report.notes.append(note)
+                self._save_report()
+                logger.warning("chronicals-trl: %s", note)
 
     def _lora_plus_mismatch(self, checkpoint: str) -> str | None:
         file = Path(checkpoint) / OPTIMIZER_NAME
@@ -77,7 +102,8 @@ class LoraPlusMixin(Trainer):
             summary = apply_lora_plus(
                 self.optimizer, self.model, ratio=config.lora_plus_ratio, embedding_lr=config.lora_plus_embedding_lr
             )
-            self._lora_b_group = next((i for i, group in enumerate(summary["groups"]) if group["lora_b"]), None)
+            kinds = [group["kind"] for group in summary["groups"]]
+            self._logged_groups = {key: kinds.index(kind) for kind, key in _LOG_KEYS.items() if kind in kinds}
             self._stock_groups = stock
         except ValueError as error:
             self._lora_plus, self._lora_plus_rates = False, ""
@@ -89,12 +115,21 @@ class LoraPlusMixin(Trainer):
     def _get_learning_rate(self) -> float:
         # Trainer asks between the optimizer's step and the scheduler's, while the groups hold the rates of the step.
         rate: float = super()._get_learning_rate()
-        if self._lora_b_group is not None:
-            lora_b = self.optimizer.param_groups[self._lora_b_group]["lr"]
-            self._lora_b_rate = lora_b.clone() if isinstance(lora_b, Tensor) else lora_b
+        rates = {key: self.optimizer.param_groups[index]["lr"] for key, index in self._logged_groups.items()}
+        self._logged_rates = {key: lr.clone() if isinstance(lr, Tensor) else lr for key, lr in rates.items()}
         return rate
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._lora_b_rate is not None and {"loss", "learning_rate"} <= logs.keys():
-            logs["learning_rate_lora_b"] = float(self._lora_b_rate)
+        if {"loss", "learning_rate"} <= logs.keys():
+            logs.update({key: float(rate) for key, rate in self._logged_rates.items()})
         super().log(logs, start_time)
+
+
+def _rates_to_first(optimizer: Any) -> list[float]:
+    """Each group's rate at the start of the schedule, over that of the first group."""
+    rates = [float(group.get("initial_lr", group["lr"])) for group in getattr(optimizer, "param_groups", ())]
+    return [rate / rates[0] for rate in rates] if rates and rates[0] else []
+
+
+def _listed(values: list[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -175,7 +175,7 @@ def test_apply_on_a_live_optimizer_moves_b_further():
         "ratio": 16.0,
         "embedding_lr": None,
         "tensors": {"A": 1, "B": 1, "embedding": 0, "other": 0},
-        "groups": [{"lr": LR, "tensors": 1, "lora_b": False}, {"lr": LR * 16, "tensors": 1, "lora_b": True}],
+        "groups": [{"lr": LR, "tensors": 1, "kind": "base"}, {"lr": LR * 16, "tensors": 1, "kind": "B"}],
     }
     for parameter in trainable(model).values():
         parameter.grad = torch.ones_like(parameter)
@@ -300,7 +300,7 @@ def test_without_any_adapter():
 def test_adapters_that_the_optimizer_does_not_hold():
     model = lora_net()
     stranger = nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match=r"LoRA\+ without any adapter"):
+    with pytest.raises(ValueError, match=r"the model has 2 trainable LoRA parameters, .* hold none of them"):
         split_lora_plus_groups(model, [{"params": [stranger], "lr": LR}])
 
 

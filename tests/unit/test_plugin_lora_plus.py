@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import tiny_models
 import torch
 from accelerate import Accelerator
 
 from chronicals_trl import ChronicalsPlugin
+from chronicals_trl.model.patch import is_patched
 
 peft = pytest.importorskip("peft")
 
@@ -87,5 +90,29 @@ def test_a_second_optimizer_without_an_adapter_is_named() -> None:
     optimizers = [adam(other), adam(model)]
     accelerator.prepare(model, *optimizers)
     part = plugin.reports[0]["lora_plus"]
-    assert part.state == "on" and "no trainable LoRA parameter" in part.reason
+    assert part.state == "on" and "hold none of them" in part.reason
     assert [rates(optimizer) for optimizer in optimizers] == [[LR], [LR, 16 * LR]]
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_a_deepspeed_section_that_sets_the_rates_is_refused(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scheduler gives all groups one rate, in silence; the model is left as it came."""
+    accelerator, _ = attached()
+    deepspeed = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}, section: {"type": "any"}})
+    monkeypatch.setattr(type(accelerator.state), "deepspeed_plugin", deepspeed)
+    model = lora()
+    optimizer = adam(model)
+    with pytest.raises(ValueError, match=rf"own '{section}'.*make both in the loop.*lora_plus='off'"):
+        accelerator.prepare(model, optimizer)
+    assert rates(optimizer) == [LR] and not is_patched(model)
+
+
+def test_frozen_adapters_are_named() -> None:
+    accelerator, plugin = attached()
+    model = lora()
+    optimizer = adam(model)
+    model.requires_grad_(False)
+    accelerator.prepare(model, optimizer)
+    part = plugin.reports[0]["lora_plus"]
+    assert part.state == "off" and "all of its adapters are frozen" in part.reason
+    assert rates(optimizer) == [LR]

@@ -123,7 +123,8 @@ def test_every_part_and_log_key_is_explained() -> None:
     meter = ThroughputMeter("cpu")
     meter.update(3, 4)
     explained = re.findall(r"^\| `(\w+)` \|", logs, re.MULTILINE)
-    assert set(meter.read()) | {"learning_rate_lora_b", "num_tokens"} == set(explained)
+    others = {"learning_rate_lora_b", "learning_rate_lora_embedding", "num_tokens"}
+    assert set(meter.read()) | others == set(explained)
 
 
 # -- examples and commands -------------------------------------------------------------------------------------------

@@ -1,0 +1,81 @@
+"""LoRA+ on two gloo processes under DDP, FSDP2 and ZeRO: the weights and the rates of one process, resumed or not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow
+
+Results = dict[str, dict[str, Any]]
+
+
+def run(folder: Path, processes: int, *modes: str) -> Results:
+    output = folder / f"{modes[0]}.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, str(TESTS / "distributed" / "lora_plus_script.py"), str(output), *modes],
+        capture_output=True, text=True, timeout=400,
+        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(output)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lora_plus")
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> dict[str, Any]:
+    found = run(folder, 1, "one")["one"]
+    assert "error" not in found and found["whole"]["state"] == "off"
+    return found["whole"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path) -> Results:
+    return run(folder, 2, "ddp", "fsdp2")
+
+
+@pytest.fixture(scope="module")
+def zero(folder: Path) -> Results:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    return run(folder, 2, "zero1", "zero2", "zero3")
+
+
+def require_same(found: dict[str, Any], reference: dict[str, Any]) -> None:
+    assert "error" not in found, found
+    for part in ("whole", "resumed"):
+        mine = found[part]
+        assert mine["state"] == "on"
+        assert mine["losses"] == pytest.approx(reference["losses"], rel=1e-4), part
+        rates = mine["rates"]
+        assert rates["learning_rate"] == pytest.approx(reference["rates"]["learning_rate"])
+        assert rates["learning_rate_lora_b"] == pytest.approx([8 * rate for rate in rates["learning_rate"]])
+        assert rates["learning_rate_lora_embedding"] == pytest.approx([3 * rate for rate in rates["learning_rate"]])
+        assert mine["weights"].keys() == reference["weights"].keys()
+        for name, value in reference["weights"].items():
+            assert (mine["weights"][name] - value).norm() / value.norm() < 1e-4, (part, name)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_two_ranks(two_ranks: Results, reference: dict[str, Any], mode: str) -> None:
+    require_same(two_ranks[mode], reference)
+
+
+@pytest.mark.parametrize("mode", ["zero1", "zero2", "zero3"])
+def test_zero(zero: Results, reference: dict[str, Any], mode: str) -> None:
+    require_same(zero[mode], reference)

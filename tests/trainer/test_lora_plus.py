@@ -1,0 +1,182 @@
+"""LoRA+ in SFTTrainer: what the logs, the report and the errors say of it, and checkpoints of other rates."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_data
+import tiny_models
+import torch
+from training_runs import SETTINGS, logged
+
+from chronicals_trl import SFTConfig, SFTTrainer
+
+peft = pytest.importorskip("peft")
+
+LR = SETTINGS["learning_rate"]
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}
+
+
+def lora(**options: Any):
+    return peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})
+
+
+def make(
+    tmp_path: Path, *, model=None, peft_config=None, config: dict[str, Any] | None = None, **options
+) -> SFTTrainer:
+    settings = {
+        "output_dir": str(tmp_path / "out"),
+        "use_chronicals": True,
+        "chronicals_config": config,
+        "max_steps": 4,
+    }
+    optimizer = options.pop("optimizer_cls_and_kwargs", None)
+    return SFTTrainer(
+        model=tiny_models.build("llama") if model is None else model,
+        args=SFTConfig(**{**SETTINGS, **settings, **options}),
+        train_dataset=tiny_data.text(),
+        eval_dataset=tiny_data.text(8),
+        processing_class=tiny_data.tokenizer(),
+        peft_config=peft_config,
+        optimizer_cls_and_kwargs=optimizer,
+    )
+
+
+# -- the logs --------------------------------------------------------------------------------------------------------
+
+
+def test_each_rate_is_in_the_logs(tmp_path: Path) -> None:
+    trainer = make(
+        tmp_path, peft_config=lora(target_modules=["q_proj", "embed_tokens"]), warmup_steps=2,
+        config={"lora_plus_ratio": 4.0, "lora_plus_embedding_lr": LR / 10},
+    )  # fmt: skip
+    trainer.train()
+    a = logged(trainer, "learning_rate")
+    assert max(a) == pytest.approx(LR) and len(set(a)) > 2
+    assert logged(trainer, "learning_rate_lora_b") == pytest.approx([4 * rate for rate in a])
+    assert logged(trainer, "learning_rate_lora_embedding") == pytest.approx([rate / 10 for rate in a])
+    assert not any("learning_rate_lora_b" in entry for entry in trainer.state.log_history if "loss" not in entry)
+
+
+def test_no_rate_in_the_logs_that_is_none_of_its_own(tmp_path: Path) -> None:
+    """Embeddings that learn at A's rate have no key, nor has B with LoRA+ off."""
+    trainer = make(tmp_path, peft_config=lora(target_modules=["q_proj", "embed_tokens"]))
+    trainer.train()
+    assert logged(trainer, "learning_rate_lora_b") and not logged(trainer, "learning_rate_lora_embedding")
+    trainer = make(tmp_path, peft_config=lora(), config={"lora_plus": "off"})
+    trainer.train()
+    assert not logged(trainer, "learning_rate_lora_b")
+
+
+def test_a_schedule_with_a_lower_bound_keeps_the_ratio_in_training(tmp_path: Path) -> None:
+    """The loss can only get worse by this measure: the rate falls at each evaluation, down to the bound."""
+    trainer = make(
+        tmp_path, peft_config=lora(), **PLATEAU,
+        lr_scheduler_kwargs={"factor": 0.5, "patience": 0, "min_lr": LR / 3, "mode": "max"},
+    )  # fmt: skip
+    trainer.train()
+    assert logged(trainer, "learning_rate")[-1] == pytest.approx(LR / 3)
+    assert logged(trainer, "learning_rate_lora_b")[-1] == pytest.approx(16 * LR / 3)
+
+
+# -- optimizers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("package", "options", "reason"),
+    [
+        ("lomo_optim", {"optim": "lomo"}, "Lomo updates the weights during the backward pass"),
+        (
+            "galore_torch",
+            {"optim": "galore_adamw_layerwise", "optim_target_modules": ["lora_A"], "optim_args": "rank=2"},
+            "hold none of them .layer-wise",
+        ),
+        ("torch", {"optimizer_cls_and_kwargs": (torch.optim.Muon, {"lr": LR})}, "Muon multiplies the rate"),
+    ],
+)
+def test_an_optimizer_that_would_lose_the_ratio(tmp_path: Path, package: str, options: dict, reason: str) -> None:
+    """Off with the reason in the report, and an error where LoRA+ is insisted on; before the first step."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    trainer = make(tmp_path, peft_config=lora(), **options)
+    trainer.train()
+    part = trainer.chronicals_report["lora_plus"]
+    assert part.state == "off" and part.omitted
+    assert not logged(trainer, "learning_rate_lora_b")
+    saved = {p["name"]: p for p in json.loads((tmp_path / "out" / "chronicals_report.json").read_text())["parts"]}
+    assert saved["lora_plus"]["reason"] == part.reason
+    with pytest.raises(RuntimeError, match=f"lora_plus is off: .*{reason}"):
+        make(tmp_path, peft_config=lora(), config={"lora_plus": "on"}, **options).train()
+
+
+def test_muon_with_updates_of_equal_size(tmp_path: Path) -> None:
+    muon = (torch.optim.Muon, {"lr": LR, "adjust_lr_fn": "match_rms_adamw"})
+    trainer = make(tmp_path, peft_config=lora(), optimizer_cls_and_kwargs=muon)
+    trainer.train()
+    assert trainer.chronicals_report["lora_plus"].state == "on"
+    assert [group["initial_lr"] for group in trainer.optimizer.param_groups] == [LR, 16 * LR]
+
+
+# -- adapters that cannot be trained ---------------------------------------------------------------------------------
+
+
+def test_frozen_adapters(tmp_path: Path) -> None:
+    """As PeftModel.from_pretrained leaves one without is_trainable; a layer of the base model is trained."""
+    model = peft.get_peft_model(tiny_models.build("llama"), lora())
+    model.requires_grad_(False)
+    model.base_model.model.lm_head.weight.requires_grad_(True)
+    part = make(tmp_path, model=model).chronicals_report["lora_plus"]
+    assert part.state == "off" and "all of its adapters are frozen" in part.reason
+    with pytest.raises(RuntimeError, match=r"lora_plus is off: .*frozen.*is_trainable=True.*set_adapter"):
+        make(tmp_path, model=model, config={"lora_plus": "on"})
+
+
+def test_a_frozen_b(tmp_path: Path) -> None:
+    model = peft.get_peft_model(tiny_models.build("llama"), lora())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="lora_plus is off: no lora_B matrix is trainable"):
+        make(tmp_path, model=model, config={"lora_plus": "on"})
+
+
+@pytest.mark.parametrize("ratio", [0, -1.0, float("nan")])
+def test_a_ratio_that_is_none(tmp_path: Path, ratio: float) -> None:
+    with pytest.raises(ValueError, match="lora_plus_ratio"):
+        make(tmp_path, peft_config=lora(), config={"lora_plus_ratio": ratio})
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_resume_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "warmup_steps": 3, "peft_config": lora()}
+    whole = make(tmp_path, **options)
+    whole.train()
+    resumed = make(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert logged(resumed, "learning_rate_lora_b") == logged(whole, "learning_rate_lora_b")
+    assert not any("other rates" in note for note in resumed.chronicals_report.notes)
+    expected = dict(whole.model.named_parameters())
+    for name, parameter in resumed.model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
+def test_a_checkpoint_with_another_ratio_says_so(tmp_path: Path, schedule: str) -> None:
+    """Trainer goes on with the checkpoint's rates; a ratio in the configuration would be ignored without a word."""
+    options = {"save_strategy": "steps", "save_steps": 2, "peft_config": lora()}
+    if schedule != "linear":
+        options |= PLATEAU
+    make(tmp_path, **options).train()
+    resumed = make(tmp_path, config={"lora_plus_ratio": 4.0}, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    (note,) = (note for note in resumed.chronicals_report.notes if "other rates" in note)
+    assert "to the first: 1, 16; configured: 1, 4)" in note and "remove optimizer.pt and scheduler.pt" in note
+    rates = [group["lr"] for group in resumed.optimizer.param_groups]
+    assert len(rates) == 2 and rates[1] == pytest.approx(16 * rates[0])
+    assert note in json.loads((tmp_path / "out" / "chronicals_report.json").read_text())["notes"]
