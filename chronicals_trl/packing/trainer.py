@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from chronicals_trl import _inputs
 from chronicals_trl.config import ChronicalsConfig
@@ -18,7 +23,11 @@ from chronicals_trl.packing.dataset import PackStats, pack_dataset
 from chronicals_trl.packing.label_rows import WithLabelRows
 from chronicals_trl.packing.planning import NothingToPack
 from chronicals_trl.packing.ranks import main_process_first, require_same_on_all_ranks
-from chronicals_trl.report import PartReport
+from chronicals_trl.report import ActivationReport, PartReport
+
+logger = logging.getLogger(__name__)
+
+PACKING_FILE = "chronicals_packing.json"
 
 # cu_seqlens is padded to a multiple of this many entries, so that batches share few shapes.
 CU_SEQLENS_BUCKET = 32
@@ -32,6 +41,8 @@ class PackingMixin(Trainer):
     _packing: PartReport
     _head: bool
     _data_notes: dict[str, str]
+    chronicals_report: ActivationReport
+    _save_report: Callable[[], None]
     aux_loss_enabled: bool
     data_collator: Any
 
@@ -90,6 +101,43 @@ class PackingMixin(Trainer):
         # The rows of a stream's window are shuffled already, and another buffer of them would not resume.
         shuffles = args.shuffle_dataset and isinstance(packed, Dataset)
         return packed.shuffle(seed=args.seed) if shuffles else packed
+
+    # -- a checkpoint knows what it was packed as ---------------------------------------------------------------------
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        if self._train_stats is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(kwargs.get("trial", args[1] if len(args) > 1 else None)))
+            checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if checkpoint.is_dir():  # save_total_limit may have removed it again
+                (checkpoint / PACKING_FILE).write_text(json.dumps(self._packed_as(), indent=2) + "\n")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self._train_stats is None or not (Path(checkpoint) / PACKING_FILE).is_file():
+            return
+        then, now = json.loads((Path(checkpoint) / PACKING_FILE).read_text()), self._packed_as()
+        other = [name for name in now if then.get(name) != now[name]]
+        if other:
+            told = ", ".join(f"{name} {then.get(name)} then, {now[name]} now" for name in other)
+            note = (
+                f"packing: {checkpoint} was written with other rows ({told}). The steps that it has done are skipped "
+                "in the rows of now: some documents come twice and some not at all in this epoch. To go on with the "
+                "rows that are left, resume with the settings of then"
+            )
+            self.chronicals_report.notes.append(note)
+            self._save_report()
+            logger.warning("chronicals-trl: %s", note)
+
+    def _packed_as(self) -> dict[str, Any]:
+        """What decides which rows there are and who gets them."""
+        assert self._train_stats is not None and self._chronicals is not None
+        figures = self._train_stats.to_dict()
+        named = {"max_length": "capacity", "packing_strategy": "strategy", "packing_window": "window"}
+        counted = ("documents", "tokens", "bins")
+        packed = {name: figures[key] for name, key in named.items()} | {name: figures[name] for name in counted}
+        ranks = self.args.world_size
+        return packed | {"ranks": ranks, "balance_ranks": ranks > 1 and self._chronicals.balance_ranks}
 
     def _note_truncation(self, name: str, dataset: Dataset, max_length: int) -> None:
         lengths = _inputs.list_lengths(dataset, "input_ids")

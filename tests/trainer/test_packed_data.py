@@ -129,3 +129,19 @@ def test_token_columns_stay_where_the_user_keeps_columns(tmp_path: Path) -> None
     kept.train()
     trainer.train()
     assert logged(kept, "loss") == logged(trainer, "loss")
+
+
+def test_a_resume_with_other_rows_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    make(tmp_path, data=tiny_data.text(60), **options).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+
+    same = make(tmp_path, data=tiny_data.text(60), **options)
+    same.train(resume_from_checkpoint=checkpoint)
+    assert not any("was written with other rows" in note for note in same.chronicals_report.notes)
+
+    other = make(tmp_path, data=tiny_data.text(50), **{**options, "max_length": 64})
+    other.train(resume_from_checkpoint=checkpoint)
+    note = next(note for note in other.chronicals_report.notes if "was written with other rows" in note)
+    assert "max_length 96 then, 64 now" in note and "documents 60 then, 50 now" in note
+    assert note in caplog.text and note in (tmp_path / "chronicals_report.json").read_text()
