@@ -90,6 +90,11 @@ def compute_dtypes(x: Tensor, layers: Sequence[LoraOperands]) -> tuple[torch.dty
     return (x.dtype, adapter_dtype) if torch.promote_types(x.dtype, adapter_dtype) == adapter_dtype else None
 
 
+def out_features(layer: LoraOperands) -> int:
+    """O, also of a packed weight with an adapter."""
+    return (layer.weight if layer.b is None else layer.b).shape[0]
+
+
 # -- forward ---------------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +250,7 @@ def _bias_gradient(grad_NO: Tensor, dtype: torch.dtype) -> Tensor:
     return column_sums(grad_NO) if grad_NO.dtype == dtype else grad_NO.sum(0, dtype=dtype)
 
 
-# -- products of a tensor of the model with one of the adapter, which may be wider -------------------------------------
+# -- products of a tensor of the model with one of the adapter, which may be wider ------------------------------------
 
 
 def _mm(p_NK: Tensor, q_KR: Tensor, alpha: float) -> Tensor:
@@ -293,7 +298,7 @@ def _scaled_mm(p: Tensor, q: Tensor, alpha: float) -> Tensor:
 
 
 def _row_chunks(tensor: Tensor, width: int) -> Iterator[Any]:
-    """Slices of rows, so that a wide copy of one holds WIDE_ELEMENTS at most. A compiler sees one: it fuses the copy."""
+    """Slices of rows, a wide copy of which holds WIDE_ELEMENTS at most. A compiler, which fuses the copy, sees one."""
     n_rows = tensor.shape[0]
     if torch.compiler.is_compiling():
         yield slice(None)

@@ -135,7 +135,7 @@ class _LoraLinears(torch.autograd.Function):
         return d_x, None, None, *gradients_of(d_bias, d_a, d_b)
 
 
-# -- a node's arguments: after its own, the fields of one `LoraOperands` after the other -------------------------------
+# -- a node's arguments: after its own, the fields of one `LoraOperands` after the other ------------------------------
 
 _FIELDS = len(LoraOperands._fields)
 _TENSORS = 4  # weight, bias, a, b: the first fields
@@ -210,7 +210,7 @@ def _dtype(tensor: Tensor | None) -> torch.dtype | None:
 
 
 def _check_shapes(x: Tensor, layer: LoraOperands) -> None:
-    weight, bias, a, b = layer[:_TENSORS]
+    weight, bias, a, b = layer.weight, layer.bias, layer.a, layer.b
     if layer.unpack is not None:
         return  # the shape shows when it is unpacked, and the GEMM says so
     if weight.dim() != 2 or any(t is not None and t.dim() != 2 for t in (a, b)):
@@ -220,7 +220,11 @@ def _check_shapes(x: Tensor, layer: LoraOperands) -> None:
         )
     out_features, in_features = weight.shape
     rank = 0 if a is None else a.shape[0]
-    expected = {"a": (a, (rank, in_features)), "b": (b, (out_features, rank)), "bias": (bias, (out_features,))}
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "a": (a, (rank, in_features)),
+        "b": (b, (out_features, rank)),
+        "bias": (bias, (out_features,)),
+    }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(
