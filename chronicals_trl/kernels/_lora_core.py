@@ -27,8 +27,8 @@ share a draw.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +36,9 @@ from torch import Tensor
 
 from ._common import autocast_dtype
 from ._shared_linear import column_sums
+from ._wide_products import add_masked_mm_, add_mm_, mm, transposed_mm
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# Elements of the largest wide copy that exists at a time where the adapters are wider than the model (64 MiB in fp32).
-WIDE_ELEMENTS = 2**24
 
 
 class LoraOperands(NamedTuple):
@@ -110,10 +108,10 @@ def forward(
         read_NI, mask_NI, missing = x_NI, None, 1.0
         if first.dropout and x.numel():
             read_NI, mask_NI, missing = _drop(x, x_NI, first)
-        h_NR = _mm(read_NI, _stack_a(layers, members, adapter_dtype).t(), missing)
+        h_NR = mm(read_NI, _stack_a(layers, members, adapter_dtype).t(), missing)
         del read_NI
         for i, h in zip(members, h_NR.split(_ranks(layers, members), 1), strict=True):
-            _add_mm_(outputs[i], h, _b(layers[i], adapter_dtype).t(), layers[i].scale)
+            add_mm_(outputs[i], h, _b(layers[i], adapter_dtype).t(), layers[i].scale)
         kept.append(Kept(h_NR, mask_NI))
     return outputs, x_NI, kept
 
@@ -198,15 +196,15 @@ def input_and_b_gradients(
                 parts.append(torch.zeros_like(h))
                 continue
             if need_b[i]:
-                d_b[i] = _transposed_mm(grad_NO, h, layer.scale).to(layer.b.dtype)  # type: ignore[union-attr]
-            parts.append(_mm(grad_NO, _b(layer, adapter_dtype), layer.scale))
+                d_b[i] = transposed_mm(grad_NO, h, layer.scale).to(layer.b.dtype)  # type: ignore[union-attr]
+            parts.append(mm(grad_NO, _b(layer, adapter_dtype), layer.scale))
         g_NR = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if d_x is not None and any(grads_NO[i] is not None for i in members):
             a_RI = _stack_a(layers, members, adapter_dtype)
             if mask_NI is None:
-                _add_mm_(d_x, g_NR, a_RI, 1.0)
+                add_mm_(d_x, g_NR, a_RI, 1.0)
             else:
-                _add_masked_mm_(d_x, g_NR, a_RI, mask_NI, 1.0 / (1.0 - layers[members[0]].dropout))
+                add_masked_mm_(d_x, g_NR, a_RI, mask_NI, 1.0 / (1.0 - layers[members[0]].dropout))
         gs.append(g_NR)
     return d_x, d_b, gs
 
@@ -227,7 +225,7 @@ def a_gradients(
             continue
         assert g_NR is not None
         missing = 1.0 if mask_NI is None else 1.0 / (1.0 - layers[members[0]].dropout)
-        joint_RI = _transposed_mm(g_NR, x_NI if mask_NI is None else x_NI * mask_NI, missing)
+        joint_RI = transposed_mm(g_NR, x_NI if mask_NI is None else x_NI * mask_NI, missing)
         for i, want, d in zip(members, wanted, joint_RI.split(_ranks(layers, members)), strict=True):
             if want:
                 d_a[i] = d.to(layers[i].a.dtype)  # type: ignore[union-attr]
@@ -248,61 +246,3 @@ def bias_gradients(
 
 def _bias_gradient(grad_NO: Tensor, dtype: torch.dtype) -> Tensor:
     return column_sums(grad_NO) if grad_NO.dtype == dtype else grad_NO.sum(0, dtype=dtype)
-
-
-# -- products of a tensor of the model with one of the adapter, which may be wider ------------------------------------
-
-
-def _mm(p_NK: Tensor, q_KR: Tensor, alpha: float) -> Tensor:
-    """alpha (p q) in q's dtype."""
-    if p_NK.dtype == q_KR.dtype:
-        return _scaled_mm(p_NK, q_KR, alpha)
-    out = q_KR.new_empty(p_NK.shape[0], q_KR.shape[1])
-    for rows in _row_chunks(p_NK, p_NK.shape[1]):
-        out[rows] = _scaled_mm(p_NK[rows].to(q_KR.dtype), q_KR, alpha)
-    return out
-
-
-def _transposed_mm(p_NP: Tensor, q_NQ: Tensor, alpha: float) -> Tensor:
-    """alpha (p^T q) in the wider dtype of the two."""
-    if p_NP.dtype == q_NQ.dtype:
-        return _scaled_mm(p_NP.t(), q_NQ, alpha)
-    wide = torch.promote_types(p_NP.dtype, q_NQ.dtype)
-    out = p_NP.new_zeros(p_NP.shape[1], q_NQ.shape[1], dtype=wide)
-    for rows in _row_chunks(p_NP, max(p_NP.shape[1], q_NQ.shape[1])):
-        out.addmm_(p_NP[rows].to(wide).t(), q_NQ[rows].to(wide), alpha=alpha)
-    return out
-
-
-def _add_mm_(y_NO: Tensor, p_NR: Tensor, q_RO: Tensor, alpha: float) -> None:
-    """y += alpha (p q). A product in a wider dtype is added in that dtype and rounded once."""
-    if p_NR.dtype == y_NO.dtype:
-        y_NO.addmm_(p_NR, q_RO, alpha=alpha)
-        return
-    for rows in _row_chunks(y_NO, y_NO.shape[1]):
-        y_NO[rows].add_(p_NR[rows] @ q_RO, alpha=alpha)
-
-
-def _add_masked_mm_(y_NO: Tensor, p_NR: Tensor, q_RO: Tensor, mask_NO: Tensor, alpha: float) -> None:
-    """y += alpha mask (p q), in the wider dtype of the two."""
-    if p_NR.dtype == y_NO.dtype:
-        y_NO.addcmul_(p_NR @ q_RO, mask_NO, value=alpha)
-        return
-    for rows in _row_chunks(y_NO, y_NO.shape[1]):
-        y_NO[rows].addcmul_(p_NR[rows] @ q_RO, mask_NO[rows], value=alpha)
-
-
-def _scaled_mm(p: Tensor, q: Tensor, alpha: float) -> Tensor:
-    """alpha (p q), scaled in the GEMM's accumulator: one rounding, one launch."""
-    return p @ q if alpha == 1.0 else torch.addmm(p.new_empty(()), p, q, beta=0, alpha=alpha)
-
-
-def _row_chunks(tensor: Tensor, width: int) -> Iterator[Any]:
-    """Slices of rows, a wide copy of which holds WIDE_ELEMENTS at most. A compiler, which fuses the copy, sees one."""
-    n_rows = tensor.shape[0]
-    if torch.compiler.is_compiling():
-        yield slice(None)
-        return
-    step = max(1, WIDE_ELEMENTS // max(1, width))
-    for start in range(0, n_rows, step):
-        yield slice(start, start + step)
