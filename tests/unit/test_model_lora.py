@@ -406,20 +406,20 @@ def test_probe_does_not_need_values_or_the_caller_s_modes():
             assert fused.verify(layer, "cpu") is None
 
 
-def wrong_scale(x, weight, a, b, scale, *, bias=None):
-    return fused_original(x, weight, a, b, scale * 1.001, bias=bias)
+def wrong_scale(x, weight, a, b, scale, *, bias=None, **options):
+    return fused_original(x, weight, a, b, scale * 1.001, bias=bias, **options)
 
 
-def wrong_bias(x, weight, a, b, scale, *, bias=None):
-    return fused_original(x, weight, a, b, scale)
+def wrong_bias(x, weight, a, b, scale, *, bias=None, **options):
+    return fused_original(x, weight, a, b, scale, **options)
 
 
-def wrong_gradient(x, weight, a, b, scale, *, bias=None):
-    return fused_original(x, weight, a.detach() + 0 * a, b, scale, bias=bias)
+def wrong_gradient(x, weight, a, b, scale, *, bias=None, **options):
+    return fused_original(x, weight, a.detach() + 0 * a, b, scale, bias=bias, **options)
 
 
-def not_finite(x, weight, a, b, scale, *, bias=None):
-    return fused_original(x, weight, a, b, scale, bias=bias) * float("nan")
+def not_finite(x, weight, a, b, scale, *, bias=None, **options):
+    return fused_original(x, weight, a, b, scale, bias=bias, **options) * float("nan")
 
 
 def crashing(*args, **kwargs):
