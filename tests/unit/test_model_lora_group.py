@@ -8,10 +8,11 @@ import types
 import pytest
 import tiny_models
 import torch
+from torch import nn
 
 from chronicals_trl import patch_model, unpatch_model
 from chronicals_trl.kernels import _lora_linear
-from chronicals_trl.model import lora, match, rope
+from chronicals_trl.model import lora, lora_state, match, rope
 
 peft = pytest.importorskip("peft")
 
@@ -275,3 +276,25 @@ def test_the_probe_notices_another_mask(monkeypatch):
 
     monkeypatch.setattr(_lora_linear.core, "_drop", other_mask)
     assert "output differs from PEFT's" in lora.verify(layer, "cpu")
+
+
+def test_a_plain_projection_that_came_later_is_called(calls):
+    """It would not give out what it is handed, and the others' masks would be drawn for a result that nobody takes."""
+    model = build(targets=["q_proj", "v_proj"], dropout=0.3)
+    patch(model, calls)
+    attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
+    fresh = nn.Linear(32, attention.k_proj.out_features).requires_grad_(False)
+    fresh.load_state_dict(attention.k_proj.state_dict())
+    attention.k_proj = fresh
+    ours = gradients(model)
+    assert calls["qkv"] == 1
+    unpatch_model(model)
+    require_same(ours, gradients(model))
+
+
+def test_the_dtype_that_dropout_draws_in():
+    """On a GPU the mask depends on it: PEFT hands the dropout what it has cast to the adapter's dtype."""
+    layer = build(dropout=0.3).get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    layer.base_layer.bfloat16()
+    operands = lora_state.lora_operands(layer, torch.randn(2, 56, dtype=torch.bfloat16))
+    assert operands.dropout == 0.3 and operands.dropout_dtype is torch.float32
