@@ -15,7 +15,9 @@ from ._linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
-from ._lora_linear import lora_linear, lora_linear_reference
+from ._lora_core import LoraOperands
+from ._lora_linear import lora_linear, lora_linear_reference, lora_linears
+from ._lora_mlp import lora_gated_mlp
 from ._qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from ._qk_rope import qk_rope, qk_rope_reference
 from ._rms_norm import rms_norm, rms_norm_reference
@@ -24,14 +26,17 @@ from ._shared_linear import shared_linear
 __all__ = [
     "LAUNCHES",
     "LinearCrossEntropyOutput",
+    "LoraOperands",
     "backend",
     "gated_mlp",
     "geglu",
     "geglu_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "lora_gated_mlp",
     "lora_linear",
     "lora_linear_reference",
+    "lora_linears",
     "qk_norm_rope",
     "qk_norm_rope_reference",
     "qk_rope",

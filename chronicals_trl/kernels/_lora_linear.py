@@ -1,44 +1,41 @@
-"""A frozen linear layer with a LoRA adapter as one autograd node, in plain torch.
+"""Frozen linear layers with LoRA adapters, one or several that read the same input, as one autograd node.
 
-    y = x W^T + bias + scale (x A^T) B^T
+Written layer by layer, an adapter costs two more full-size tensors in the forward pass (its output and the scaled
+copy) and two more in the backward pass (the scaled gradient and a second gradient of x), dropout another two, and
+layers that share an input (q, k and v) as many input gradients, which autograd adds up. Here each pass allocates its
+results and rank-sized tensors, and with dropout the dropped input while it is read. `_lora_core.py` has the
+arithmetic.
 
-The equation is LoRA's (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"), the fusion our own.
-
-Written layer by layer, the adapter costs two more full-size tensors in the forward pass (the adapter's output and its
-scaled copy) and two more in the backward pass (the scaled gradient and a second gradient of x). Here the low-rank
-product is accumulated by the GEMM itself into the base output, and the same way into the gradient of x, so that with
-one dtype throughout each pass allocates its result and rank-sized tensors only.
-
-Shape suffixes: N tokens (all leading dimensions of x), I in features, O out features, R rank.
-
-Gradients, with dy (N, O):
-    g_NR = dy B
-    dx   = dy W + scale g A
-    dA   = scale g^T x
-    dB   = scale dy^T (x A^T)
-    dbias = sum over N of dy
-
-The node saves x (as the GEMMs read it) and x A^T. W, A and B are saved as the parameters themselves and cast again in
-the backward pass: under autocast that spares the low-precision copy of each frozen weight which eager keeps.
+The node saves x (as the GEMMs read it), x A^T and the dropouts' masks. W, A and B are saved as the parameters
+themselves and cast again in the backward pass: under autocast that spares the low-precision copy of each frozen weight
+which eager keeps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._common import autocast_dtype, autocast_off
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from . import _lora_core as core
+from ._common import autocast_off
+from ._lora_core import LoraOperands
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, *, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Return ``x W^T + bias + scale (x A^T) B^T``.
+    """Return ``x W^T + bias + scale (dropout(x) A^T) B^T``.
 
     Args:
         x: (..., I), any strides; may be empty.
@@ -47,6 +44,7 @@ def lora_linear(
         b: (O, R), LoRA's B.
         scale: LoRA's scaling, ``alpha / r`` (``alpha / sqrt(r)`` for rsLoRA).
         bias: (O,), may be trainable.
+        **options: ``dropout``, ``dropout_dtype`` and ``unpack`` of `LoraOperands`.
 
     Dtypes, chosen so that the numbers are those of PEFT's layer:
         - under autocast everything is computed in the autocast dtype, whatever the dtypes of the arguments;
@@ -54,140 +52,181 @@ def lora_linear(
         - or ``a`` and ``b`` share a wider one (fp32 adapters on a bf16 or fp16 model, PEFT's default). The adapter's
           GEMMs then run in the wider dtype, as PEFT's do. Rounding A and B to bf16 instead was tried: the gradients of
           A and B, which PEFT has exact to fp32, lose four digits, and that of x leaves the bf16 rounding of eager's.
-          Wide copies of x and dy and a wide product exist while they are used; none is saved.
+          Wide copies of some rows of x and dy exist while they are used; none is saved.
 
     Returns:
         (..., O) in the autocast dtype under autocast, else in the dtype of ``x``. Gradients of ``x``, ``a``, ``b`` and
         ``bias`` come in the dtype of each. Second derivatives are not supported (torch raises).
 
     Raises:
-        ValueError: ``weight`` requires a gradient, or shapes do not fit together.
+        ValueError: ``weight`` requires a gradient, shapes do not fit together, or ``dropout`` is not in [0, 1).
         TypeError: ``scale`` is not a number, or the dtypes are none of the above.
     """
-    if weight.requires_grad:
-        raise ValueError(
-            "weight requires a gradient, and lora_linear computes none for it: freeze it with "
-            "weight.requires_grad_(False), or use the unfused layer"
-        )
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}: pass float(scale)")
-    _check_shapes(x, weight, a, b, bias)
-    dtypes = _compute_dtypes(x, weight, a, b)
-    if dtypes is None:
-        raise TypeError(
-            f"no dtype to compute in: x is {x.dtype}, weight {weight.dtype}, a {a.dtype}, b {b.dtype}. Without "
-            "autocast x and weight must have one floating-point dtype, and a and b the same or a wider one: cast "
-            "them, or enable torch.autocast"
-        )
-    y: Tensor = _LoraLinear.apply(x, weight, a, b, bias, float(scale), *dtypes)
+    (y,) = lora_linears(x, [LoraOperands(weight, bias, a, b, scale, **options)])
     return y
 
 
+def lora_linears(x: Tensor, layers: Sequence[LoraOperands]) -> tuple[Tensor, ...]:
+    """`lora_linear` for each of `layers`, which share x, as one node: one input gradient, the A's in one GEMM.
+
+    With dropout each adapter draws a mask of its own, in the order of the layers, as PEFT's layers do one by one.
+
+    Args:
+        x: (..., I).
+        layers: at least one; those without an adapter are plain frozen linears.
+
+    Returns:
+        One (..., O_i) for each layer.
+
+    Raises:
+        ValueError, TypeError: as `lora_linear`.
+    """
+    dtypes = check_operands(x, layers)
+    flat = [value for layer in layers for value in layer]
+    outputs = _LoraLinears.apply(x, *dtypes, *flat)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+
+def lora_linears_supported(x: Tensor, layers: Sequence[LoraOperands]) -> bool:
+    """Whether ``lora_linears`` takes these dtypes in the current autocast state, and the weights are frozen."""
+    return not any(layer.weight.requires_grad for layer in layers) and core.compute_dtypes(x, layers) is not None
+
+
 def lora_linear_supported(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether ``lora_linear`` takes these dtypes in the current autocast state, and the weight is frozen."""
-    return not weight.requires_grad and _compute_dtypes(x, weight, a, b) is not None
+    """`lora_linears_supported` for one layer."""
+    return lora_linears_supported(x, [LoraOperands(weight, None, a, b)])
 
 
 def lora_linear_reference(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, *, bias: Tensor | None = None
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, *, bias: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
     """The same function as separate torch operations, in the order and the dtypes of PEFT's layer."""
     base = torch.nn.functional.linear(x, weight, bias)
-    adapter = torch.nn.functional.linear(torch.nn.functional.linear(x.to(a.dtype), a), b)
+    x = torch.nn.functional.dropout(x.to(a.dtype), dropout)
+    adapter = torch.nn.functional.linear(torch.nn.functional.linear(x, a), b)
     return (base + adapter * scale).to(base.dtype)
 
 
-class _LoraLinear(torch.autograd.Function):
+class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        a: Tensor,
-        b: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        dtype: torch.dtype,
-        adapter_dtype: torch.dtype,
-    ) -> Tensor:
-        x_NI = x.to(dtype).reshape(-1, x.shape[-1])
-        weight_IO = weight.to(dtype).t()
-        h_NR = x_NI.to(adapter_dtype) @ a.to(adapter_dtype).t()
-        y_NO = x_NI @ weight_IO if bias is None else torch.addmm(bias.to(dtype), x_NI, weight_IO)
-        _add_scaled_mm_(y_NO, h_NR, b.to(adapter_dtype).t(), scale)
-
-        ctx.save_for_backward(x_NI, h_NR, weight, a, b)
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.scale, ctx.dtype, ctx.adapter_dtype = scale, dtype, adapter_dtype
-        return y_NO.view(*x.shape[:-1], weight.shape[0])
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, adapter_dtype: torch.dtype, *flat: Any) -> Any:
+        layers = unflatten(flat)
+        outputs, x_NI, kept = core.forward(x, layers, dtype, adapter_dtype)
+        ctx.set_materialize_grads(False)
+        save(ctx, [x_NI, *(t for pair in kept for t in pair)], layers)
+        ctx.x_shape, ctx.x_dtype, ctx.adapter_dtype = x.shape, x.dtype, adapter_dtype
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable  # x A^T is saved as a plain tensor: a second derivative would miss the path through it
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, h_NR, weight_OI, a_RI, b_OR = ctx.saved_tensors
-        need_x, _, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
-        scale, dtype, adapter_dtype = ctx.scale, ctx.dtype, ctx.adapter_dtype
-        grad_x = grad_a = grad_b = grad_bias = None
-
+    def backward(ctx: Any, *grads_NO: Tensor | None) -> Any:
+        (x_NI, *kept_flat), layers = restore(ctx)
+        kept = pairs(kept_flat)
+        need_bias, need_a, need_b = needs(ctx.needs_input_grad[3:])
         # loss.backward() may run inside an autocast region that the forward pass was not in.
-        with autocast_off(grad_y.device.type):
-            dy_NO = grad_y.reshape(-1, grad_y.shape[-1])
-            wide_dy_NO = dy_NO.to(adapter_dtype)  # dy itself, but for fp32 adapters on a half-precision model
-            if need_b:
-                grad_b = _scaled_mm(wide_dy_NO.t(), h_NR, scale).to(b_OR.dtype)
-            if need_x or need_a:
-                g_NR = wide_dy_NO @ b_OR.to(adapter_dtype)
-            del wide_dy_NO
-            if need_a:
-                grad_a = _scaled_mm(g_NR.t(), x_NI.to(adapter_dtype), scale).to(a_RI.dtype)
-            if need_x:
-                dx_NI = _add_scaled_mm_(dy_NO @ weight_OI.to(dtype), g_NR, a_RI.to(adapter_dtype), scale)
-                grad_x = dx_NI.view(ctx.x_shape).to(ctx.x_dtype)
-            if need_bias:
-                grad_bias = dy_NO.sum(0, dtype=ctx.bias_dtype)
-        return grad_x, None, grad_a, grad_b, grad_bias, None, None, None
+        with autocast_off(x_NI.device.type):
+            d_x, d_b, gs_NR = core.input_and_b_gradients(
+                layers, kept, grads_NO, ctx.needs_input_grad[0], need_b, ctx.adapter_dtype
+            )
+            d_a = core.a_gradients(x_NI, layers, kept, gs_NR, grads_NO, need_a)
+            d_bias = core.bias_gradients(layers, grads_NO, need_bias)
+            if d_x is not None:
+                d_x = d_x.view(ctx.x_shape).to(ctx.x_dtype)
+        return d_x, None, None, *gradients_of(d_bias, d_a, d_b)
 
 
-def _add_scaled_mm_(y: Tensor, p: Tensor, q: Tensor, scale: float) -> Tensor:
-    """y += scale (p q). A product in a wider dtype is added in that dtype and rounded once."""
-    if p.dtype == y.dtype:
-        return y.addmm_(p, q, alpha=scale)
-    return y.add_(p @ q, alpha=scale)
+# -- a node's arguments: after its own, the fields of one `LoraOperands` after the other ------------------------------
+
+_FIELDS = len(LoraOperands._fields)
+_TENSORS = 4  # weight, bias, a, b: the first fields
 
 
-def _scaled_mm(p: Tensor, q: Tensor, scale: float) -> Tensor:
-    """scale (p q), scaled in the GEMM's accumulator: one rounding, one launch."""
-    return torch.addmm(p.new_zeros(()), p, q, beta=0, alpha=scale)
+def unflatten(flat: Sequence[Any]) -> list[LoraOperands]:
+    """The layers of a node's arguments."""
+    return [LoraOperands(*flat[i : i + _FIELDS]) for i in range(0, len(flat), _FIELDS)]
 
 
-def _compute_dtypes(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> tuple[torch.dtype, torch.dtype] | None:
-    """The dtypes of the base GEMMs and of the adapter's, or None where ``lora_linear`` does not take these inputs."""
-    if any(t.dtype not in _FLOATS for t in (x, weight, a, b)):
-        return None
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        return dtype, dtype
-    if weight.dtype != x.dtype or a.dtype != b.dtype or torch.promote_types(x.dtype, a.dtype) != a.dtype:
-        return None
-    return x.dtype, a.dtype
+def save(ctx: Any, tensors: Sequence[Tensor | None], layers: Sequence[LoraOperands]) -> None:
+    """Save `tensors` and the parameters of `layers` for `restore`."""
+    ctx.save_for_backward(*tensors, *(t for layer in layers for t in layer[:_TENSORS]))
+    ctx.settings = [layer[_TENSORS:] for layer in layers]
 
 
-def _check_shapes(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 2 or a.dim() != 2 or b.dim() != 2:
-        raise ValueError(
-            f"weight, a and b must be matrices, got shapes {tuple(weight.shape)}, {tuple(a.shape)}, {tuple(b.shape)}: "
-            "a sharded parameter has to be gathered first"
+def restore(ctx: Any) -> tuple[list[Tensor], list[LoraOperands]]:
+    """What `save` saved."""
+    settings = ctx.settings
+    saved = list(ctx.saved_tensors)
+    first = len(saved) - _TENSORS * len(settings)
+    parts = [saved[first + _TENSORS * i : first + _TENSORS * (i + 1)] for i in range(len(settings))]
+    return saved[:first], [LoraOperands(*part, *rest) for part, rest in zip(parts, settings, strict=True)]
+
+
+def pairs(flat: Sequence[Any]) -> list[core.Kept]:
+    """The `Kept` of tensors that were saved one after the other."""
+    return [core.Kept(flat[i], flat[i + 1]) for i in range(0, len(flat), 2)]
+
+
+def needs(flat: Sequence[bool]) -> tuple[list[bool], list[bool], list[bool]]:
+    """Which biases, A's and B's need a gradient."""
+    return list(flat[1::_FIELDS]), list(flat[2::_FIELDS]), list(flat[3::_FIELDS])
+
+
+def gradients_of(d_bias: Sequence[Any], d_a: Sequence[Any], d_b: Sequence[Any]) -> list[Tensor | None]:
+    """Gradients in the places of the flattened layers."""
+    others = [None] * (_FIELDS - _TENSORS)
+    return [d for layer in zip(d_bias, d_a, d_b, strict=True) for d in (None, *layer, *others)]
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_operands(x: Tensor, layers: Sequence[LoraOperands]) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes to compute in; ValueError or TypeError, naming the argument, where the layers do not fit."""
+    for layer in layers:
+        if layer.weight.requires_grad:
+            raise ValueError(
+                "weight requires a gradient, and lora_linear computes none for it: freeze it with "
+                "weight.requires_grad_(False), or use the unfused layer"
+            )
+        if isinstance(layer.scale, bool) or not isinstance(layer.scale, (int, float)):
+            raise TypeError(f"scale must be a number, got {type(layer.scale).__name__}: pass float(scale)")
+        if not 0.0 <= layer.dropout < 1.0:
+            raise ValueError(f"dropout is {layer.dropout}: it must be in [0, 1)")
+        if (layer.a is None) != (layer.b is None):
+            raise ValueError("a and b belong together: give both, or None for both where there is no adapter")
+        _check_shapes(x, layer)
+    dtypes = core.compute_dtypes(x, layers)
+    if dtypes is None:
+        given = "; ".join(f"weight {w.dtype}, a {_dtype(a)}, b {_dtype(b)}" for w, _, a, b, *_ in layers)
+        raise TypeError(
+            f"no dtype to compute in: x is {x.dtype}, {given}. Without autocast x and weight must have one "
+            "floating-point dtype, and a and b the same or a wider one: cast them, or enable torch.autocast"
         )
-    (out_features, in_features), rank = weight.shape, a.shape[0]
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+    return dtypes
+
+
+def _dtype(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
+
+
+def _check_shapes(x: Tensor, layer: LoraOperands) -> None:
+    weight, bias, a, b = layer.weight, layer.bias, layer.a, layer.b
+    if layer.unpack is not None:
+        return  # the shape shows when it is unpacked, and the GEMM says so
+    if weight.dim() != 2 or any(t is not None and t.dim() != 2 for t in (a, b)):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (weight, a, b) if t is not None)
+        raise ValueError(
+            f"weight, a and b must be matrices, got shapes {shapes}: a sharded parameter has to be gathered first"
+        )
+    out_features, in_features = weight.shape
+    rank = 0 if a is None else a.shape[0]
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "a": (a, (rank, in_features)),
         "b": (b, (out_features, rank)),
+        "bias": (bias, (out_features,)),
     }
-    if bias is not None:
-        expected["bias"] = (bias, (out_features,))
     for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
+        if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, but weight {tuple(weight.shape)} and rank {rank} (a's first "
                 f"dimension) need {shape}: a is (rank, in), b is (out, rank)"

@@ -14,14 +14,16 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from chronicals_trl.kernels import gated_mlp, geglu, rms_norm, swiglu
+from chronicals_trl.kernels import LoraOperands, gated_mlp, geglu, lora_gated_mlp, rms_norm, swiglu
+from chronicals_trl.kernels._lora_linear import lora_linears_supported
+from chronicals_trl.model.lora_state import lora_operands, match_lora
 
 # Largest error that a replacement may show on the probe, relative to the largest value of the original's result: some
 # ten roundings in fp32, two units in the last place in half precision (the original's own error against fp64 is one).
@@ -121,6 +123,25 @@ def plain_linear(module: nn.Module) -> bool:
         and ("forward" not in module.__dict__ or own_forward(module))  # no other library's
         and unhooked(module)
     )
+
+
+def adapted_operands(modules: Sequence[Any], x: Tensor) -> list[LoraOperands] | None:
+    """What one node over `modules` needs: patched LoRA layers as they stand, and plain frozen linears beside them.
+
+    None where none of them is a LoRA layer, or one has to be called.
+    """
+    if not any(match_lora(m) for m in modules):
+        return None
+    layers = []
+    for m in modules:
+        if match_lora(m):
+            layer = lora_operands(m, x) if own_forward(m) and unhooked(m) else None
+        else:
+            layer = LoraOperands(m.weight, m.bias) if plain_linear(m) else None
+        if layer is None:
+            return None
+        layers.append(layer)
+    return layers if lora_linears_supported(x, layers) else None
 
 
 # Of every module, and no part of what its forward computes.
@@ -326,9 +347,9 @@ def verify_gated_mlp(module: nn.Module, device: torch.device, dtype: torch.dtype
 
 
 def gated_mlp_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a patched gated MLP: one node over plain projections, else the projections stay calls.
+    """The forward of a patched gated MLP: one node over plain projections or LoRA layers in their plain state.
 
-    (PEFT's layers, quantised ones, hooked ones.)
+    Else the projections stay calls (quantised ones, hooked ones, a merged adapter).
     """
     if args or kwargs:
         return type(self).forward(self, hidden_states, *args, **kwargs)
@@ -345,6 +366,12 @@ def gated_mlp_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
             activation=spec.activation,
             recompute=spec.recompute,
         )
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        layers = adapted_operands((*inner, self.down_proj), hidden_states)
+        if layers is not None:
+            return lora_gated_mlp(
+                hidden_states, layers[:-1], layers[-1], activation=spec.activation, recompute=spec.recompute
+            )
     return self.down_proj(activation(*(projection(hidden_states) for projection in inner)))
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from chronicals_trl.config import ChronicalsConfig
 from chronicals_trl.kernels import backend as kernel_backend
 from chronicals_trl.model import attention, attention_choice, decoder, lm_head, match, rope
+from chronicals_trl.model.lora_state import match_lora
 from chronicals_trl.model.match import SPEC, Mismatch
 from chronicals_trl.report import ActivationReport, PartReport
 
@@ -87,10 +88,10 @@ def patch_model(
     settle(
         "qk_rope", lambda: _swap_blocks(model, "qk_rope", device, dtype, lambda spec: spec._replace(repeats=repeats))
     )
+    settle("lora", lambda: _swap_lora(model, device))
     report.notes += _join_blocks(model, device, dtype)
     settle("attention", lambda: _swap_attention(base, resolved, device))
     settle("head", lambda: _swap_head(base, resolved, device, dtype))
-    settle("lora", lambda: _swap_lora(model, device))
     try:
         report.raise_for_omissions(resolved)
     except RuntimeError:
@@ -222,11 +223,13 @@ def _join_blocks(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
         if isinstance(spec, rope.AttentionSpec):
             counts["q/k norms done by the rotation"] += spec.norm is not None
             if spec.shares_input:
+                projections: list[Any] = [module._modules[name] for name in rope.PROJECTIONS]
+                if any(match_lora(m) and not match.own_forward(m) for m in projections):
+                    continue  # the part `lora` is off for one of them
                 counts["q, k and v as one node"] += 1
-                for name in rope.PROJECTIONS:
-                    if match.own_forward(module._modules[name]):  # type: ignore[arg-type]
-                        continue  # shared with another block
-                    _install(module._modules[name], rope.handed_linear_forward)  # type: ignore[arg-type]
+                for projection in projections:
+                    if not match.own_forward(projection):  # a LoRA layer has one, or it is shared with another block
+                        _install(projection, rope.handed_linear_forward)
         elif "forward" not in module.__dict__ and decoder.looks_like_decoder_layer(module):
             verdict = _remembered("decoder", decoder.verify_decoder_layer, module, None, device, dtype)
             if not isinstance(verdict, Mismatch):
@@ -303,7 +306,7 @@ def _swap_lora(model: nn.Module, device: torch.device) -> PartReport:
     for module in candidates:
         why = "another library has patched it" if "forward" in module.__dict__ else lora.fits(module)
         if why is None:
-            key = ("lora", type(module), type(module).forward, device)
+            key = ("lora", type(module), type(module).forward, type(module.base_layer), _drops(module), device)
             if key not in _verdicts:
                 _verdicts[key] = lora.verify(module, device)
             why = _verdicts[key]
@@ -316,3 +319,8 @@ def _swap_lora(model: nn.Module, device: torch.device) -> PartReport:
     if swapped:
         return PartReport("lora", "on", modules=swapped, backend="torch", reason=reason)
     return PartReport("lora", "off", reason=reason, omitted=True)
+
+
+def _drops(module: Any) -> bool:
+    """Whether an adapter of a LoRA layer has dropout."""
+    return any(getattr(dropout, "p", 0.0) > 0.0 for dropout in module.lora_dropout.values())

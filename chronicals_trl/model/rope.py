@@ -5,8 +5,9 @@ in whose globals that name is ours, is bound to the instance; the process's func
 copy, where the block's structure permits and a twin of it agrees by number:
 
 * the norms of q and k (Qwen3, Gemma 3) let their input pass, and the rotation does their work in its own kernel;
-* q_proj, k_proj and v_proj are one autograd node (`kernels/_shared_linear.py`). Each projection is handed its result
-  and gives it out when the block calls it, so the block's own code decides what becomes of it.
+* q_proj, k_proj and v_proj are one autograd node (`kernels/_shared_linear.py`, `_lora_linear.py`). Each
+  projection is handed its result and gives it out when the block calls it, so the block's own code decides what
+  becomes of it.
 
 Both last for one call of the block and are undone when it ends. Whoever calls a projection or a norm otherwise gets
 what it has always given.
@@ -27,12 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chronicals_trl.kernels import qk_norm_rope, qk_rope, rms_norm, shared_linear
+from chronicals_trl.kernels import lora_linears, qk_norm_rope, qk_rope, rms_norm, shared_linear
+from chronicals_trl.model.lora_state import fits, match_lora
 from chronicals_trl.model.match import (
     DEPUTIES,
     SPEC,
     Mismatch,
     NormSpec,
+    adapted_operands,
     compare,
     own_forward,
     parameter_shape,
@@ -132,21 +135,30 @@ def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
                 told += [self.q_norm, self.k_norm]
                 DEPUTIES.norms.update(map(id, told))
             kwargs["position_embeddings"] = (_Cos(tables[0], spec.repeats, norms), tables[1])
-        shared = spec.shares_input and torch.is_grad_enabled()
-        projections = [getattr(self, name) for name in PROJECTIONS] if shared else []
-        # The handing-over is the projection's own forward: PEFT may have put a layer of its own in its place since.
-        if projections and all(plain_linear(m) and own_forward(m) for m in projections):
-            outputs = shared_linear(
-                kwargs["hidden_states"], [m.weight for m in projections], [m.bias for m in projections]
-            )
-            told += projections
-            DEPUTIES.projections.update(zip(map(id, projections), outputs, strict=True))
+        if spec.shares_input and torch.is_grad_enabled():
+            projections = [getattr(self, name) for name in PROJECTIONS]
+            outputs = _together(projections, kwargs["hidden_states"])
+            told += projections if outputs else []
+            DEPUTIES.projections.update(zip(map(id, projections), outputs, strict=False))
             del outputs  # each is the block's alone once it has been given out
         return forward(self, **kwargs)
     finally:
         for module in told:
             DEPUTIES.norms.discard(id(module))
             DEPUTIES.projections.pop(id(module), None)
+
+
+def _together(projections: list[Any], x: Tensor) -> tuple[Tensor, ...]:
+    """The projections' results from one node, or () where one of them has to be called.
+
+    Handing over is the projection's own forward: PEFT may have put a layer of its own in its place since.
+    """
+    if not all(own_forward(m) for m in projections):
+        return ()
+    if all(plain_linear(m) for m in projections):
+        return shared_linear(x, [m.weight for m in projections], [m.bias for m in projections])
+    layers = adapted_operands(projections, x)
+    return () if layers is None else lora_linears(x, layers)
 
 
 def handed_linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
@@ -203,6 +215,7 @@ def attention_traits(module: nn.Module) -> tuple[Any, ...]:
     return (
         tuple(parameter_shape(norm.weight) for norm in norms if norm is not None),
         tuple(getattr(m, "bias", None) is None for m in map(module._modules.get, PROJECTIONS)),
+        _projections_fit(module),
     )
 
 
@@ -235,7 +248,11 @@ def _fusible_norm(module: nn.Module) -> NormSpec | None:
 
 
 def _projections_fit(module: nn.Module) -> bool:
-    return all(isinstance(m, nn.Linear) and plain_linear(m) for m in map(module._modules.get, PROJECTIONS))
+    """Linears without anything about them, or LoRA layers over such."""
+    return all(
+        m is not None and (fits(m) is None if match_lora(m) else plain_linear(m))
+        for m in map(module._modules.get, PROJECTIONS)
+    )
 
 
 def _verify_rotation(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+import peft
+import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
@@ -16,23 +18,46 @@ import tiny_models
 from ranks import leave
 
 from chronicals_trl import patch_model
+from chronicals_trl.model import match, rope
+
+NODES: list[str] = []  # LoRA nodes of blocks, in the order of their calls
 
 
-def worst_gradient(family: str, checkpointing: bool) -> float:
+def counting(module, name):
+    original = getattr(module, name)
+
+    def counted(*args, **kwargs):
+        NODES.append(name)
+        return original(*args, **kwargs)
+
+    setattr(module, name, counted)
+
+
+def with_adapters(model, dropout: float = 0.2):
+    torch.manual_seed(0)
+    options = {"target_modules": "all-linear", "lora_dropout": dropout, "init_lora_weights": False}
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, **options)).train()
+
+
+def worst_gradient(family: str, checkpointing: bool, lora: bool = False) -> float:
     batch = tiny_models.packed_batch()
-    whole = tiny_models.build(family).train()
+    adapt = with_adapters if lora else lambda model: model
+    whole = adapt(tiny_models.build(family).train())
+    torch.manual_seed(1)  # of dropout
     whole(**copy.copy(batch), use_cache=False).loss.backward()
-    sharded = tiny_models.build(family).train()
+    sharded = adapt(tiny_models.build(family).train())
     patch_model(sharded)
     if checkpointing:
         sharded.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in sharded.model.layers:
+    for layer in (sharded.get_base_model() if lora else sharded).model.layers:
         fully_shard(layer)
     fully_shard(sharded)
+    torch.manual_seed(1)
     sharded(**copy.copy(batch), use_cache=False).loss.backward()
     errors = [
         (ours.grad.full_tensor() - theirs.grad).norm() / theirs.grad.norm()
         for ours, theirs in zip(sharded.parameters(), whole.parameters(), strict=True)
+        if theirs.grad is not None
     ]
     return max(error.item() for error in errors)
 
@@ -40,6 +65,10 @@ def worst_gradient(family: str, checkpointing: bool) -> float:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     found = {f"{f} {c}": worst_gradient(f, c) for f in ("llama", "qwen3", "gemma3") for c in (False, True)}
+    counting(rope, "lora_linears")
+    counting(match, "lora_gated_mlp")
+    found |= {f"qwen2 {c} LoRA": worst_gradient("qwen2", c, lora=True) for c in (False, True)}
+    assert NODES.count("lora_linears") == NODES.count("lora_gated_mlp") == 2 + 4, NODES
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     leave()

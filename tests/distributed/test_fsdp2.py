@@ -17,5 +17,5 @@ def test_gradients_of_sharded_models(tmp_path) -> None:
     done = subprocess.run([*command, str(tmp_path / "found.json")], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found) == 6
+    assert len(found) == 8
     assert all(error < 1e-5 for error in found.values()), found

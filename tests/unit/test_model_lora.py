@@ -229,13 +229,22 @@ def same_as_peft(layer, calls, *args, fused_calls, **kwargs):
 
 def test_dropout(calls):
     layer = bind(lora_layer(lora_dropout=0.5))
-    assert fused.fits(layer) == "dropout 0.5 is active in training: the original path is kept"
-    first = same_as_peft(layer.train(), calls, fused_calls=0)
+    assert fused.fits(layer) is None
+    first = same_as_peft(layer.train(), calls, fused_calls=1)
     second = same_as_peft(layer.eval(), calls, fused_calls=1)
     assert not torch.equal(first, second)
-    layer.lora_dropout["default"].p = 0.0
-    assert fused.fits(layer) is None
-    same_as_peft(layer.train(), calls, fused_calls=1)
+    layer.train().lora_dropout["default"].eval()  # the module's own mode counts
+    torch.testing.assert_close(same_as_peft(layer, calls, fused_calls=1), second)
+    layer.train().lora_dropout["default"].p = 1.0
+    assert fused.fits(layer) == "dropout 1 lets nothing through to the adapter"
+    same_as_peft(layer, calls, fused_calls=0)
+
+
+def test_a_hooked_dropout_is_called(calls):
+    layer, seen = bind(lora_layer(lora_dropout=0.5)), []
+    layer.lora_dropout["default"].register_forward_hook(lambda *args: seen.append(1) and None)
+    same_as_peft(layer.train(), calls, fused_calls=0)
+    assert len(seen) == 2
 
 
 def test_dora(calls):
@@ -397,20 +406,20 @@ def test_probe_does_not_need_values_or_the_caller_s_modes():
             assert fused.verify(layer, "cpu") is None
 
 
-def wrong_scale(x, weight, a, b, scale, *, bias=None):
-    return fused_original(x, weight, a, b, scale * 1.001, bias=bias)
+def wrong_scale(x, weight, a, b, scale, *, bias=None, **options):
+    return fused_original(x, weight, a, b, scale * 1.001, bias=bias, **options)
 
 
-def wrong_bias(x, weight, a, b, scale, *, bias=None):
-    return fused_original(x, weight, a, b, scale)
+def wrong_bias(x, weight, a, b, scale, *, bias=None, **options):
+    return fused_original(x, weight, a, b, scale, **options)
 
 
-def wrong_gradient(x, weight, a, b, scale, *, bias=None):
-    return fused_original(x, weight, a.detach() + 0 * a, b, scale, bias=bias)
+def wrong_gradient(x, weight, a, b, scale, *, bias=None, **options):
+    return fused_original(x, weight, a.detach() + 0 * a, b, scale, bias=bias, **options)
 
 
-def not_finite(x, weight, a, b, scale, *, bias=None):
-    return fused_original(x, weight, a, b, scale, bias=bias) * float("nan")
+def not_finite(x, weight, a, b, scale, *, bias=None, **options):
+    return fused_original(x, weight, a, b, scale, bias=bias, **options) * float("nan")
 
 
 def crashing(*args, **kwargs):

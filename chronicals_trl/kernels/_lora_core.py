@@ -1,0 +1,248 @@
+"""The arithmetic of frozen linear layers with LoRA adapters that read the same input, without autograd.
+
+    y_i = x W_i^T + bias_i + scale_i (D_i x A_i^T) B_i^T          D_i: the adapter's dropout, or nothing
+
+The equation is LoRA's (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"), the fusion our own.
+`_lora_linear.py` and `_lora_mlp.py` make autograd nodes of it.
+
+Shape suffixes: N tokens (all leading dimensions of x), I in features, O out features, R rank (of all adapters that
+read the same tensor together, where they are concatenated).
+
+Forward: the adapters without dropout share one GEMM with x, their A's concatenated (rank-sized: cheap to do anew in
+each step), and every low-rank product is accumulated by the GEMM itself into the base output.
+
+Backward, with dy_i (N, O_i):
+    g_i  = scale_i dy_i B_i
+    dx   = sum over i of dy_i W_i + D_i (g_i A_i)       one buffer, into which every GEMM adds
+    dA_i = g_i^T (D_i x)                                 one GEMM for the adapters without dropout
+    dB_i = scale_i dy_i^T (D_i x A_i^T)
+
+What is kept between the two: x as the GEMMs read it, once for all layers; D_i x A_i^T, which is rank-sized; and the
+dropout's mask, a byte an element, from which D_i x is made again.
+
+Dropout is torch's own call on a tensor of the dtype and layout that PEFT's layer hands it, so that the mask and what
+is consumed of the random generator are PEFT's. (On a GPU the mask depends on the dtype: it decides how many elements
+share a draw.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._common import autocast_dtype
+from ._shared_linear import column_sums
+from ._wide_products import add_masked_mm_, add_mm_, mm, transposed_mm
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class LoraOperands(NamedTuple):
+    """One frozen linear layer and its adapter, as `lora_linears` takes it.
+
+    Attributes:
+        weight: (O, I), frozen; or packed in some other form, of which `unpack` makes (O, I).
+        bias: (O,), may be trainable, or None.
+        a, b: (R, I) and (O, R), LoRA's A and B; both None for a layer without an adapter.
+        scale: LoRA's scaling, ``alpha / r`` (``alpha / sqrt(r)`` for rsLoRA).
+        dropout: probability, in [0, 1), with which an element of x is dropped on its way to `a`. 0 in eval mode.
+        dropout_dtype: the dtype in which the dropout draws; None takes x's.
+        unpack: makes the weight of what is stored (a quantised weight), in the forward pass and again in the backward
+            pass.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+    dropout_dtype: torch.dtype | None = None
+    unpack: Callable[[Tensor], Tensor] | None = None
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs of one set of adapters that read the same tensor."""
+
+    h_NR: Tensor  # D x A^T of all of them, side by side
+    mask_NI: Tensor | None  # which elements of x the dropout let pass
+
+
+def compute_dtypes(x: Tensor, layers: Sequence[LoraOperands]) -> tuple[torch.dtype, torch.dtype] | None:
+    """The dtypes of the base GEMMs and of the adapters', or None where the layers cannot be computed together."""
+    tensors = [x, *(t for layer in layers for t in (layer.a, layer.b) if t is not None)]
+    weights = [layer.weight for layer in layers if layer.unpack is None]
+    if any(t.dtype not in FLOATS for t in (*tensors, *weights)):
+        return None
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        return dtype, dtype
+    adapter_dtypes = {t.dtype for t in tensors[1:]} or {x.dtype}
+    if len(adapter_dtypes) != 1 or any(w.dtype != x.dtype for w in weights):
+        return None
+    (adapter_dtype,) = adapter_dtypes
+    return (x.dtype, adapter_dtype) if torch.promote_types(x.dtype, adapter_dtype) == adapter_dtype else None
+
+
+def out_features(layer: LoraOperands) -> int:
+    """O, also of a packed weight with an adapter."""
+    return (layer.weight if layer.b is None else layer.b).shape[0]
+
+
+# -- forward ---------------------------------------------------------------------------------------------------------
+
+
+def forward(
+    x: Tensor, layers: Sequence[LoraOperands], dtype: torch.dtype, adapter_dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor, list[Kept]]:
+    """Outputs (N, O_i) in `dtype`; x as (N, I) in `dtype`; and what is kept of each of `input_sets`."""
+    x_NI = x.to(dtype).reshape(-1, x.shape[-1])
+    outputs = [_base(x_NI, layer) for layer in layers]
+    kept = []
+    for members in input_sets(layers):
+        first = layers[members[0]]
+        read_NI, mask_NI, missing = x_NI, None, 1.0
+        if first.dropout and x.numel():
+            read_NI, mask_NI, missing = _drop(x, x_NI, first)
+        h_NR = mm(read_NI, _stack_a(layers, members, adapter_dtype).t(), missing)
+        del read_NI
+        for i, h in zip(members, h_NR.split(_ranks(layers, members), 1), strict=True):
+            add_mm_(outputs[i], h, _b(layers[i], adapter_dtype).t(), layers[i].scale)
+        kept.append(Kept(h_NR, mask_NI))
+    return outputs, x_NI, kept
+
+
+def input_sets(layers: Sequence[LoraOperands]) -> list[list[int]]:
+    """Indices of the layers with adapters, those together whose A's read the same tensor.
+
+    A dropped-out x is its adapter's alone. The sets with dropout are in the order of the layers: each draws.
+    """
+    adapted = [i for i, layer in enumerate(layers) if layer.a is not None]
+    together = [i for i in adapted if not layers[i].dropout]
+    return [together] * bool(together) + [[i] for i in adapted if layers[i].dropout]
+
+
+def _base(x_NI: Tensor, layer: LoraOperands) -> Tensor:
+    weight_IO = _weight(layer, x_NI.dtype).t()
+    return x_NI @ weight_IO if layer.bias is None else torch.addmm(layer.bias.to(x_NI.dtype), x_NI, weight_IO)
+
+
+def _weight(layer: LoraOperands, dtype: torch.dtype) -> Tensor:
+    weight = layer.weight if layer.unpack is None else layer.unpack(layer.weight)
+    return weight.to(dtype)
+
+
+def _stack_a(layers: Sequence[LoraOperands], members: list[int], dtype: torch.dtype) -> Tensor:
+    stack = [layers[i].a.to(dtype) for i in members]  # type: ignore[union-attr]
+    return stack[0] if len(stack) == 1 else torch.cat(stack)
+
+
+def _b(layer: LoraOperands, dtype: torch.dtype) -> Tensor:
+    assert layer.b is not None
+    return layer.b.to(dtype)
+
+
+def _ranks(layers: Sequence[LoraOperands], members: list[int]) -> list[int]:
+    return [layers[i].a.shape[0] for i in members]  # type: ignore[union-attr]
+
+
+def _drop(x: Tensor, x_NI: Tensor, layer: LoraOperands) -> tuple[Tensor, Tensor, float]:
+    """x with elements dropped, the mask of the others, and the factor 1 / (1 - p) if x has yet to get it."""
+    p = layer.dropout
+    drawn_on = x.to(layer.dropout_dtype or x.dtype)
+    if x.is_cuda:  # there F.dropout is this very call, which gives the mask too
+        dropped, mask = torch.native_dropout(drawn_on, p, True)
+        mask_NI = mask.reshape(x_NI.shape)
+        if dropped.dtype == x_NI.dtype:
+            return dropped.reshape(x_NI.shape), mask_NI, 1.0
+    else:
+        mask_NI = (F.dropout(torch.ones_like(drawn_on), p, training=True) != 0).reshape(x_NI.shape)
+    return x_NI * mask_NI, mask_NI, 1.0 / (1.0 - p)
+
+
+# -- backward --------------------------------------------------------------------------------------------------------
+
+
+def input_and_b_gradients(
+    layers: Sequence[LoraOperands],
+    kept: Sequence[Kept],
+    grads_NO: Sequence[Tensor | None],
+    need_x: bool,
+    need_b: Sequence[bool],
+    adapter_dtype: torch.dtype,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """dx (N, I); dB of each layer in B's dtype; and g of each of `input_sets`, for `a_gradients`.
+
+    A layer whose output nobody used has None in `grads_NO`, and gets None.
+    """
+    d_x: Tensor | None = None
+    if need_x:
+        for layer, grad_NO in zip(layers, grads_NO, strict=True):
+            if grad_NO is not None:
+                weight_OI = _weight(layer, grad_NO.dtype)
+                d_x = grad_NO @ weight_OI if d_x is None else d_x.addmm_(grad_NO, weight_OI)
+                del weight_OI
+    d_b: list[Tensor | None] = [None] * len(layers)
+    gs: list[Tensor | None] = []
+    for members, (h_NR, mask_NI) in zip(input_sets(layers), kept, strict=True):
+        parts = []
+        for i, h in zip(members, h_NR.split(_ranks(layers, members), 1), strict=True):
+            layer, grad_NO = layers[i], grads_NO[i]
+            if grad_NO is None:
+                parts.append(torch.zeros_like(h))
+                continue
+            if need_b[i]:
+                d_b[i] = transposed_mm(grad_NO, h, layer.scale).to(layer.b.dtype)  # type: ignore[union-attr]
+            parts.append(mm(grad_NO, _b(layer, adapter_dtype), layer.scale))
+        g_NR = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        if d_x is not None and any(grads_NO[i] is not None for i in members):
+            a_RI = _stack_a(layers, members, adapter_dtype)
+            if mask_NI is None:
+                add_mm_(d_x, g_NR, a_RI, 1.0)
+            else:
+                add_masked_mm_(d_x, g_NR, a_RI, mask_NI, 1.0 / (1.0 - layers[members[0]].dropout))
+        gs.append(g_NR)
+    return d_x, d_b, gs
+
+
+def a_gradients(
+    x_NI: Tensor,
+    layers: Sequence[LoraOperands],
+    kept: Sequence[Kept],
+    gs_NR: Sequence[Tensor | None],
+    grads_NO: Sequence[Tensor | None],
+    need_a: Sequence[bool],
+) -> list[Tensor | None]:
+    """dA of each layer, in A's dtype; None where it is not needed or the layer's output was not used."""
+    d_a: list[Tensor | None] = [None] * len(layers)
+    for members, (_, mask_NI), g_NR in zip(input_sets(layers), kept, gs_NR, strict=True):
+        wanted = [need_a[i] and grads_NO[i] is not None for i in members]
+        if not any(wanted):
+            continue
+        assert g_NR is not None
+        missing = 1.0 if mask_NI is None else 1.0 / (1.0 - layers[members[0]].dropout)
+        joint_RI = transposed_mm(g_NR, x_NI if mask_NI is None else x_NI * mask_NI, missing)
+        for i, want, d in zip(members, wanted, joint_RI.split(_ranks(layers, members)), strict=True):
+            if want:
+                d_a[i] = d.to(layers[i].a.dtype)  # type: ignore[union-attr]
+    return d_a
+
+
+def bias_gradients(
+    layers: Sequence[LoraOperands], grads_NO: Sequence[Tensor | None], need: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradient of each bias in its dtype, or None."""
+    return [
+        _bias_gradient(grad_NO, layer.bias.dtype)
+        if wanted and grad_NO is not None and layer.bias is not None
+        else None
+        for layer, grad_NO, wanted in zip(layers, grads_NO, need, strict=True)
+    ]
+
+
+def _bias_gradient(grad_NO: Tensor, dtype: torch.dtype) -> Tensor:
+    return column_sums(grad_NO) if grad_NO.dtype == dtype else grad_NO.sum(0, dtype=dtype)

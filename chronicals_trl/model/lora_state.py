@@ -1,0 +1,163 @@
+"""What a LoRA layer of PEFT would compute in this call, as operands of `kernels.lora_linears`, or why it is its own.
+
+The state that is read (``active_adapters``, ``lora_A``, ``scaling``, ``lora_variant``, ...) and the result for the
+plain state follow ``peft/tuners/lora/layer.py`` and ``bnb.py``, 0.18 to 0.21. PEFT and bitsandbytes are optional:
+importing this module imports neither.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chronicals_trl.kernels import LoraOperands
+from chronicals_trl.kernels._common import autocast_dtype
+from chronicals_trl.kernels._lora_linear import lora_linears_supported
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)  # not DTensor, not a quantised subclass
+
+
+def match_lora(module: nn.Module) -> bool:
+    """Whether the module is a LoRA layer of PEFT, of any kind. ``fits`` says whether it can be fused."""
+    peft_layer = sys.modules.get("peft.tuners.lora.layer")  # no LoRA layer exists before PEFT has been imported
+    return peft_layer is not None and isinstance(module, peft_layer.LoraLayer)
+
+
+def fits(module: nn.Module) -> str | None:
+    """None when ``lora_forward`` fuses this layer in training as it stands, else the reason, for the report."""
+    if not match_lora(module):
+        return f"{type(module).__name__} is not a LoRA layer of PEFT"
+    base_layer = getattr(module, "base_layer", None)
+    if type(base_layer) is nn.Linear:
+        expected = sys.modules["peft.tuners.lora.layer"].Linear
+    elif is_4bit(base_layer):
+        expected = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
+    else:
+        return f"base layer is {type(base_layer).__name__}"
+    if type(module) is not expected:
+        return f"LoRA layer is {type(module).__module__}.{type(module).__name__}"
+    return _obstacle(module, training=True)
+
+
+def is_4bit(module: Any) -> bool:
+    """Whether the module is a 4-bit linear of bitsandbytes."""
+    bnb = sys.modules.get("bitsandbytes")
+    return bnb is not None and type(module) is bnb.nn.Linear4bit
+
+
+def lora_operands(layer: Any, x: Tensor) -> LoraOperands | None:
+    """What ``lora_linears`` needs for this call, or None when the original path has to run."""
+    adapters = active_adapters(layer)
+    if not adapters:
+        return None
+    # The dropout module's own mode counts: users put single modules into eval mode.
+    training = layer.lora_dropout[adapters[0]].training
+    if type(x) not in _PLAIN_TENSORS or _obstacle(layer, training=training) is not None:
+        return None
+    adapter = adapters[0]
+    base, a, b = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    casts = getattr(layer, "cast_input_dtype_enabled", True)
+    if a.dtype != x.dtype and not casts:
+        return None
+    quantised = type(base) is not nn.Linear
+    if quantised and not _computes_in(base, x):
+        return None
+    dropout = getattr(layer.lora_dropout[adapter], "p", 0.0) if training else 0.0
+    operands = LoraOperands(
+        base.weight,
+        base.bias,
+        a,
+        b,
+        float(layer.scaling[adapter]),
+        float(dropout),
+        # PEFT casts x before the dropout, but for quantised layers under autocast.
+        x.dtype if quantised and autocast_dtype(x) is not None else a.dtype,
+        functools.partial(_unpack_4bit, base.weight.quant_state) if quantised else None,
+    )
+    return operands if lora_linears_supported(x, [operands]) else None
+
+
+def _computes_in(base: Any, x: Tensor) -> bool:
+    """Whether a 4-bit linear computes on x in x's own dtype, from a weight that is laid out as (O, I)."""
+    state = getattr(base.weight, "quant_state", None)
+    return (
+        state is not None
+        and not torch.compiler.is_compiling()  # which cannot trace what PEFT's own path leaves to bitsandbytes' ops
+        and not getattr(state, "packing_format_for_cpu", False)
+        and tuple(state.shape) == (base.out_features, base.in_features)
+        and base.compute_type_is_set  # by the first call of the layer, which is then bitsandbytes' own
+        and (base.compute_dtype or x.dtype) == x.dtype == (autocast_dtype(x) or x.dtype)
+    )
+
+
+def _unpack_4bit(quant_state: Any, weight: Tensor) -> Tensor:
+    functional = sys.modules["bitsandbytes"].functional
+    unpacked: Tensor = functional.dequantize_4bit(weight.detach().view(-1, 1), quant_state)
+    return unpacked
+
+
+def _obstacle(layer: Any, *, training: bool) -> str | None:
+    """Why the layer's state keeps the original path, or None. Called on each forward: no tensor is read here."""
+    adapters = active_adapters(layer)
+    if len(adapters) != 1:
+        return f"{len(adapters)} adapters are active on the layer (1 is fused)"
+    adapter = adapters[0]
+    if layer.disable_adapters:
+        return "adapters are disabled"
+    if layer.merged:
+        return "adapters are merged into the weight"
+    if layer.use_dora.get(adapter):
+        return "DoRA"
+    if adapter in layer.lora_variant:
+        return f"LoRA variant {type(layer.lora_variant[adapter]).__name__}"
+    if layer.lora_bias.get(adapter) or layer.lora_B[adapter].bias is not None:
+        return "lora_bias: the adapter has a bias of its own"
+    dropout = layer.lora_dropout[adapter]
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"dropout is {type(dropout).__name__}"
+    if training and getattr(dropout, "p", 0.0) >= 1.0:
+        return f"dropout {dropout.p:g} lets nothing through to the adapter"
+    if not isinstance(layer.scaling[adapter], (int, float)):
+        return "scaling is a tensor (compiled hot-swapping)"
+    if layer.base_layer.weight.requires_grad:
+        return "base weight is trainable"
+    for name, part in (
+        ("base_layer", layer.base_layer),
+        ("lora_A", layer.lora_A[adapter]),
+        ("lora_B", layer.lora_B[adapter]),
+        ("lora_dropout", dropout),
+    ):
+        reason = _part_obstacle(name, part)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _part_obstacle(name: str, part: Any) -> str | None:
+    if _is_hooked(part):
+        return f"{name} has hooks (sharding, offloading or the user's own), which only its own call runs"
+    if name == "lora_dropout":
+        return None
+    if type(part) is not nn.Linear and not (name == "base_layer" and is_4bit(part)):
+        return f"{name} is {type(part).__name__}"
+    plain = _PLAIN_TENSORS if type(part) is nn.Linear else (sys.modules["bitsandbytes"].nn.Params4bit,)
+    return None if type(part.weight) in plain else f"{name}'s weight is {type(part.weight).__name__}"
+
+
+def active_adapters(layer: Any) -> list[str]:
+    """The active adapters that have weights on this layer: an adapter may target other layers only."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in module.__dict__  # Accelerate's offloading replaces forward on the instance
+    )

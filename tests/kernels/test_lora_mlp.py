@@ -1,0 +1,145 @@
+"""The MLP with adapters as one node. `test_interpreter.py` runs this file once more with the kernels interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernels.test_lora_linears import leaves, make, reference, run, saved_sizes
+from torch.nn import functional as F
+
+from chronicals_trl import kernels
+from chronicals_trl.kernels import LoraOperands, _common, _lora_mlp, lora_gated_mlp
+
+NODE = _common.INTERPRET  # without kernels the same formula runs as separate nodes
+INNER = 20
+
+
+@pytest.fixture(autouse=True)
+def launches():
+    kernels.LAUNCHES.clear()
+    yield kernels.LAUNCHES
+
+
+def mlp(joint=False, dropout=0.0, ranks=(4, 3, 5), dtype=torch.float32, adapter_dtype=None, lead=(3, 5), bias=False):
+    width = 12
+    inner = (2 * INNER,) if joint else (INNER, INNER)
+    options = {"dtype": dtype, "adapter_dtype": adapter_dtype, "dropout": dropout, "bias": bias}
+    x, layers = make(ranks[: len(inner)], lead, width, inner, **options)
+    _, (down,) = make(ranks[-1:], lead, INNER, (width,), **options)
+    return x, [*layers, down]
+
+
+def separately(activation):
+    def function(x, layers):
+        halves = reference(x, layers[:-1])
+        gate, up = halves if len(halves) == 2 else halves[0].chunk(2, dim=-1)
+        gate = F.silu(gate) if activation == "swiglu" else F.gelu(gate, approximate="tanh")
+        return reference(gate * up, layers[-1:])
+
+    return function
+
+
+def ours(activation="swiglu", recompute=False):
+    return lambda x, ls: (lora_gated_mlp(x, ls[:-1], ls[-1], activation=activation, recompute=recompute),)
+
+
+def assert_close(actual, expected, tolerance=2e-6):
+    assert actual.keys() == expected.keys()
+    for name, ref in expected.items():
+        assert (actual[name] is None) == (ref is None), name
+        if ref is not None:
+            assert actual[name].shape == ref.shape, name
+            if not ref.numel():
+                continue
+            error = (actual[name].double() - ref.double()).abs().max()
+            assert error <= tolerance * ref.abs().max().clamp_min(1e-6), f"{name}: {error:.1e}"
+
+
+def doubled(x, layers):
+    def wide(t):
+        return None if t is None else t.detach().double().requires_grad_(t.requires_grad)
+
+    return wide(x), [LoraOperands(*map(wide, layer[:4]), *layer[4:]) for layer in layers]
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu"])
+@pytest.mark.parametrize("joint", [False, True], ids=["apart", "joint"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_against_fp64(launches, activation, joint, recompute, bias):
+    x, layers = mlp(joint, bias=bias)
+    actual, _ = run(ours(activation, recompute), x, layers)
+    if NODE:
+        assert launches["gated_mlp"] == launches["gated_mlp_backward"] == 1
+    assert_close(actual, run(separately(activation), *doubled(x, layers))[0])
+
+
+@pytest.mark.parametrize("dropout", [0.3, (0.3, 0.0), (0.0, 0.3)], ids=str)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_dropout_draws_what_peft_draws(dropout, recompute):
+    x, layers = mlp(dropout=dropout)
+    (actual, our_state), (expected, state) = (
+        run(ours(recompute=recompute), x, layers),
+        run(separately("swiglu"), x, layers),
+    )
+    assert torch.equal(our_state, state)
+    assert_close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("ranks", [(4, 0, 0), (0, 3, 0), (0, 0, 5), (4, 3, 0), (0, 3, 5)], ids=str)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_some_without_adapters(ranks, recompute):
+    x, layers = mlp(ranks=ranks)
+    assert_close(run(ours(recompute=recompute), x, layers)[0], run(separately("swiglu"), *doubled(x, layers))[0])
+
+
+@pytest.mark.parametrize(
+    "frozen", [("x",), ("a2",), ("b2",), ("a0", "b0", "a1", "b1"), ("x", "a0", "a2")], ids=" ".join
+)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_what_is_frozen_gets_no_gradient(frozen, recompute):
+    x, layers = mlp()
+    for name in frozen:
+        leaves(x, layers)[name].requires_grad_(False)
+    actual = run(ours(recompute=recompute), x, layers)[0]
+    assert not {f"grad_{name}" for name in frozen} & actual.keys()
+    assert_close(actual, run(separately("swiglu"), x, layers)[0], 1e-5)
+
+
+def test_empty_input():
+    x, layers = mlp(lead=(2, 0))
+    assert_close(run(ours(), x, layers)[0], run(separately("swiglu"), x, layers)[0])
+
+
+def test_wide_adapters_in_half_precision():
+    x, layers = mlp(dtype=torch.float16, adapter_dtype=torch.float32)
+    actual = run(ours(), x, layers)[0]
+    assert actual["grad_a0"].dtype is actual["grad_b2"].dtype is torch.float32
+    assert_close(actual, run(separately("swiglu"), *doubled(x, layers))[0], 3e-3)
+
+
+@pytest.mark.skipif(not NODE, reason="the node is made of kernels")
+@pytest.mark.parametrize(("recompute", "trained", "products"), [(False, True, 1), (True, True, 0), (False, False, 0)])
+def test_the_product_is_kept_once_where_it_is_needed(recompute, trained, products):
+    x, layers = mlp()
+    layers[-1].a.requires_grad_(trained)
+    sizes, _ = saved_sizes(lambda: ours(recompute=recompute)(x, layers), layers)
+    assert len([s for s in sizes if s[0] == 15 * INNER]) == 2 + products
+
+
+@pytest.mark.skipif(not NODE, reason="the node is made of kernels")
+def test_it_is_one_node():
+    x, layers = mlp()
+    (y,) = ours()(x, layers)
+    assert "LoraGatedMLP" in str(y.grad_fn.next_functions[0][0])
+    assert not _lora_mlp.use_triton(x.double())
+
+
+def test_bad_arguments():
+    x, layers = mlp()
+    with pytest.raises(ValueError, match="activation is 'relu'"):
+        lora_gated_mlp(x, layers[:-1], layers[-1], activation="relu")
+    with pytest.raises(ValueError, match="3 inner projections"):
+        lora_gated_mlp(x, layers, layers[-1])
+    with pytest.raises(ValueError, match="last dimension"):
+        lora_gated_mlp(x, layers[:-1], mlp(joint=True)[1][0])
