@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from chronicals_trl.bench.report import COLORS, DRY_RUN, print_table, pyplot, verdict_lines
+from chronicals_trl.bench.report import COLORS, DRY_RUN, print_table, print_verdict, pyplot
 
 __all__ = ["print_tables", "write_plot"]
 
@@ -24,11 +24,7 @@ def print_tables(result: dict[str, Any]) -> None:
         print_table(f"{case['name']}: {_sizes(case)}", _COLUMNS, [_cells(row) for row in rows], 1)
     for line in _not_measured(result["rows"]):
         print(line)
-    if result["dry_run"]:
-        print("Verdict: none, the targets are for a GPU.")
-    else:
-        title = "Verdict at the shapes of this run"
-        print_table(title, ("target", "outcome", "figures (worst first)"), verdict_lines(result["verdict"]), 3)
+    print_verdict(result)
 
 
 def write_plot(result: dict[str, Any], path: Path) -> str | None:

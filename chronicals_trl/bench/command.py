@@ -103,10 +103,9 @@ def _ops(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     shapes, sides = _shapes_and_sides(parser, options, SHAPES, SIDES)
     _known(parser, "dtype", [options.dtype], DTYPES, [])
     device, folder, tokens = _prepare(options)
-    skipped = {}
-    if device.type == "cpu" and options.sides is None:  # minutes of C++ compiling that would show nothing
-        sides = [side for side in sides if side != "compile"]
-        skipped["compile"] = "on a CPU only if --sides names it"
+    skipped: dict[str, str] = {}
+    if device.type == "cpu":  # minutes of C++ compiling that would show nothing
+        sides, skipped = _on_cpu(options, sides, ["compile"])
     result = run(
         Settings(
             ops=[OPS[name] for name in ops],
@@ -127,12 +126,10 @@ def _head(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     names, sides = _shapes_and_sides(parser, options, head.SHAPES, head.SIDES)
     device, folder, tokens = _prepare(options)
     shapes = [replace(head.SHAPES[name], tokens=tokens or head.SHAPES[name].tokens) for name in names]
-    skipped = {}
+    skipped: dict[str, str] = {}
     if device.type == "cpu":
         shapes = [replace(shape, hidden=DRY_RUN_HIDDEN, vocab=DRY_RUN_VOCAB) for shape in shapes]
-        if options.sides is None:
-            skipped = dict.fromkeys(head.NOT_ON_CPU, "on a CPU only if --sides names it")
-            sides = [side for side in sides if side not in skipped]
+        sides, skipped = _on_cpu(options, sides, head.NOT_ON_CPU)
     path = folder / report.file_stem(None if device.type == "cpu" else torch.cuda.get_device_name(device), "head")
     result = head_run.run(
         head_run.Settings(
@@ -153,12 +150,10 @@ def _attention(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     names, sides = _shapes_and_sides(parser, options, attention.SHAPES, attention.SIDES)
     device, folder, tokens = _prepare(options, DRY_RUN_DOCUMENT_TOKENS)
     shapes = [replace(attention.SHAPES[name], tokens=tokens or attention.SHAPES[name].tokens) for name in names]
-    skipped = {}
+    skipped: dict[str, str] = {}
     if device.type == "cpu":
         shapes = [replace(shape, head_dim=DRY_RUN_HEAD_DIM) for shape in shapes]
-        if options.sides is None:
-            skipped = dict.fromkeys(attention.NOT_ON_CPU, "on a CPU only if --sides names it")
-            sides = [side for side in sides if side not in skipped]
+        sides, skipped = _on_cpu(options, sides, attention.NOT_ON_CPU)
     gpu = None if device.type == "cpu" else torch.cuda.get_device_name(device)
     path = folder / report.file_stem(gpu, "attention")
     result = attention_run.run(
@@ -174,6 +169,16 @@ def _attention(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         say=_say,
     )
     return _finish(result, path, attention_report)
+
+
+def _on_cpu(
+    options: argparse.Namespace, sides: list[str], left_out: Iterable[str]
+) -> tuple[list[str], dict[str, str]]:
+    """The sides of a dry run, and why others are not in it: what `--sides` names always is."""
+    if options.sides is not None:
+        return sides, {}
+    skipped = dict.fromkeys(left_out, "on a CPU only if --sides names it")
+    return [side for side in sides if side not in skipped], skipped
 
 
 def _shapes_and_sides(

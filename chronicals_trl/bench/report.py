@@ -11,7 +11,17 @@ from typing import Any
 
 from chronicals_trl.bench.verdict import beyond
 
-__all__ = ["COLORS", "file_stem", "print_table", "print_tables", "pyplot", "verdict_lines", "write_json", "write_plot"]
+__all__ = [
+    "COLORS",
+    "file_stem",
+    "print_table",
+    "print_tables",
+    "print_verdict",
+    "pyplot",
+    "verdict_lines",
+    "write_json",
+    "write_plot",
+]
 
 DRY_RUN = "CPU DRY RUN: no GPU here, so the times mean nothing"
 
@@ -35,6 +45,11 @@ def print_tables(result: dict[str, Any]) -> None:
     if result["host"]:
         title = "Host's cost of one call in eager mode, tiny inputs"
         print_table(title, ("op", "side", "forward us", "forward + backward us"), _host(result["host"]), 2)
+    print_verdict(result)
+
+
+def print_verdict(result: dict[str, Any]) -> None:
+    """Each target, whether it was met, and its figures; nothing of a dry run is one."""
     if result["dry_run"]:
         print("Verdict: none, the targets are for a GPU.")
     else:

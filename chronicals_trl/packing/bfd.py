@@ -5,11 +5,7 @@ Improve Language Modeling" (arXiv 2404.10830); working on the histogram of lengt
 the idea of Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027). Here the
 histogram only speeds the work up: the bins are those of the textbook algorithm, document by document.
 
-Why whole runs can be placed at once: let `length` be the current length and `space` the smallest remaining space
-that it fits in. The bin that takes the document has `space - length` left. If another document of that length still
-fits there, this bin is now the fullest that fits, so Best-Fit goes on with the same bin. Each bin of the class `space`
-therefore ends up with `space // length` documents before the next bin is touched, and every one of them lands in the
-class `space % length`, which is too small for this length.
+Runs of documents of one length are placed at once, by `placement.py`.
 
 What is left to do for single documents is a counting sort by length and one scatter into the bins. Both go over chunks
 that stay in the processor's cache, so a plan costs little memory beyond itself: some 18 bytes a document at the peak
@@ -20,8 +16,6 @@ Legend: D documents, F fragments (D plus the extra pieces of "bfd_split"), N bin
 
 from __future__ import annotations
 
-from array import array
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +24,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from chronicals_trl.packing.placement import Int64Array, place_runs
 
 __all__ = ["STRATEGIES", "PackPlan", "check_capacity", "check_strategy", "pack_lengths"]
 
@@ -43,7 +39,6 @@ _CHUNK = 2**15
 # Up to this number of lengths (or the fragments over 16, if that is more) a table with one entry a length is cheap.
 _TABLE = 2**16
 
-Int64Array = NDArray[np.int64]
 IndexArray = NDArray[np.int32] | NDArray[np.int64]
 
 
@@ -142,7 +137,7 @@ def pack_lengths(lengths: ArrayLike, capacity: int, *, strategy: str = "bfd") ->
     values, counts = _histogram(frag_lengths)
     order = _descending_order(frag_lengths, values, counts)
     del frag_lengths
-    placements, num_bins = _place_runs(values[::-1].tolist(), counts[::-1].tolist(), capacity)
+    placements, num_bins = place_runs(values[::-1].tolist(), counts[::-1].tolist(), capacity)
     bin_offsets = _bin_offsets(placements, num_bins)
 
     # The placements take the sorted fragments one after another.
@@ -320,98 +315,6 @@ def _descending_order(lengths: Int64Array, values: Int64Array, counts: Int64Arra
         order[places] = np.argsort(key, kind="stable") + chunk.start
         next_place += run_counts
     return order
-
-
-class _SpaceSet:
-    """A set of remaining spaces that answers "the smallest one of at least n": a bitset in two levels.
-
-    One Python integer would do, but every question would then cost a pass over `capacity` bits.
-    """
-
-    _BITS = 9  # 512 spaces a block
-    _MASK = (1 << _BITS) - 1
-
-    def __init__(self) -> None:
-        self._blocks: dict[int, int] = {}
-        self._summary = 0
-
-    def add(self, space: int) -> None:
-        block = space >> self._BITS
-        self._blocks[block] = self._blocks.get(block, 0) | 1 << (space & self._MASK)
-        self._summary |= 1 << block
-
-    def remove(self, space: int) -> None:
-        block = space >> self._BITS
-        self._blocks[block] ^= 1 << (space & self._MASK)
-        if not self._blocks[block]:
-            self._summary ^= 1 << block
-
-    def at_least(self, space: int) -> int:
-        """The smallest member that is not below `space`, or -1."""
-        block = space >> self._BITS
-        bits = self._blocks.get(block, 0) >> (space & self._MASK)
-        if bits:
-            return space + _lowest_bit(bits)
-        later = self._summary >> (block + 1)
-        if not later:
-            return -1
-        block += 1 + _lowest_bit(later)
-        return (block << self._BITS) + _lowest_bit(self._blocks[block])
-
-
-def _lowest_bit(bits: int) -> int:
-    return (bits & -bits).bit_length() - 1
-
-
-def _place_runs(lengths: list[int], counts: list[int], capacity: int) -> tuple[Int64Array, int]:
-    """Place `counts[i]` fragments of `lengths[i]`, the lengths descending.
-
-    Returns the placements, in the order in which they take the fragments, and the number of bins. A placement is a row
-    (length, first bin, number of bins, fragments that each of them has already, fragments that each of them gets). A
-    step either uses a run of bins up or finishes a length.
-    """
-    placements = array("q")
-    # remaining space -> the bins that have it, as (first bin, count, fragments in each) runs, the oldest first
-    classes: dict[int, deque[tuple[int, int, int]]] = {}
-    spaces = _SpaceSet()
-    num_bins = 0
-    for length, left in zip(lengths, counts, strict=True):
-        while left:
-            space = spaces.at_least(length)
-            if space < 0:
-                space = capacity
-                per_bin = min(space // length, left)
-                first, bins, held = num_bins, left // per_bin, 0
-                num_bins += bins
-            else:
-                runs = classes[space]
-                first, available, held = runs[0]
-                per_bin = min(space // length, left)
-                bins = min(available, left // per_bin)
-                if bins < available:
-                    runs[0] = (first + bins, available - bins, held)
-                else:
-                    runs.popleft()
-                    if not runs:
-                        del classes[space]
-                        spaces.remove(space)
-            placements.extend((length, first, bins, held, per_bin))
-            left -= bins * per_bin
-            space -= per_bin * length
-            held += per_bin
-            if not space:
-                continue
-            if space not in classes:
-                classes[space] = deque([(first, bins, held)])
-                spaces.add(space)
-                continue
-            runs = classes[space]
-            last_first, last_bins, last_held = runs[-1]
-            if last_first + last_bins == first and last_held == held:
-                runs[-1] = (last_first, last_bins + bins, held)
-            else:
-                runs.append((first, bins, held))
-    return np.array(placements, dtype=np.int64).reshape(-1, 5), num_bins
 
 
 def _bin_offsets(placements: Int64Array, num_bins: int) -> Int64Array:

@@ -15,6 +15,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+import waits
 from torch import Tensor, nn
 from trl.trainer.utils import add_fused_lm_head
 
@@ -327,12 +328,8 @@ def test_a_call_waits_for_nothing(backend: str) -> None:
         torch.autograd.grad(out, padded, padded_grad)
 
     step()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits.refused():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # -- models ----------------------------------------------------------------------------------------------------------
@@ -419,12 +416,8 @@ def test_a_forward_pass_of_a_model_waits_for_nothing(kind: str) -> None:
         model.model(**copy.copy(batch), use_cache=False).last_hidden_state.float().sum().backward()
 
     forward()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits.refused():
         forward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_mask_of_the_fallback_is_that_of_the_kernel() -> None:

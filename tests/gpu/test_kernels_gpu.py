@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import waits
 from kernels import kernel_checks as check
 
 from chronicals_trl import kernels
@@ -243,12 +244,8 @@ def test_the_loss_is_capturable_and_does_not_wait(way):
             return out.loss, *torch.autograd.grad(out.loss, (hidden, weight))
 
         expected = [t.clone() for t in step()]
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waits.refused():
             step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         captured = step()
