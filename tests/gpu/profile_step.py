@@ -2,10 +2,10 @@
 
     python3 tests/gpu/profile_step.py --output $OUT        (--tiny: a dry run of the script on a CPU)
 
-Full fine-tuning in bf16, eight packed rows of 2,048 tokens a step, documents of lognormal length (median 270, sigma
+Full fine-tuning in bf16 (`--lora`: rank 32 on every linear layer, PEFT's defaults, under autocast), eight packed rows of 2,048 tokens a step, documents of lognormal length (median 270, sigma
 0.95, at most 2,048: FACTS.md), fused AdamW, no gradient checkpointing. Each variant leaves out one of the things that
 join blocks, so that its worth can be read off. Kernels are sorted by name and by the op that launched them; writes
-profile_step.json and profile_step.txt.
+profile_step.json and profile_step.txt (profile_step_lora.*).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -156,7 +157,13 @@ def variant(name: str):
 VARIANTS = ("all", "recompute_mlp", "no MLP node", "no q/k/v node", "no residual joins", "no hand-over between layers")
 
 
-def run(name: str, tiny: bool, steps: int) -> dict:
+def adapters() -> Any:
+    import peft
+
+    return peft.LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def run(name: str, tiny: bool, steps: int, lora: bool) -> dict:
     length, rows = (64, 2) if tiny else (2048, 8)
     watch = Watch(steps)
     with variant(name), tempfile.TemporaryDirectory() as folder:
@@ -172,6 +179,7 @@ def run(name: str, tiny: bool, steps: int) -> dict:
             train_dataset=documents(steps * rows * (3 if tiny else 8), length, 512 if tiny else 151_936),
             processing_class=tiny_data.tokenizer(),
             callbacks=[watch],
+            peft_config=adapters() if lora else None,
         )  # fmt: skip
         trainer.train()
     kernels = table(watch.profile, 3)
@@ -196,11 +204,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("."))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--lora", action="store_true")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     arguments = parser.parse_args()
     results = []
     for name in arguments.variants:
-        results.append(run(name, arguments.tiny, arguments.steps))
+        results.append(run(name, arguments.tiny, arguments.steps, arguments.lora))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     properties = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
@@ -210,11 +219,13 @@ def main() -> None:
             "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
             "transformers": transformers.__version__, "chronicals-trl": chronicals_trl.__version__,
         },
+        "training": "LoRA" if arguments.lora else "full",
         "tokens_per_step": 16_384 if not arguments.tiny else 128,
         "runs": results,
     }  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "profile_step.json").write_text(json.dumps(summary, indent=1) + "\n")
+    suffix = "_lora" if arguments.lora else ""
+    (arguments.output / f"profile_step{suffix}.json").write_text(json.dumps(summary, indent=1) + "\n")
     lines = [f"{summary['gpu']}, {summary['versions']}", ""]
     lines.append(f"{'ms a step':<30}{'step':>8}{'GiB':>7}" + "".join(f"{c[:14]:>16}" for c in CATEGORIES))
     for result in results:
@@ -229,7 +240,7 @@ def main() -> None:
                 lines.append(
                     f"  {row['ms']:8.3f} ms {row['calls']:6.1f} x  {row['kernel'][:70]:<70}  {row['op'][:60]}"
                 )
-    (arguments.output / "profile_step.txt").write_text("\n".join(lines) + "\n")
+    (arguments.output / f"profile_step{suffix}.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
