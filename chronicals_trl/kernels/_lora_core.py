@@ -101,19 +101,48 @@ def forward(
 ) -> tuple[list[Tensor], Tensor, list[Kept]]:
     """Outputs (N, O_i) in `dtype`; x as (N, I) in `dtype`; and what is kept of each of `input_sets`."""
     x_NI = x.to(dtype).reshape(-1, x.shape[-1])
-    outputs = [_base(x_NI, layer) for layer in layers]
+    outputs = [base(x_NI, layer) for layer in layers]
+    kept = read_input(x, x_NI, layers, adapter_dtype)
+    add_adapters_(outputs, layers, kept, adapter_dtype)
+    return outputs, x_NI, kept
+
+
+def base(x_NI: Tensor, layer: LoraOperands) -> Tensor:
+    """The layer without its adapter."""
+    weight_IO = _weight(layer, x_NI.dtype).t()
+    return x_NI @ weight_IO if layer.bias is None else torch.addmm(layer.bias.to(x_NI.dtype), x_NI, weight_IO)
+
+
+def read_input(x: Tensor, x_NI: Tensor, layers: Sequence[LoraOperands], adapter_dtype: torch.dtype) -> list[Kept]:
+    """D x A^T of each of `input_sets`, and the mask."""
     kept = []
     for members in input_sets(layers):
         first = layers[members[0]]
         read_NI, mask_NI, missing = x_NI, None, 1.0
         if first.dropout and x.numel():
             read_NI, mask_NI, missing = _drop(x, x_NI, first)
-        h_NR = mm(read_NI, _stack_a(layers, members, adapter_dtype).t(), missing)
+        kept.append(Kept(mm(read_NI, _stack_a(layers, members, adapter_dtype).t(), missing), mask_NI))
         del read_NI
-        for i, h in zip(members, h_NR.split(_ranks(layers, members), 1), strict=True):
-            add_mm_(outputs[i], h, _b(layers[i], adapter_dtype).t(), layers[i].scale)
-        kept.append(Kept(h_NR, mask_NI))
-    return outputs, x_NI, kept
+    return kept
+
+
+def add_adapters_(
+    outputs: Sequence[Tensor], layers: Sequence[LoraOperands], kept: Sequence[Kept], adapter_dtype: torch.dtype
+) -> None:
+    """Add scale h B^T to each output."""
+    for layer, output, h_NR in zip(layers, outputs, by_layer(layers, [k.h_NR for k in kept]), strict=True):
+        if h_NR is not None:
+            add_mm_(output, h_NR, b_matrix(layer, adapter_dtype).t(), layer.scale)
+
+
+def by_layer(layers: Sequence[LoraOperands], joint_NR: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The columns of each layer in the rank-sized tensors of `input_sets`; None for a layer without an adapter."""
+    parts: list[Tensor | None] = [None] * len(layers)
+    for members, joint in zip(input_sets(layers), joint_NR, strict=True):
+        if joint is not None:
+            for i, part in zip(members, joint.split(_ranks(layers, members), 1), strict=True):
+                parts[i] = part
+    return parts
 
 
 def input_sets(layers: Sequence[LoraOperands]) -> list[list[int]]:
@@ -126,11 +155,6 @@ def input_sets(layers: Sequence[LoraOperands]) -> list[list[int]]:
     return [together] * bool(together) + [[i] for i in adapted if layers[i].dropout]
 
 
-def _base(x_NI: Tensor, layer: LoraOperands) -> Tensor:
-    weight_IO = _weight(layer, x_NI.dtype).t()
-    return x_NI @ weight_IO if layer.bias is None else torch.addmm(layer.bias.to(x_NI.dtype), x_NI, weight_IO)
-
-
 def _weight(layer: LoraOperands, dtype: torch.dtype) -> Tensor:
     weight = layer.weight if layer.unpack is None else layer.unpack(layer.weight)
     return weight.to(dtype)
@@ -141,7 +165,8 @@ def _stack_a(layers: Sequence[LoraOperands], members: list[int], dtype: torch.dt
     return stack[0] if len(stack) == 1 else torch.cat(stack)
 
 
-def _b(layer: LoraOperands, dtype: torch.dtype) -> Tensor:
+def b_matrix(layer: LoraOperands, dtype: torch.dtype) -> Tensor:
+    """B in the dtype of the products."""
     assert layer.b is not None
     return layer.b.to(dtype)
 
@@ -174,46 +199,81 @@ def input_and_b_gradients(
     need_x: bool,
     need_b: Sequence[bool],
     adapter_dtype: torch.dtype,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    through_adapters: bool = True,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
     """dx (N, I); dB of each layer in B's dtype; and g of each of `input_sets`, for `a_gradients`.
 
-    A layer whose output nobody used has None in `grads_NO`, and gets None.
+    A layer whose output nobody used has None in `grads_NO`, and gets None. Without `through_adapters` dx is what goes
+    through the base weights alone.
     """
-    d_x: Tensor | None = None
-    if need_x:
-        for layer, grad_NO in zip(layers, grads_NO, strict=True):
-            if grad_NO is not None:
-                weight_OI = _weight(layer, grad_NO.dtype)
-                d_x = grad_NO @ weight_OI if d_x is None else d_x.addmm_(grad_NO, weight_OI)
-                del weight_OI
+    d_x = _base_input_gradient(layers, grads_NO) if need_x else None
     d_b: list[Tensor | None] = [None] * len(layers)
-    gs: list[Tensor | None] = []
-    for members, (h_NR, mask_NI) in zip(input_sets(layers), kept, strict=True):
+    hs_NR = by_layer(layers, [k.h_NR for k in kept])
+    for i, (layer, grad_NO, h_NR) in enumerate(zip(layers, grads_NO, hs_NR, strict=True)):
+        if need_b[i] and grad_NO is not None and h_NR is not None:
+            d_b[i] = transposed_mm(grad_NO, h_NR, layer.scale).to(layer.b.dtype)  # type: ignore[union-attr]
+    gs_NR = _output_gradients(layers, grads_NO, kept, adapter_dtype)
+    if d_x is not None and through_adapters:
+        _add_input_gradients_(d_x, layers, kept, gs_NR, grads_NO, adapter_dtype)
+    return d_x, d_b, gs_NR
+
+
+def _base_input_gradient(layers: Sequence[LoraOperands], grads_NO: Sequence[Tensor | None]) -> Tensor | None:
+    """The part of dx that goes through the base weights; None if no output was used."""
+    d_x: Tensor | None = None
+    for layer, grad_NO in zip(layers, grads_NO, strict=True):
+        if grad_NO is not None:
+            weight_OI = _weight(layer, grad_NO.dtype)
+            d_x = grad_NO @ weight_OI if d_x is None else d_x.addmm_(grad_NO, weight_OI)
+            del weight_OI
+    return d_x
+
+
+def _output_gradients(
+    layers: Sequence[LoraOperands],
+    grads_NO: Sequence[Tensor | None],
+    kept: Sequence[Kept],
+    adapter_dtype: torch.dtype,
+) -> list[Tensor]:
+    """g = scale dy B of each of `input_sets`."""
+    hs_NR = by_layer(layers, [k.h_NR for k in kept])
+    gs_NR = []
+    for members in input_sets(layers):
         parts = []
-        for i, h in zip(members, h_NR.split(_ranks(layers, members), 1), strict=True):
+        for i in members:
             layer, grad_NO = layers[i], grads_NO[i]
             if grad_NO is None:
-                parts.append(torch.zeros_like(h))
-                continue
-            if need_b[i]:
-                d_b[i] = transposed_mm(grad_NO, h, layer.scale).to(layer.b.dtype)  # type: ignore[union-attr]
-            parts.append(mm(grad_NO, _b(layer, adapter_dtype), layer.scale))
-        g_NR = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        if d_x is not None and any(grads_NO[i] is not None for i in members):
-            a_RI = _stack_a(layers, members, adapter_dtype)
-            if mask_NI is None:
-                add_mm_(d_x, g_NR, a_RI, 1.0)
+                parts.append(torch.zeros_like(hs_NR[i]))  # type: ignore[arg-type]
             else:
-                add_masked_mm_(d_x, g_NR, a_RI, mask_NI, 1.0 / (1.0 - layers[members[0]].dropout))
-        gs.append(g_NR)
-    return d_x, d_b, gs
+                parts.append(mm(grad_NO, b_matrix(layer, adapter_dtype), layer.scale))
+        gs_NR.append(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+    return gs_NR
+
+
+def _add_input_gradients_(
+    d_x: Tensor,
+    layers: Sequence[LoraOperands],
+    kept: Sequence[Kept],
+    gs_NR: Sequence[Tensor],
+    grads_NO: Sequence[Tensor | None],
+    adapter_dtype: torch.dtype,
+) -> None:
+    """Add D (g A) of each of `input_sets` to dx."""
+    for members, (_, mask_NI), g_NR in zip(input_sets(layers), kept, gs_NR, strict=True):
+        if all(grads_NO[i] is None for i in members):
+            continue
+        a_RI = _stack_a(layers, members, adapter_dtype)
+        if mask_NI is None:
+            add_mm_(d_x, g_NR, a_RI, 1.0)
+        else:
+            add_masked_mm_(d_x, g_NR, a_RI, mask_NI, 1.0 / (1.0 - layers[members[0]].dropout))
 
 
 def a_gradients(
     x_NI: Tensor,
     layers: Sequence[LoraOperands],
     kept: Sequence[Kept],
-    gs_NR: Sequence[Tensor | None],
+    gs_NR: Sequence[Tensor],
     grads_NO: Sequence[Tensor | None],
     need_a: Sequence[bool],
 ) -> list[Tensor | None]:
@@ -223,7 +283,6 @@ def a_gradients(
         wanted = [need_a[i] and grads_NO[i] is not None for i in members]
         if not any(wanted):
             continue
-        assert g_NR is not None
         missing = 1.0 if mask_NI is None else 1.0 / (1.0 - layers[members[0]].dropout)
         joint_RI = transposed_mm(g_NR, x_NI if mask_NI is None else x_NI * mask_NI, missing)
         for i, want, d in zip(members, wanted, joint_RI.split(_ranks(layers, members)), strict=True):

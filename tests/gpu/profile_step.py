@@ -2,10 +2,11 @@
 
     python3 tests/gpu/profile_step.py --output $OUT        (--tiny: a dry run of the script on a CPU)
 
-Full fine-tuning in bf16 (`--lora`: rank 32 on every linear layer, PEFT's defaults, under autocast), eight packed rows of 2,048 tokens a step, documents of lognormal length (median 270, sigma
-0.95, at most 2,048: FACTS.md), fused AdamW, no gradient checkpointing. Each variant leaves out one of the things that
-join blocks, so that its worth can be read off. Kernels are sorted by name and by the op that launched them; writes
-profile_step.json and profile_step.txt (profile_step_lora.*).
+Full fine-tuning in bf16, eight packed rows of 2,048 tokens a step, documents of lognormal length (median 270, sigma
+0.95, at most 2,048: FACTS.md), fused AdamW, no gradient checkpointing; with `--lora` rank 32 on every linear layer,
+PEFT's defaults under autocast. Each variant leaves out one of the things that join blocks, so that its worth can be
+read off. Kernels are sorted by name and by the op that launched them; writes profile_step.json and profile_step.txt
+(profile_step_lora.*).
 """
 
 from __future__ import annotations

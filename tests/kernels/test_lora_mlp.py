@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from kernels.test_lora_linears import leaves, make, reference, run, saved_sizes
 from torch.nn import functional as F
 
 from chronicals_trl import kernels
-from chronicals_trl.kernels import LoraOperands, _common, _lora_mlp, lora_gated_mlp
+from chronicals_trl.kernels import LoraOperands, _common, _lora_gated, _lora_mlp, lora_gated_mlp
 
 NODE = _common.INTERPRET  # without kernels the same formula runs as separate nodes
-INNER = 20
+INNER = 40
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +22,24 @@ def launches():
     yield kernels.LAUNCHES
 
 
-def mlp(joint=False, dropout=0.0, ranks=(4, 3, 5), dtype=torch.float32, adapter_dtype=None, lead=(3, 5), bias=False):
+@pytest.fixture(autouse=True, params=[True, False], ids=["products inside", "products apart"])
+def inside(request, monkeypatch):
+    """Where the adapters' products are made; with tiles so small that there are several, and several shares."""
+    if not request.param:
+        monkeypatch.setattr(_lora_gated, "MAX_RANK", -1)
+        yield False
+        return
+    for options in (_lora_gated._FORWARD, _lora_gated._BACKWARD):
+        monkeypatch.setitem(options, "BLOCK_M", 16)
+        monkeypatch.setitem(options, "BLOCK_N", 16)
+    _lora_gated._forward_launch.cache_clear()
+    _lora_gated._backward_launch.cache_clear()
+    yield True
+    _lora_gated._forward_launch.cache_clear()
+    _lora_gated._backward_launch.cache_clear()
+
+
+def mlp(joint=False, dropout=0.0, ranks=(4, 3, 5), dtype=torch.float32, adapter_dtype=None, lead=(7, 5), bias=False):
     width = 12
     inner = (2 * INNER,) if joint else (INNER, INNER)
     options = {"dtype": dtype, "adapter_dtype": adapter_dtype, "dropout": dropout, "bias": bias}
@@ -66,11 +85,12 @@ def doubled(x, layers):
 @pytest.mark.parametrize("joint", [False, True], ids=["apart", "joint"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_against_fp64(launches, activation, joint, recompute, bias):
+def test_against_fp64(launches, inside, activation, joint, recompute, bias):
     x, layers = mlp(joint, bias=bias)
     actual, _ = run(ours(activation, recompute), x, layers)
     if NODE:
-        assert launches["gated_mlp"] == launches["gated_mlp_backward"] == 1
+        name = "lora_gated" if inside else "gated_mlp"
+        assert launches - Counter(column_sums=9) == {name: 1, f"{name}_backward": 1}
     assert_close(actual, run(separately(activation), *doubled(x, layers))[0])
 
 
@@ -120,11 +140,27 @@ def test_wide_adapters_in_half_precision():
 
 @pytest.mark.skipif(not NODE, reason="the node is made of kernels")
 @pytest.mark.parametrize(("recompute", "trained", "products"), [(False, True, 1), (True, True, 0), (False, False, 0)])
-def test_the_product_is_kept_once_where_it_is_needed(recompute, trained, products):
+def test_the_product_is_kept_once_where_it_is_needed(inside, recompute, trained, products):
     x, layers = mlp()
     layers[-1].a.requires_grad_(trained)
     sizes, _ = saved_sizes(lambda: ours(recompute=recompute)(x, layers), layers)
-    assert len([s for s in sizes if s[0] == 15 * INNER]) == 2 + products
+    assert len([s for s in sizes if s[0] == 35 * INNER]) == 2 + (0 if inside else products)
+
+
+@pytest.mark.skipif(not NODE, reason="the node is made of kernels")
+@pytest.mark.parametrize(("ranks", "own"), [((64, 1, 17), True), ((65, 4, 4), False)], ids=str)
+def test_ranks_up_to_the_limit(launches, inside, ranks, own):
+    x, layers = mlp(ranks=ranks)
+    actual = run(ours(), x, layers)[0]
+    assert launches["lora_gated_backward"] == (own and inside)
+    assert_close(actual, run(separately("swiglu"), *doubled(x, layers))[0], 4e-6)
+
+
+@pytest.mark.skipif(not NODE, reason="the node is made of kernels")
+def test_the_same_bits_in_every_run():
+    x, layers = mlp(lead=(50, 5))
+    first, second = (run(ours(), x, layers)[0] for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.skipif(not NODE, reason="the node is made of kernels")
