@@ -43,7 +43,7 @@ class Meter:
         self._seconds: list[float] = []
         self._marks: list[Any] = []
         self._started = time.perf_counter()
-        self._ready = 0.0
+        self._ready = self._first = 0.0
         self._gpu: dict[str, float] | None = None
         self._peak: tuple[int, int] | None = None
         self.counted: Counted | None = None
@@ -62,6 +62,9 @@ class Meter:
 
     def end(self, done: int) -> None:
         """After `done` steps in all."""
+        if done == 1:
+            self._synchronize()
+            self._first = time.perf_counter()
         if done <= self._task.warm_up:
             return
         self._mark()
@@ -135,7 +138,8 @@ class Meter:
             "windows": windows,
             "peak_memory_gib": None if self._peak is None else self._peak[0] / 2**30,
             "peak_reserved_gib": None if self._peak is None else self._peak[1] / 2**30,
-            "seconds_to_first_step": self._ready - self._started,
+            "seconds_before_first_step": self._ready - self._started,
+            "seconds_of_first_step": self._first - self._ready,
             "gpu_state": self._gpu,
         }
 

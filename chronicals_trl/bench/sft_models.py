@@ -55,7 +55,11 @@ def make_tokenizer(vocab: int) -> Any:
 
 
 def write_model(shape: Shape, seed: int, folder: Path) -> None:
-    """Write model and tokenizer into `folder`, unless a whole one of this shape and seed is there."""
+    """Write model and tokenizer into `folder`, unless a whole one of this shape and seed is there.
+
+    transformers loads a tokenizer of the family's class from it, which splits words otherwise: who needs this one
+    makes it. A folder without any is one that Unsloth does not load.
+    """
     made = {"shape": shape.name, "seed": seed}
     mark = folder / _DONE
     if mark.exists() and json.loads(mark.read_text()) == made:

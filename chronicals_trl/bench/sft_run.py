@@ -129,6 +129,8 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
         }
 
     settings.logs.mkdir(parents=True, exist_ok=True)
+    for name in ("prepare", *settings.sides):
+        (settings.logs / f"{name}.log").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-sft-") as scratch:
         work = Path(scratch)
         documents, mean_length, tasks = _tasks(settings, work)

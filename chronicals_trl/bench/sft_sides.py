@@ -16,11 +16,13 @@ from chronicals_trl.bench.sft import (
     LORA_ALPHA,
     LORA_RANK,
     LORA_TARGETS,
+    SHAPES,
     SIDES,
     Documents,
     Task,
 )
 from chronicals_trl.bench.sft_meter import Meter
+from chronicals_trl.bench.sft_models import make_tokenizer
 
 __all__ = ["train"]
 
@@ -147,14 +149,13 @@ def _run_trainer(
 ) -> tuple[Any, dict[str, Any]]:
     """The trainer after the training, and what ran."""
     from datasets import Dataset
-    from transformers import AutoTokenizer
 
     ids = Documents.load(task.documents).lists()
     trainer = trainer_class(
         model=model,
         args=config_class(**_arguments(task), **extra),
         train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
-        processing_class=AutoTokenizer.from_pretrained(task.model),
+        processing_class=make_tokenizer(SHAPES[task.shape].vocab),
         peft_config=None if task.mode == "full" else _lora(),
         callbacks=[meter.callback()],
     )
@@ -211,7 +212,7 @@ def _unsloth(task: Task, meter: Meter) -> dict[str, Any]:
     checkpointing: dict[str, Any] = (
         {} if wanted is None else {"use_gradient_checkpointing": "unsloth" if wanted else False}
     )
-    model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
+    model, _ = unsloth.FastLanguageModel.from_pretrained(
         model_name=task.model, max_seq_length=task.row_tokens, dtype=torch.bfloat16, load_in_4bit=task.mode == "qlora",
         full_finetuning=task.mode == "full", use_exact_model_name=True, **checkpointing,
     )  # fmt: skip
@@ -220,10 +221,16 @@ def _unsloth(task: Task, meter: Meter) -> dict[str, Any]:
             model, r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, bias="none",
             target_modules=list(LORA_TARGETS), random_state=task.seed, **checkpointing,
         )  # fmt: skip
+    documents = Documents.load(task.documents)
+    texts = documents.texts()
+    # Its loader takes the tokenizer of the model's family, whatever the folder holds.
+    tokenizer = make_tokenizer(SHAPES[task.shape].vocab)
+    if tokenizer(texts[0])["input_ids"] != documents.lists()[0]:
+        raise RuntimeError("the tokenizer does not give a document's ids back")
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**_arguments(task), dataset_text_field="text", dataset_num_proc=1),
-        train_dataset=Dataset.from_dict({"text": Documents.load(task.documents).texts()}),
+        train_dataset=Dataset.from_dict({"text": texts}),
         processing_class=tokenizer,
         callbacks=[meter.callback()],
     )

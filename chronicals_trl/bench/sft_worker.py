@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
         traceback.print_exc()
         from chronicals_trl.bench.common import explain
 
-        status, reason = explain(error)
+        status, reason = explain(_cause(error))
         found = {"status": status, "reason": reason}
     Path(result).write_text(json.dumps(_strict({**found, "versions": _versions()})))
     return 0
@@ -56,6 +56,13 @@ def _prepare(given: dict[str, Any]) -> dict[str, Any]:
     sft_models.write_model(SHAPES[given["shape"]], given["seed"], Path(given["folder"]))
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {"gpu": gpu, "gemm_tflops": sft_models.gemm_tflops()}
+
+
+def _cause(error: Exception) -> Exception:
+    """What `error` was raised from: a lazy import wraps what is missing in words that do not name it."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
 
 
 def _versions() -> dict[str, str | None]:
