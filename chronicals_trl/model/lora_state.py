@@ -37,10 +37,19 @@ def fits(module: nn.Module) -> str | None:
     elif is_4bit(base_layer):
         expected = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
     else:
-        return f"base layer is {type(base_layer).__name__}"
+        return _other_base(base_layer)
     if type(module) is not expected:
         return f"LoRA layer is {type(module).__module__}.{type(module).__name__}"
     return _obstacle(module, training=True)
+
+
+def _other_base(base_layer: Any) -> str:
+    bnb = sys.modules.get("bitsandbytes")
+    if bnb is not None and isinstance(base_layer, bnb.nn.Linear8bitLt):
+        # On a GPU, and in eval mode anywhere, it rounds each row of x to 127 levels and multiplies int8 by int8
+        # (LLM.int8(), Dettmers et al. 2022): 0.8% (of normal x, 896 wide) away from a product with the dequantised weight.
+        return f"base layer is {type(base_layer).__name__}, which quantises x too: no product of floats is its result"
+    return f"base layer is {type(base_layer).__name__}"
 
 
 def is_4bit(module: Any) -> bool:
