@@ -47,7 +47,7 @@ def _other_base(base_layer: Any) -> str:
     bnb = sys.modules.get("bitsandbytes")
     if bnb is not None and isinstance(base_layer, bnb.nn.Linear8bitLt):
         # On a GPU, and in eval mode anywhere, it rounds each row of x to 127 levels and multiplies int8 by int8
-        # (LLM.int8(), Dettmers et al. 2022): 0.8% (of normal x, 896 wide) away from a product with the dequantised weight.
+        # (LLM.int8(), Dettmers et al. 2022), which is 0.8% from a product with the dequantised weight (x normal).
         return f"base layer is {type(base_layer).__name__}, which quantises x too: no product of floats is its result"
     return f"base layer is {type(base_layer).__name__}"
 
