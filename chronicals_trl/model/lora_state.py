@@ -146,6 +146,16 @@ def _obstacle(layer: Any, *, training: bool) -> str | None:
     return None
 
 
+def hooked_part(layer: Any) -> str | None:
+    """The name of a module inside a LoRA layer that has hooks, which only its own call runs; None if none has."""
+    adapter = next(iter(active_adapters(layer)), None)
+    if adapter is None:
+        return None
+    parts = {"base_layer": layer.base_layer}
+    parts |= {name: getattr(layer, name)[adapter] for name in ("lora_A", "lora_B", "lora_dropout")}
+    return next((name for name, part in parts.items() if _is_hooked(part)), None)
+
+
 def _part_obstacle(name: str, part: Any) -> str | None:
     if _is_hooked(part):
         return f"{name} has hooks (sharding, offloading or the user's own), which only its own call runs"
