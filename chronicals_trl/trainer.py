@@ -51,8 +51,9 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, TrlSFTTrainer):
         chronicals_report (ActivationReport): the state of every part.
 
     Raises:
-        ValueError: no usable text in a data set, an empty data set, nothing to learn, tokens that the model does not
-            know, packing into fewer than 2 tokens, or NaN or infinite weights; each before the first step.
+        ValueError: no usable text in a data set, an empty data set, nothing to learn or to train, tokens that the
+            model does not know, packing into fewer than 2 tokens, or NaN or infinite weights; each before the first
+            step.
         RuntimeError: `strict=True`, or a part set to `"on"`, and the part does not fit; packed documents that the
             model does not keep apart.
     """
@@ -412,6 +413,7 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, TrlSFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self._chronicals is not None:
+            _inputs.require_trainable(self.model)
             self._meter.reset()  # what came before the first step is not training
             self._saw_hooks = False
         try:

@@ -112,6 +112,8 @@ def _unpack_4bit(quant_state: Any, weight: Tensor) -> Tensor:
 def _obstacle(layer: Any, *, training: bool) -> str | None:
     """Why the layer's state keeps the original path, or None. Called on each forward: no tensor is read here."""
     adapters = active_adapters(layer)
+    if not adapters:
+        return f"no active adapter ({', '.join(layer.active_adapters) or 'there is none'}) is on the layer"
     if len(adapters) != 1:
         return f"{len(adapters)} adapters are active on the layer (1 is fused)"
     adapter = adapters[0]
