@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from chronicals_trl.config import ChronicalsConfig
-from chronicals_trl.optim.lora_plus import has_adapter, trainable_kinds
+from chronicals_trl.optim.lora_plus import has_adapter, trainable_kinds, why_frozen
 from chronicals_trl.packing.bfd import STRATEGIES
 from chronicals_trl.report import PartReport
 
@@ -418,6 +418,14 @@ def refuse_deepspeed_rates(config: dict[str, Any], instead: str) -> None:
             )
 
 
+def require_trainable(model: nn.Module) -> None:
+    """Raise ValueError for a model of which nothing is trained; torch's words come later, and name no parameter."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    why = why_frozen(model) if has_adapter(model) else "unfreeze what is to be trained, or pass peft_config"
+    raise ValueError(f"nothing to train, since no parameter of the model requires a gradient: {why}.")
+
+
 def lora_plus_of_model(model: nn.Module, config: ChronicalsConfig) -> PartReport:
     """Whether LoRA+ has something to do in `model`, and which rates it sets."""
     if config.lora_plus == "off":
@@ -426,10 +434,7 @@ def lora_plus_of_model(model: nn.Module, config: ChronicalsConfig) -> PartReport
     if not any(counts.values()):
         reason = "the model has no trainable LoRA adapter"
         if has_adapter(model):
-            reason += (
-                ": all of its adapters are frozen. Load the one to train with is_trainable=True, or choose it with "
-                "model.set_adapter(name)"
-            )
+            reason += f": {why_frozen(model)}"
         return PartReport("lora_plus", "off", reason=reason)
     embeddings = counts["embedding"] if config.lora_plus_embedding_lr is not None else 0
     if not counts["B"] and not embeddings:

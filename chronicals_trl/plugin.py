@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from chronicals_trl._inputs import lora_plus_of_model, refuse_deepspeed_rates
 from chronicals_trl.config import ChronicalsConfig, without_trainer_parts
+from chronicals_trl.model import apart
 from chronicals_trl.model.patch import patch_model, unpatch_model
 from chronicals_trl.optim.lora_plus import apply_lora_plus
 from chronicals_trl.report import ActivationReport, PartReport
@@ -66,17 +67,25 @@ class ChronicalsPlugin:
                 "`accelerator` has a plugin attached already: attach one ChronicalsPlugin to an Accelerator."
             )
         original = accelerator.prepare
+        config = self.config
+        assert isinstance(config, ChronicalsConfig)
 
         @functools.wraps(original)
         def prepare(*objects: Any, **kwargs: Any) -> Any:
             models = [item for item in objects if _is_language_model(item)]
             optimizers = [item for item in objects if isinstance(item, Optimizer)]
+            reports = []
             for model in models:
                 report = self._patch(model, optimizers if len(models) == 1 else None, accelerator)
-                self.reports.append(report)
+                reports.append(report)
+            self.reports += reports
+            prepared = original(*objects, **kwargs)
+            for model, report in zip(models, reports, strict=True):
+                apart.amend(report, model)  # sharding may have put hooks where blocks would be fused
                 if accelerator.is_main_process:
                     report.print()
-            return original(*objects, **kwargs)
+                report.raise_for_omissions(config)
+            return prepared
 
         accelerator.prepare = prepare
         return accelerator

@@ -26,6 +26,7 @@ from trl.trainer.utils import get_config_model_id
 from chronicals_trl import _inputs
 from chronicals_trl._versions import installed, newer_than_tested
 from chronicals_trl.config import PARTS, ChronicalsConfig, SFTConfig, read_flag, without_trainer_parts
+from chronicals_trl.model import apart
 from chronicals_trl.model.attention import use_padding
 from chronicals_trl.model.attention_choice import verify_isolation, verify_padding
 from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
@@ -50,8 +51,9 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, TrlSFTTrainer):
         chronicals_report (ActivationReport): the state of every part.
 
     Raises:
-        ValueError: no usable text in a data set, an empty data set, nothing to learn, tokens that the model does not
-            know, packing into fewer than 2 tokens, or NaN or infinite weights; each before the first step.
+        ValueError: no usable text in a data set, an empty data set, nothing to learn or to train, tokens that the
+            model does not know, packing into fewer than 2 tokens, or NaN or infinite weights; each before the first
+            step.
         RuntimeError: `strict=True`, or a part set to `"on"`, and the part does not fit; packed documents that the
             model does not keep apart.
     """
@@ -72,6 +74,7 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, TrlSFTTrainer):
         self._chronicals: ChronicalsConfig | None = None
         self._data_notes: dict[str, str] = {}
         self._filters_losses = False  # in place of Trainer, until the step is logged
+        self._saw_hooks = False
         # The class's default, "look at the environment", is what stock TRL's pickled arguments fall back to: off.
         flag = getattr(arguments, "use_chronicals", False)
         if not (flag and read_flag(flag)):
@@ -245,6 +248,17 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, TrlSFTTrainer):
         if self.args.should_save:
             self.chronicals_report.save(Path(self.args.output_dir) / REPORT_FILE)
 
+    def _amend_report(self, config: ChronicalsConfig) -> None:
+        """Sharding, which follows patching, may have put hooks where blocks would be fused."""
+        self._saw_hooks = True
+        news = apart.amend(self.chronicals_report, self.model)
+        if not news:
+            return
+        self.chronicals_report.raise_for_omissions(config)
+        self._save_report()
+        if self.args.should_log:
+            logger.warning("chronicals-trl: %s", "; ".join(news))
+
     # -- the step ----------------------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -378,6 +392,8 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, TrlSFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self._restore_loss_filter()
+        if self._chronicals is not None and not self._saw_hooks:
+            self._amend_report(self._chronicals)
         loss: Tensor = super().training_step(*args, **kwargs)
         if self._chronicals is None or not self.args.logging_nan_inf_filter:
             return loss
@@ -397,7 +413,9 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, TrlSFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self._chronicals is not None:
+            _inputs.require_trainable(self.model)
             self._meter.reset()  # what came before the first step is not training
+            self._saw_hooks = False
         try:
             return super().train(*args, **kwargs)
         finally:

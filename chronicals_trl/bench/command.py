@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `chronicals-trl bench ops`, `bench head` and `bench attention`.
+"""The command line of the benchmarks: `chronicals-trl bench ops`, `bench head`, `bench attention` and `bench sft`.
 
 Without the console script: `python3 -m chronicals_trl.bench ops`.
 """
@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 
-from chronicals_trl.bench import attention, attention_report, attention_run, head, head_report, head_run, report
+from chronicals_trl.bench import (
+    attention,
+    attention_report,
+    attention_run,
+    head,
+    head_report,
+    head_run,
+    report,
+    sft_command,
+)
 from chronicals_trl.bench.ops import OPS, SHAPES, SIDES
 from chronicals_trl.bench.run import Settings, run
 
@@ -53,7 +62,7 @@ this is a dry run on the CPU with tiny sizes, for trying the command: its times 
 def main(argv: Sequence[str] | None = None, prog: str = "chronicals-trl bench") -> int:
     """Run what `argv` says; returns the exit code: 1 when one of our own ops failed or was wrong."""
     parser = argparse.ArgumentParser(prog=prog, description="Benchmarks of chronicals-trl.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", metavar="{ops,head,attention}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{ops,head,attention,sft}", required=True)
     ops = commands.add_parser(
         "ops", help="the fused ops against eager, torch.compile, Liger and quack", description=_OPS_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -73,7 +82,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "chronicals-trl bench") 
     )  # fmt: skip
     quick = f"{QUICK_REPEATS} samples, not {REPEATS}"
     _add_common(attend, attention.SHAPES, attention.SIDES, quick, DRY_RUN_DOCUMENT_TOKENS)
+    sft = sft_command.add_parser(commands)
     options = parser.parse_args(argv)
+    if options.command == "sft":
+        return sft_command.run(sft, options)
     if options.command == "ops":
         return _ops(ops, options)
     return _head(heads, options) if options.command == "head" else _attention(attend, options)

@@ -37,10 +37,19 @@ def fits(module: nn.Module) -> str | None:
     elif is_4bit(base_layer):
         expected = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
     else:
-        return f"base layer is {type(base_layer).__name__}"
+        return _other_base(base_layer)
     if type(module) is not expected:
         return f"LoRA layer is {type(module).__module__}.{type(module).__name__}"
     return _obstacle(module, training=True)
+
+
+def _other_base(base_layer: Any) -> str:
+    bnb = sys.modules.get("bitsandbytes")
+    if bnb is not None and isinstance(base_layer, bnb.nn.Linear8bitLt):
+        # On a GPU, and in eval mode anywhere, it rounds each row of x to 127 levels and multiplies int8 by int8
+        # (LLM.int8(), Dettmers et al. 2022), which is 0.8% from a product with the dequantised weight (x normal).
+        return f"base layer is {type(base_layer).__name__}, which quantises x too: no product of floats is its result"
+    return f"base layer is {type(base_layer).__name__}"
 
 
 def is_4bit(module: Any) -> bool:
@@ -103,6 +112,8 @@ def _unpack_4bit(quant_state: Any, weight: Tensor) -> Tensor:
 def _obstacle(layer: Any, *, training: bool) -> str | None:
     """Why the layer's state keeps the original path, or None. Called on each forward: no tensor is read here."""
     adapters = active_adapters(layer)
+    if not adapters:
+        return f"no active adapter ({', '.join(layer.active_adapters) or 'there is none'}) is on the layer"
     if len(adapters) != 1:
         return f"{len(adapters)} adapters are active on the layer (1 is fused)"
     adapter = adapters[0]
@@ -135,6 +146,16 @@ def _obstacle(layer: Any, *, training: bool) -> str | None:
         if reason is not None:
             return reason
     return None
+
+
+def hooked_part(layer: Any) -> str | None:
+    """The name of a module inside a LoRA layer that has hooks, which only its own call runs; None if none has."""
+    adapter = next(iter(active_adapters(layer)), None)
+    if adapter is None:
+        return None
+    parts = {"base_layer": layer.base_layer}
+    parts |= {name: getattr(layer, name)[adapter] for name in ("lora_A", "lora_B", "lora_dropout")}
+    return next((name for name, part in parts.items() if _is_hooked(part)), None)
 
 
 def _part_obstacle(name: str, part: Any) -> str | None:

@@ -218,6 +218,22 @@ def has_adapter(model: nn.Module) -> bool:
     return bool(_lora_kinds(model))
 
 
+def why_frozen(model: nn.Module) -> str:
+    """Why no adapter of a model that has some is trainable, with the remedy; for messages."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    names = {name for layer in layers for part in ("lora_A", "lora_embedding_A") for name in getattr(layer, part, ())}
+    active = {name for layer in layers for name in getattr(layer, "active_adapters", ())}
+    if active and not active & names:  # set_adapter of PEFT's tuner takes any name, and freezes all others
+        return (
+            f"no adapter is called {', '.join(map(repr, sorted(active)))}, which is set as the active one; there is "
+            f"{', '.join(map(repr, sorted(names)))}. Choose one with model.set_adapter(name)"
+        )
+    return (
+        "all of its adapters are frozen. Load the one to train with is_trainable=True, or choose it with "
+        "model.set_adapter(name)"
+    )
+
+
 def _lora_kinds(model: nn.Module) -> dict[int, str]:
     """id of parameter -> "A", "B" or "embedding", for the parameters of LoRA adapters."""
     kinds: dict[int, str] = {}

@@ -112,6 +112,7 @@ def train(mode: str, output: str, checkpoint: str | None = None) -> dict[str, An
         "rates": {key: [entry[key] for entry in logs if key in entry] for key in keys},
         "losses": [entry["loss"] for entry in logs],
         "state": trainer.chronicals_report["lora_plus"].state,
+        "fused": trainer.chronicals_report["lora"].state,
     }
 
 

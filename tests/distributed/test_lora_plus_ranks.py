@@ -74,8 +74,10 @@ def require_same(found: dict[str, Any], reference: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_two_ranks(two_ranks: Results, reference: dict[str, Any], mode: str) -> None:
     require_same(two_ranks[mode], reference)
+    assert two_ranks[mode]["whole"]["fused"] == "on"  # q_proj and v_proj; accelerate's units hold whole layers
 
 
 @pytest.mark.parametrize("mode", ["zero1", "zero2", "zero3"])
 def test_zero(zero: Results, reference: dict[str, Any], mode: str) -> None:
     require_same(zero[mode], reference)
+    assert zero[mode]["whole"]["fused"] == ("off" if mode == "zero3" else "on")  # see test_lora_shards.py

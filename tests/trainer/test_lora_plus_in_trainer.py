@@ -135,6 +135,18 @@ def test_frozen_adapters(tmp_path: Path) -> None:
         make(tmp_path, model=model, config={"lora_plus": "on"})
 
 
+@pytest.mark.parametrize("name", ["default", "missing"])
+def test_nothing_to_train(tmp_path: Path, name: str) -> None:
+    """A clear error in place of torch's "does not require grad"; to evaluate, such a model is as good as any."""
+    model = peft.get_peft_model(tiny_models.build("llama"), lora())
+    model.base_model.set_adapter(name)
+    model.requires_grad_(False)
+    trainer = make(tmp_path, model=model)
+    assert trainer.evaluate()["eval_loss"] > 0
+    with pytest.raises(ValueError, match="nothing to train.*" + ("frozen" if name == "default" else "'missing'")):
+        trainer.train()
+
+
 def test_a_frozen_b(tmp_path: Path) -> None:
     model = peft.get_peft_model(tiny_models.build("llama"), lora())
     for name, parameter in model.named_parameters():

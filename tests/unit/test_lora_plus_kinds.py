@@ -6,6 +6,9 @@ import pytest
 import tiny_models
 from torch import nn
 
+from chronicals_trl import patch_model
+from chronicals_trl._inputs import lora_plus_of_model, require_trainable
+from chronicals_trl.config import ChronicalsConfig
 from chronicals_trl.optim import split_lora_plus_groups
 
 peft = pytest.importorskip("peft")
@@ -104,12 +107,31 @@ def test_adapters_that_are_active(active: list[str]) -> None:
 
 
 def test_an_adapter_name_that_does_not_exist() -> None:
-    """LoRA+ takes what is trainable and asks for no name; PEFT refuses a wrong one before it comes to that."""
+    """LoRA+ takes what is trainable and asks for no name. PEFT's model refuses a wrong one; its tuner does not."""
     model = peft.get_peft_model(tiny_models.build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     before = rates(model)
     with pytest.raises(ValueError, match="missing"):
         model.set_adapter("missing")
     assert rates(model) == before
+    model.base_model.set_adapter("missing")
+    part = lora_plus_of_model(model, ChronicalsConfig())
+    assert part.state == "off" and "no adapter is called 'missing', which is set as" in (part.reason or "")
+    assert "there is 'default'. Choose one with model.set_adapter(name)" in (part.reason or "")
+    with pytest.raises(ValueError, match="no adapter is called 'missing'"):
+        require_trainable(model)
+    assert "no active adapter (missing) is on the layer" in (patch_model(model)["lora"].reason or "")
+    model.set_adapter("default")
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"nothing to train.*: all of its adapters are frozen.*is_trainable=True"):
+        require_trainable(model)
+
+
+def test_a_model_of_which_nothing_is_trained() -> None:
+    model = tiny_models.build("llama").requires_grad_(False)
+    with pytest.raises(ValueError, match=r"nothing to train.*pass peft_config"):
+        require_trainable(model)
+    next(model.parameters()).requires_grad_(True)
+    require_trainable(model)
 
 
 def test_adalora() -> None:

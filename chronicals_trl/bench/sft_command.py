@@ -1,0 +1,156 @@
+"""The arguments of `chronicals-trl bench sft`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from chronicals_trl.bench import report, sft_report, sft_run
+from chronicals_trl.bench.sft import MODES, PROTOCOLS, SHAPES, SIDES
+
+__all__ = ["add_parser", "default_sides", "run"]
+
+STEPS, WARM_UP, REPEATS = 50, 10, 3
+TIMEOUT = 900.0
+LEARNING_RATES = {"full": 1e-4, "lora": 2e-4, "qlora": 2e-4}
+DRY_ROW_TOKENS, DRY_TOKENS_PER_STEP = 256, 512
+
+_DESCRIPTION = """\
+Train the same documents with us and with every peer in turn, each in a process of its own, with its real trainer:
+stock TRL (as it comes, tuned), TRL + Liger with torch's varlen attention, Unsloth (as it comes, packing), and a bare
+torch.compile loop.
+
+Random bf16 weights of one seed; AdamW, constant rate, no weight decay, gradients clipped at 1. Real tokens are counted
+from the batches, alike for all. A side that packs sees other rows of the same documents. A row whose gradient is zero
+or whose loss does not fall as the reference's does is invalid, whoever's it is. A side that fails or hangs is a row
+that says so; what it printed is in bench_sft_..._logs. Without a GPU this is a dry run on the CPU with the shape
+`tiny`, for trying the command: its times mean nothing."""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "sft", help="whole training runs against TRL, Liger, Unsloth and torch.compile", description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--shape", choices=list(SHAPES), help="default qwen2.5-0.5b, and tiny without a GPU")
+    add("--mode", choices=MODES, default="lora", help="all weights, adapters of rank 32, or those on 4-bit weights")
+    add("--protocol", choices=list(PROTOCOLS), default="packed", help="packed rows, or the paper's short padded texts")
+    add("--sides", nargs="+", metavar="SIDE", choices=list(SIDES), help=f"of {' '.join(SIDES)}; default by protocol")
+    add("--row-tokens", type=_positive, metavar="N", help="longest row; default 2048 packed, 512 short")
+    add("--tokens-per-step", type=_positive, default=16_384, metavar="N", help="packed: a multiple of --row-tokens")
+    add("--documents-per-step", type=_positive, metavar="N", help="short: default 16, or 2 with adapters")
+    add("--gradient-checkpointing", choices=("on", "off", "default"), default="off",
+        help="the same for all, or as each framework comes")  # fmt: skip
+    add("--steps", type=_positive, default=STEPS, metavar="N", help=f"of a timed window; default {STEPS}")
+    add("--warmup-steps", type=_positive, default=WARM_UP, metavar="N", help=f"not timed; default {WARM_UP}")
+    add("--repeats", type=_positive, default=REPEATS, metavar="N", help=f"timed windows; default {REPEATS}")
+    add("--fresh-processes", action="store_true", help="each repeat in a process of its own, interleaved")
+    add("--learning-rate", type=float, metavar="X", help="default 1e-4, or 2e-4 with adapters")
+    add("--seed", type=int, default=0, metavar="N", help="of weights, documents and trainers")
+    add("--timeout", type=float, default=TIMEOUT, metavar="S", help=f"seconds for one process; default {TIMEOUT:g}")
+    add("--python", action="append", type=_pair, default=[], metavar="SIDE=PATH",
+        help="interpreter of a side; `unsloth=...` holds for unsloth-packing too")  # fmt: skip
+    add("--pythonpath", action="append", type=_pair, default=[], metavar="SIDE=DIR",
+        help="folder put first on the path of a side")  # fmt: skip
+    add("--chronicals-config", type=_json, default={}, metavar="JSON",
+        help="of our sides, as in a script; LoRA+ is off unless named here, so that all train alike")  # fmt: skip
+    add("--models", type=Path, metavar="DIR", help="keep the model's folder here for the next run")
+    add("--output", type=Path, metavar="DIR", help="folder for the files; default docs/results if it exists, else .")
+    return parser
+
+
+def default_sides(protocol: str) -> list[str]:
+    """In the short protocol our strict row and one that packs; in the packed one they would be the same."""
+    left_out = {"packed": ("chronicals-packing", "trl", "unsloth"), "short": ("trl-tuned", "torch-compile")}[protocol]
+    return [side for side in SIDES if side not in left_out]
+
+
+def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Returns the exit code: 1 when one of our own sides failed or was invalid."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    shape = options.shape or ("qwen2.5-0.5b" if cuda else "tiny")
+    dry = not cuda and shape == "tiny"
+    protocol = PROTOCOLS[options.protocol]
+    row_tokens = options.row_tokens or (DRY_ROW_TOKENS if dry else protocol.row_tokens)
+    tokens = DRY_TOKENS_PER_STEP if dry and options.row_tokens is None else options.tokens_per_step
+    if protocol.packs and tokens % row_tokens:
+        parser.error(f"--tokens-per-step {tokens} is no multiple of --row-tokens {row_tokens}")
+    if row_tokens < 2:
+        parser.error(f"--row-tokens must be at least 2, not {row_tokens}")
+    rate = LEARNING_RATES[options.mode] if options.learning_rate is None else options.learning_rate
+    if not rate > 0:
+        parser.error(f"--learning-rate must be above 0, not {rate}")
+    for name, _ in [*options.python, *options.pythonpath]:
+        if name not in {*SIDES, *(side.split("-")[0] for side in SIDES)}:
+            parser.error(f"unknown side {name!r}; there are: {', '.join(SIDES)}")
+    folder = options.output or (Path("docs/results") if Path("docs/results").is_dir() else Path())
+    folder.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name(0) if cuda else None
+    checkpointing = {"on": "_ckpt", "off": "", "default": "_default"}[options.gradient_checkpointing]
+    case = f"sft_{shape}_{options.mode}_{options.protocol}{row_tokens}{checkpointing}".replace(".", "").replace(
+        "-", ""
+    )
+    path = folder / report.file_stem(gpu, case)
+    if not cuda:
+        print(f"{report.DRY_RUN}. {shape}, {tokens} tokens.")
+    result = sft_run.run(
+        sft_run.Settings(
+            sides=list(dict.fromkeys(options.sides or default_sides(options.protocol))),
+            mode=options.mode,
+            shape=shape,
+            protocol=options.protocol,
+            checkpointing=options.gradient_checkpointing,
+            row_tokens=row_tokens,
+            tokens_per_step=tokens,
+            documents_per_step=options.documents_per_step or (16 if options.mode == "full" else 2),
+            warm_up=options.warmup_steps,
+            steps=options.steps,
+            repeats=options.repeats,
+            fresh=options.fresh_processes,
+            learning_rate=rate,
+            seed=options.seed,
+            timeout=options.timeout,
+            models=options.models,
+            logs=folder / f"{path.name}_logs",
+            python=dict(options.python),
+            pythonpath=dict(options.pythonpath),
+            chronicals={"lora_plus": "off", **options.chronicals_config},
+            keep=lambda so_far: report.write_json(so_far, path.with_suffix(".json")),
+        ),
+        say=lambda line: print(line, flush=True),
+    )
+    report.write_json(result, path.with_suffix(".json"))
+    sft_report.print_tables(result)
+    without_plot = sft_report.write_plot(result, path.with_suffix(".png"))
+    print(f"{path.with_suffix('.json')}; {without_plot or path.with_suffix('.png')}; {result['seconds']} s in all")
+    wrong = ("failed", "invalid", "not run")
+    return int(any(row["side"].startswith("chronicals") and row["status"] in wrong for row in result["rows"]))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _pair(text: str) -> tuple[str, str]:
+    side, equals, value = text.partition("=")
+    if not (side and equals and value):
+        raise argparse.ArgumentTypeError(f"must be SIDE=PATH, not {text!r}")
+    return side, value
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, not {text}")
+    return value

@@ -1,0 +1,156 @@
+"""Whether a row of `bench sft` is a training at all, and the targets that ours is held to.
+
+A row is invalid, whoever's it is, if
+    a gradient norm or a loss in its logs is missing, not finite, or (the norm) zero;
+    its first logged loss is not within START of the reference's;
+    its loss falls by less than FALL_LEAST or more than FALL_MOST of what the reference's falls by.
+The fall is the first logged loss less the median of the last three. The reference is the first of REFERENCES in the
+run that passes the first rule and whose loss falls by at least LEARNS of where it began. Losses of two sides are of
+the same documents in other rows and orders, so they do not agree closely; what does not train, trains another thing,
+or looks at its answers is far outside these bounds. Without a reference a row's own loss has to fall by LEARNS.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from chronicals_trl.bench.verdict import NOISE, Judged, conclude
+
+if TYPE_CHECKING:
+    from chronicals_trl.bench.sft_run import Settings
+
+__all__ = ["REFERENCES", "fall", "judge", "judge_validity"]
+
+REFERENCES = ("trl-liger", "trl-tuned", "trl", "torch-compile")
+START = 0.1
+FALL_LEAST, FALL_MOST = 0.6, 1.6
+LEARNS = 0.01
+
+Logs = Sequence[dict[str, Any]]
+
+
+def fall(logs: Logs) -> float:
+    """By how much the loss fell."""
+    losses = [log["loss"] for log in logs]
+    return float(losses[0] - statistics.median(losses[-3:]))
+
+
+def judge_validity(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Set `status` to "invalid", with the reason, in the rows that are; returns the reference and the rule."""
+    trained = [row for row in rows if row["status"] == "ok"]
+    broken = {
+        row["side"]: next(filter(None, (broken_logs(run["logs"]) for run in row["runs"])), None) for row in trained
+    }
+    by_side = {row["side"]: row for row in trained if broken[row["side"]] is None}
+    reference = next(
+        (side for side in REFERENCES if side in by_side and _learns(by_side[side]["runs"][0]["logs"])), None
+    )
+    for row in trained:
+        reason = broken[row["side"]]
+        for run in row["runs"]:
+            if reason is None:
+                reason = (
+                    off_reference(run["logs"], by_side[reference]["runs"][0]["logs"], reference)
+                    if reference is not None
+                    else None if _learns(run["logs"]) else f"the loss falls by less than {LEARNS:.0%}"
+                )  # fmt: skip
+        if reason is not None:
+            row["status"], row["reason"] = "invalid", reason
+    return {
+        "reference": reference,
+        "first_loss_within": START,
+        "fall_at_least": FALL_LEAST,
+        "fall_at_most": FALL_MOST,
+        "reference_has_to_fall_by": LEARNS,
+    }
+
+
+def broken_logs(logs: Logs) -> str | None:
+    """What no training has, or None."""
+    if not logs:
+        return "no loss was logged"
+    for log in logs:
+        for key in ("loss", "grad_norm"):
+            value = log.get(key)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                return f"{key} is {value} at step {log['step']}"
+        if log["grad_norm"] <= 0:
+            return f"grad_norm is {log['grad_norm']:g} at step {log['step']}"
+    return None
+
+
+def off_reference(logs: Logs, reference: Logs, name: str) -> str | None:
+    """How these losses differ from the reference's, or None."""
+    first, of_reference = logs[0]["loss"], reference[0]["loss"]
+    if abs(first - of_reference) > START * abs(of_reference):
+        return f"the loss begins at {first:.3f}, {name}'s at {of_reference:.3f}"
+    share = fall(logs) / fall(reference)
+    if not FALL_LEAST <= share <= FALL_MOST:
+        return f"the loss falls by {fall(logs):.3f}, {name}'s by {fall(reference):.3f}"
+    return None
+
+
+def _learns(logs: Logs) -> bool:
+    return fall(logs) >= LEARNS * abs(logs[0]["loss"])
+
+
+#: (shape, mode, protocol, least gain over a side), where the run's settings are those that the target is for.
+TARGETS = (
+    ("qwen2.5-0.5b", "full", "packed", "trl-liger", 1.5),
+    ("qwen2.5-0.5b", "full", "packed", "unsloth-packing", 1.8),
+    ("qwen2.5-0.5b", "lora", "packed", "trl-liger", 2.4),
+    ("qwen2.5-0.5b", "lora", "packed", "unsloth-packing", 7.0),
+    ("qwen2.5-0.5b", "full", "short", "unsloth", 3.51),
+    ("qwen2.5-0.5b", "lora", "short", "unsloth", 4.10),
+    ("qwen2.5-7b", "qlora", "packed", "unsloth-packing", 1.2),
+)
+
+
+def judge(settings: Settings, rows: Sequence[dict[str, Any]]) -> list[Judged]:
+    """The targets that this run's shape, mode and protocol have, and no more memory than the tuned peer."""
+    table = {row["side"]: row for row in rows}
+    run = (settings.shape, settings.mode, settings.protocol)
+    judged = [
+        _ratio(f"{least:g}x {peer}", table, peer, "tokens_per_second", at_least=least)
+        for *of, peer, least in TARGETS
+        if tuple(of) == run
+    ]
+    if settings.shape == "qwen2.5-7b" and settings.mode == "lora" and settings.protocol == "packed":
+        least = 1.2 if settings.checkpointing == "on" else 1.6
+        judged += [
+            _ratio(f"{least:g}x {peer}", table, peer, "tokens_per_second", at_least=least)
+            for peer in ("trl-liger", "unsloth-packing")
+        ]
+    if settings.checkpointing != "default":
+        judged.append(
+            _ratio("peak memory: no more than trl-liger", table, "trl-liger", "peak_memory_gib", at_most=1 + NOISE)
+        )
+    return judged
+
+
+def _ratio(
+    text: str,
+    table: dict[str, dict[str, Any]],
+    peer: str,
+    key: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Judged:
+    figures: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    values = []
+    for side in ("chronicals", peer):
+        row = table.get(side)
+        if row is None or row["status"] != "ok" or row[key] is None:
+            missing[side] = "not in this run" if row is None else f"{row['status']} ({row['reason']})"
+        else:
+            values.append(row[key])
+    if not missing:
+        figures[peer] = values[0] / values[1]
+    ours = table.get("chronicals")
+    broken = ours is not None and ours["status"] in ("failed", "invalid")
+    return conclude(text, figures, missing, broken, at_least=at_least, at_most=at_most)
