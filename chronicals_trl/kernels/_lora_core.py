@@ -38,6 +38,9 @@ from ._common import autocast_dtype
 from ._shared_linear import column_sums
 from ._wide_products import add_masked_mm_, add_mm_, mm, transposed_mm
 
+# Tokens, and out features, for each in feature, from which on a copy of the weight is small beside the outputs.
+_MANY = 4
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -206,13 +209,15 @@ def input_and_b_gradients(
     A layer whose output nobody used has None in `grads_NO`, and gets None. Without `through_adapters` dx is what goes
     through the base weights alone.
     """
-    d_x = _base_input_gradient(layers, grads_NO) if need_x else None
+    wide = _in_one_pass(layers, grads_NO, adapter_dtype) if need_x and through_adapters else None
+    d_x, gs_NR = wide or (_base_input_gradient(layers, grads_NO) if need_x else None, None)
     d_b: list[Tensor | None] = [None] * len(layers)
     hs_NR = by_layer(layers, [k.h_NR for k in kept])
     for i, (layer, grad_NO, h_NR) in enumerate(zip(layers, grads_NO, hs_NR, strict=True)):
         if need_b[i] and grad_NO is not None and h_NR is not None:
             d_b[i] = transposed_mm(grad_NO, h_NR, layer.scale).to(layer.b.dtype)  # type: ignore[union-attr]
-    gs_NR = _output_gradients(layers, grads_NO, kept, adapter_dtype)
+    if gs_NR is None:
+        gs_NR = _output_gradients(layers, grads_NO, kept, adapter_dtype)
     if d_x is not None and through_adapters:
         _add_input_gradients_(d_x, layers, kept, gs_NR, grads_NO, adapter_dtype)
     return d_x, d_b, gs_NR
@@ -227,6 +232,39 @@ def _base_input_gradient(layers: Sequence[LoraOperands], grads_NO: Sequence[Tens
             d_x = grad_NO @ weight_OI if d_x is None else d_x.addmm_(grad_NO, weight_OI)
             del weight_OI
     return d_x
+
+
+def _in_one_pass(
+    layers: Sequence[LoraOperands], grads_NO: Sequence[Tensor | None], adapter_dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]] | None:
+    """Base input gradient and g from one reading of each dy, dy [W B]; None where that would cost more than it spares.
+
+    Each W is copied for it, so there have to be many more tokens than W has columns; and the outputs have to be wide
+    for the reading to count (gate and up). dx is a view into rows that are R longer.
+    """
+    grads = [grad for grad in grads_NO if grad is not None and grad.dtype == adapter_dtype]
+    members = list(range(len(layers)))
+    if len(grads) < len(layers) or input_sets(layers) != [members] or layers[0].dropout:
+        return None
+    ranks, width = _ranks(layers, members), layers[0].a.shape[1]  # type: ignore[union-attr]
+    pays = min(grads[0].shape[0], sum(map(out_features, layers))) >= _MANY * width
+    if not pays or (width + sum(ranks)) % 8:  # rows that the GEMMs cannot read 16 bytes at a time
+        return None
+    joint: Tensor | None = None
+    for i, (grad_NO, layer) in enumerate(zip(grads, layers, strict=True)):
+        weight_OI = _weight(layer, adapter_dtype)
+        columns = [weight_OI.new_zeros(weight_OI.shape[0], rank) for rank in ranks]
+        columns[i] = b_matrix(layer, adapter_dtype)
+        right = torch.cat([weight_OI, *columns], 1)
+        joint = grad_NO @ right if joint is None else joint.addmm_(grad_NO, right)
+    assert joint is not None
+    scales = [layer.scale for layer in layers]
+    g_NR = joint[:, width:]
+    if len(set(scales)) == 1:
+        g_NR = g_NR * scales[0]
+    else:
+        g_NR = torch.cat([g * scale for g, scale in zip(g_NR.split(ranks, 1), scales, strict=True)], 1)
+    return joint[:, :width], [g_NR]
 
 
 def _output_gradients(

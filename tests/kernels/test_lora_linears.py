@@ -7,7 +7,7 @@ import torch
 from kernels.test_lora_linear import _Allocations, assert_as_good_as_eager
 from torch.utils.checkpoint import checkpoint
 
-from chronicals_trl.kernels import LoraOperands, _wide_products, lora_linear_reference, lora_linears
+from chronicals_trl.kernels import LoraOperands, _lora_core, _wide_products, lora_linear_reference, lora_linears
 
 SCALES = (0.7, 1.3, 0.45)
 
@@ -101,6 +101,28 @@ def test_exact_in_fp64(ranks, lead, width, bias, dropout):
     (ours, our_state), (theirs, state) = run(lora_linears, x, layers), run(reference, x, layers)
     assert_same(ours, theirs)
     assert torch.equal(our_state, state)  # as much was drawn
+
+
+@pytest.mark.parametrize("scales", [(1.5, 1.5), (2.0, 0.3)], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "lead", "outs", "taken"),
+    [
+        ((4, 3), (4, 10), (30, 25), True),
+        ((4, 0), (36,), (36,) * 2, False),  # rows of 13
+        ((7,), (41,), (40,), True),
+        ((4, 3), (35,), (40,) * 2, False),  # too few tokens
+        ((4, 3), (40,), (10,) * 2, False),  # narrow outputs
+    ],
+    ids=str,
+)
+def test_both_products_with_a_gradient_from_one_reading_of_it(monkeypatch, ranks, lead, outs, taken, scales):
+    x, layers = make(ranks, lead, 9, outs)
+    layers = [layer._replace(scale=scale) for layer, scale in zip(layers, scales, strict=False)]
+    results = []
+    original = _lora_core._in_one_pass
+    monkeypatch.setattr(_lora_core, "_in_one_pass", lambda *a: results.append(original(*a)) or results[-1])
+    assert_same(run(lora_linears, x, layers)[0], run(reference, x, layers)[0])
+    assert [result is not None for result in results] == [taken]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
