@@ -45,12 +45,13 @@ class LayerState:
         self._generation += 1
         self.modules = list({id(m): m for layer in self._layers for m in layer.modules()}.values())
         self._dicts = [m.__dict__ for m in self.modules]
-        self._children = [m._modules for m in self.modules]
-        self._own_parameters = [m._parameters for m in self.modules]
-        self._own_buffers = [m._buffers for m in self.modules]
+        own: list[dict[str, Any]] = [t for m in self.modules for t in (m._modules, m._parameters, m._buffers)]
+        # What is empty is looked at for its length alone.
+        self._sized, self._filled = [*self._dicts, *own], [table for table in own if table]
         self._hooks = [getattr(m, name) for m in self.modules for name in _HOOKS]
-        self.parameters: list[nn.Parameter] = _distinct(chain.from_iterable(d.values() for d in self._own_parameters))
-        self.tensors: list[Tensor] = _distinct(chain(self.parameters, *(d.values() for d in self._own_buffers)))
+        self.parameters: list[nn.Parameter] = _distinct(chain(*(m._parameters.values() for m in self.modules)))
+        buffers = chain(*(m._buffers.values() for m in self.modules))
+        self.tensors: list[Tensor] = _distinct([*self.parameters, *buffers])
         self._settings: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
         self._containers: list[tuple[dict[str, Any], str]] = []
         for d in self._dicts:
@@ -61,14 +62,9 @@ class LayerState:
         self._configs = _distinct(d.get("config") for d in self._dicts)
         self._structure = self._look_at_structure()
 
-    def _look_at_structure(self) -> tuple[Any, ...]:
-        return (
-            list(map(len, self._dicts)),
-            *(
-                list(map(id, chain.from_iterable(map(dict.values, dicts))))
-                for dicts in (self._children, self._own_parameters, self._own_buffers)
-            ),
-        )
+    def _look_at_structure(self) -> tuple[list[int], list[int]]:
+        values = chain.from_iterable(map(dict.values, self._filled))
+        return list(map(len, self._sized)), list(map(id, values))
 
     def read(self) -> tuple[Any, ...]:
         """The state as a tuple; two passes with equal ones launch the same kernels, given the same kind of call."""

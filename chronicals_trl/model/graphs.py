@@ -174,6 +174,10 @@ class GraphedStack:
 
     def release(self) -> None:
         """Let go of the graphs and their memory; each is captured again when a pass of its kind comes."""
+        if any(kind.captured is not None for kind in self._kinds.values()):
+            self._drop()
+
+    def _drop(self) -> None:
         for kind in self._kinds.values():
             kind.captured = None
         if self._recorder is not None:
@@ -199,7 +203,7 @@ class GraphedStack:
     def _give_up(self, reason: str) -> None:
         self.reason = self.obstacle = reason
         self._pass = None
-        self.release()
+        self._drop()
         self._kinds.clear()
 
     # -- a pass ------------------------------------------------------------------------------------------------------
