@@ -212,7 +212,12 @@ def _what_would_be_on(model: str) -> Any:
         structure = AutoModelForCausalLM.from_config(config)
     report = patch_model(structure, settings)
     # These depend on what a run is given, and say nothing about the model.
-    for name, needs in {"packing": "packing=True", "lora": "a LoRA adapter", "lora_plus": "a LoRA adapter"}.items():
+    for name, needs in {
+        "packing": "packing=True",
+        "lora": "a LoRA adapter",
+        "lora_plus": "a LoRA adapter",
+        "cuda_graphs": "packing=True and a GPU",
+    }.items():
         if getattr(settings, name) != "off":
             report.set(PartReport(name, "off", reason=f"not looked at: it takes {needs}, in a run"))
     return report

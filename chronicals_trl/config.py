@@ -20,7 +20,7 @@ from trl.trainer.sft_config import SFTConfig as TrlSFTConfig
 from chronicals_trl._environment import ENV_FLAG, ENV_PREFIX, check_environment
 from chronicals_trl._versions import check_floors
 
-PARTS = ("rms_norm", "gated_mlp", "qk_rope", "attention", "head", "packing", "lora", "lora_plus")
+PARTS = ("rms_norm", "gated_mlp", "qk_rope", "attention", "head", "packing", "lora", "lora_plus", "cuda_graphs")
 PART_STATES = ("auto", "on", "off")
 ATTENTION_BACKENDS = ("auto", "flash_attn_4", "varlen", "flash_attn_3", "flash_attn_2", "sdpa")
 
@@ -106,8 +106,8 @@ class ChronicalsConfig:
     """The settings of chronicals-trl; `chronicals_config` on the arguments holds the ones that the user gave.
 
     Args:
-        rms_norm, gated_mlp, qk_rope, attention, head, packing, lora, lora_plus: "auto" (on where it fits), "on"
-            (leaving it out is an error) or "off". Booleans are taken as "on" and "off".
+        rms_norm, gated_mlp, qk_rope, attention, head, packing, lora, lora_plus, cuda_graphs: "auto" (on where it
+            fits), "on" (leaving it out is an error) or "off". Booleans are taken as "on" and "off".
         strict: Every part that is left out of its own accord is an error.
         recompute_mlp: MLPs keep gate and up alone and compute their product again in the backward pass: less memory,
             slightly slower.
@@ -134,6 +134,7 @@ class ChronicalsConfig:
     packing: str = "auto"
     lora: str = "auto"
     lora_plus: str = "auto"
+    cuda_graphs: str = "auto"
     strict: bool = False
     recompute_mlp: bool = False
     attention_backend: str = "auto"
@@ -175,7 +176,7 @@ class ChronicalsConfig:
 
 def without_trainer_parts(config: ChronicalsConfig) -> ChronicalsConfig:
     """`config` for `patch_model`, which cannot tell whether the parts that its caller sets afterwards will be on."""
-    return dataclasses.replace(config, packing="auto", lora_plus="auto")
+    return dataclasses.replace(config, packing="auto", lora_plus="auto", cuda_graphs="auto")
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(ChronicalsConfig))

@@ -97,6 +97,7 @@ class ChronicalsPlugin:
         assert isinstance(config, ChronicalsConfig)
         report = patch_model(model, without_trainer_parts(config))
         report.set(PartReport("packing", "off", reason="a raw loop brings its own batches: see packing.dataset"))
+        report.set(PartReport("cuda_graphs", "off", reason="in SFTTrainer's training steps alone"))
         try:
             report.set(self._split(model, optimizers, config, accelerator))
             report.raise_for_omissions(config)

@@ -1,0 +1,207 @@
+"""One forward and one backward pass as two CUDA graphs, over static tensors.
+
+A graph is launched by one call, whatever the number of kernels in it; the kernels read and write the addresses that
+they had when they were captured. All graphs of a stack share one memory pool: what a forward pass keeps for its
+backward pass is dead once that has run, so the next graph may use the same memory. That holds as long as no other
+forward pass is replayed between the two, which is for the caller (`model.graphs`) to see to.
+
+Random numbers: torch registers the device's default generator with a capture, and each replay takes its numbers from
+where the generator then stands and moves it on, as eager code does. So dropout draws a new mask each time, and the
+capture itself, in which nothing runs, draws none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+# Graphs whose capture failed. torch's allocator may go on asking them whether an allocation is theirs.
+_FAILED: list[Any] = []
+
+
+class Recorder(Protocol):
+    """What records work for replay; on CUDA by `CudaRecorder`, in the tests by one that runs the work again."""
+
+    def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """The replay of `work`, and its result, whose tensors hold values only once it has been replayed."""
+
+    def short_of_memory(self) -> bool:
+        """Whether an eager pass beside the recorded ones may not have the memory that it needs."""
+
+    def release(self) -> None:
+        """Give back the memory of replays that are gone."""
+
+
+class CudaRecorder:
+    """Captures on a stream of its own, into a memory pool of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+        self._pool_bytes = 0
+
+    def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        # A handle of an earlier pool that has been given back is not valid any more.
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.device(self._device):
+            before = torch.cuda.current_stream()
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            drawn = generator.clone_state()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            reserved = torch.cuda.memory_reserved()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # "thread_local": the threads that pin memory or watch over NCCL go on meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    result = work()
+            except BaseException:
+                self._recover(graph, before)
+                generator.graphsafe_set_state(drawn)
+                raise
+            self._pool_bytes += torch.cuda.memory_reserved() - reserved
+        return graph.replay, result
+
+    def _recover(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+        """Undo what a capture that was broken off leaves behind; torch does so only for one that ends well."""
+        _FAILED.append(graph)
+        torch.cuda.set_stream(stream)
+        device = torch.cuda.current_device()
+        # After an invalid operation ending the capture is an error too, which leaves the allocator serving the pool.
+        with contextlib.suppress(RuntimeError):  # it has ended well: there was an error of Python's alone
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+            torch._C._cuda_releasePool(device, self._pool)
+        graph.reset()
+        self._stream = torch.cuda.Stream(self._device)  # the old one may still count as capturing
+        torch.cuda.synchronize()
+
+    def short_of_memory(self) -> bool:
+        free, _ = torch.cuda.mem_get_info(self._device)
+        statistics = torch.cuda.memory_stats(self._device)
+        reserved = statistics["reserved_bytes.all.current"]
+        cached = reserved - statistics["allocated_bytes.all.current"] - self._pool_bytes
+        # What the pool holds is what a pass of this size keeps.
+        return free + max(cached, 0) < self._pool_bytes
+
+    def release(self) -> None:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        self._pool, self._pool_bytes = None, 0
+
+
+class Captured:
+    """The pass that `run` makes, recorded; of the tensors of each pass its shapes alone are kept.
+
+    Args:
+        run: from tensors like `inputs` to the output, through `owners`' parameters.
+        inputs: distinct tensors, of which the first alone may require a gradient.
+        owners: the modules that hold `parameters`.
+        parameters: what is trained, in the order of `parameter_gradients`.
+        sibling: another pass through the same parameters, whose gradients' memory this one uses too.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        run: Callable[[Sequence[Tensor]], Tensor],
+        inputs: Sequence[Tensor],
+        owners: Sequence[nn.Module],
+        parameters: Sequence[nn.Parameter],
+        sibling: Captured | None = None,
+    ) -> None:
+        device_type = inputs[0].device.type
+        self.inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
+        # Stand-ins on the same memory: a parameter of the model's own may have hooks, which would be captured too, and
+        # DDP holds on to its accumulator, which belongs to another stream than the one that captures.
+        leaves = {id(p): nn.Parameter(p.detach()) for p in parameters}
+        wanted = [*self.inputs[:1], *leaves.values()] if inputs[0].requires_grad else list(leaves.values())
+        traced: list[Tensor] = []
+
+        def forward() -> Tensor:
+            # Casts that autocast has cached would be those of this step in every replay.
+            with torch.enable_grad(), _in_place_of(owners, leaves), _autocast_uncached(device_type):
+                traced[:] = [run(self.inputs)]
+            return traced[0].detach()
+
+        def backward() -> list[Tensor | None]:
+            # Popped: what the forward pass has kept is freed as the backward pass goes on.
+            with torch.autocast(device_type, enabled=False):
+                found = torch.autograd.grad(traced.pop(), wanted, self.grad_output, allow_unused=True)
+            gradients: list[Tensor | None] = list(found) if inputs[0].requires_grad else [None, *found]
+            shared = None if sibling is None else sibling.parameter_gradients
+            if shared is None or [g is None for g in shared] != [g is None for g in gradients[1:]]:
+                return gradients
+            pairs = [(s, g) for s, g in zip(shared, gradients[1:], strict=True) if s is not None and g is not None]
+            torch._foreach_copy_([s for s, _ in pairs], [g for _, g in pairs])
+            return [gradients[0], *shared]
+
+        self._replay_forward, self.output = recorder.record(forward)
+        self.grad_output = torch.empty_like(self.output)
+        self._replay_backward, gradients = recorder.record(backward)
+        self.grad_hidden, self.parameter_gradients = gradients[0], gradients[1:]
+
+    @torch.no_grad()
+    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The output for `tensors`, as memory of its own: the caller may keep it, or write into it."""
+        for static, given in zip(self.inputs, tensors, strict=True):
+            static.copy_(given, non_blocking=True)
+        self._replay_forward()
+        return self.output.clone()
+
+    @torch.no_grad()
+    def backward(self, grad_output: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of the hidden states and of the parameters, as memory of their own.
+
+        `.grad` becomes the very tensor that autograd is given: the static one would be overwritten by the next
+        micro-batch, and then added to itself.
+        """
+        self.grad_output.copy_(grad_output)
+        self._replay_backward()
+        hidden = None if self.grad_hidden is None else self.grad_hidden.clone()
+        return hidden, _copies(self.parameter_gradients)
+
+
+def _copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Copies in as few launches as there are dtypes."""
+    copies: list[Tensor | None] = [None] * len(tensors)
+    by_dtype: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor is not None:
+            by_dtype.setdefault(tensor.dtype, []).append((place, tensor))
+    for placed in by_dtype.values():
+        # Multiplied by 1, which is exact, NaN and -0 included: there is no foreach copy into new memory in torch 2.11.
+        made = torch._foreach_mul([tensor for _, tensor in placed], 1.0)
+        for (place, _), copy in zip(placed, made, strict=True):
+            copies[place] = copy
+    return copies
+
+
+@contextlib.contextmanager
+def _in_place_of(owners: Sequence[nn.Module], leaves: dict[int, nn.Parameter]) -> Iterator[None]:
+    """The modules' parameters replaced by the leaves of their ids, for as long as this is open."""
+    places = [
+        (module._parameters, name, parameter)
+        for module in owners
+        for name, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in leaves
+    ]
+    try:
+        for parameters, name, parameter in places:
+            parameters[name] = leaves[id(parameter)]
+        yield
+    finally:
+        for parameters, name, parameter in places:
+            parameters[name] = parameter
+
+
+def _autocast_uncached(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), cache_enabled=False)

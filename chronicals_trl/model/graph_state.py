@@ -1,0 +1,216 @@
+"""What a captured graph takes for granted: how the layers are set up, and what kind of call they get.
+
+A graph replays kernels with the addresses and the numbers that they were launched with. Whatever Python decided while
+they were launched has to be the same when they are replayed: `LayerState` looks at the layers, `read_call` at what
+they are given, `surroundings` at the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from chronicals_trl.model.match import own_forward
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)  # not DTensor, not a subclass whose kernels may differ
+_SCALARS = (bool, int, float, str, type(None))
+_VALUES = (*_SCALARS, torch.dtype, torch.device, torch.layout)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Of PEFT's layers: containers that are changed in place.
+_CONTAINERS = ("scaling", "merged_adapters", "_active_adapter")
+# Of PEFT's layers too: settings whose names begin with an underscore, as torch's own bookkeeping does.
+_PRIVATE_SETTINGS = ("_disable_adapters", "_active_adapter")
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class LayerState:
+    """The settings, hooks and parameters of some layers and of all that is in them, to be compared from pass to pass.
+
+    What to look at is listed once and again only when the structure has changed (modules, parameters, attributes come
+    or gone), so that a look at some thousand modules takes about a millisecond.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        self._generation = 0
+        self._list()
+
+    def _list(self) -> None:
+        self._generation += 1
+        self.modules = list({id(m): m for layer in self._layers for m in layer.modules()}.values())
+        self._dicts = [m.__dict__ for m in self.modules]
+        own: list[dict[str, Any]] = [t for m in self.modules for t in (m._modules, m._parameters, m._buffers)]
+        # What is empty is looked at for its length alone.
+        self._sized, self._filled = [*self._dicts, *own], [table for table in own if table]
+        self._hooks = [getattr(m, name) for m in self.modules for name in _HOOKS]
+        self.parameters: list[nn.Parameter] = _distinct(chain(*(m._parameters.values() for m in self.modules)))
+        buffers = chain(*(m._buffers.values() for m in self.modules))
+        self.tensors: list[Tensor] = _distinct([*self.parameters, *buffers])
+        self._settings: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
+        self._containers: list[tuple[dict[str, Any], str]] = []
+        for d in self._dicts:
+            names = [n for n in d if (n[:1] != "_" or n in _PRIVATE_SETTINGS) and isinstance(d[n], _SCALARS)]
+            if names:
+                self._settings.append((itemgetter(*names), d))
+            self._containers += [(d, n) for n in _CONTAINERS if n in d]
+        self._configs = _distinct(d.get("config") for d in self._dicts)
+        self._structure = self._look_at_structure()
+
+    def _look_at_structure(self) -> tuple[list[int], list[int]]:
+        values = chain.from_iterable(map(dict.values, self._filled))
+        return list(map(len, self._sized)), list(map(id, values))
+
+    def read(self) -> tuple[Any, ...]:
+        """The state as a tuple; two passes with equal ones launch the same kernels, given the same kind of call."""
+        if self._look_at_structure() != self._structure:
+            self._list()
+        return (
+            self._generation,
+            [d.get("forward") for d in self._dicts],
+            [read(d) for read, d in self._settings],
+            [_copied(d[name]) for d, name in self._containers],
+            any(self._hooks),
+            list(map(Tensor.data_ptr, self.tensors)),
+            list(map(attrgetter("requires_grad", "dtype"), self.tensors)),
+            [getattr(config, "_attn_implementation", None) for config in self._configs],
+        )
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters if p.requires_grad]
+
+    def obstacle(self, device: torch.device) -> str | None:
+        """Why layers in this state cannot be captured on `device`; None if nothing is known against it."""
+        if any(self._hooks):
+            return "there are hooks on modules of the layers, which a replay would pass over"
+        if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in self._layers):
+            return "gradient checkpointing is on"
+        for module in self.modules:
+            if "forward" in module.__dict__ and not own_forward(module):
+                return f"{type(module).__name__} has the forward of another library"
+        # bitsandbytes' Params4bit is a subclass whose address and size are those of its storage.
+        if any(p.requires_grad and type(p) not in _PLAIN_TENSORS for p in self.parameters):
+            return "a parameter that is trained is a tensor of a kind of its own (sharded?)"
+        if any(tensor.device != device for tensor in self.tensors):
+            return f"not all parameters of the layers are on {device}"
+        return None if self.trainable() else "nothing in the layers is trained"
+
+
+def _distinct(values: Any) -> list[Any]:
+    return list({id(value): value for value in values if value is not None}.values())
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(value.items())
+    return tuple(value) if isinstance(value, list) else value
+
+
+# -- a call ----------------------------------------------------------------------------------------------------------
+
+
+class Unreadable(Exception):
+    """A call with something in it whose value a graph cannot take; the message says what."""
+
+
+class Reading(NamedTuple):
+    """A pass's inputs: their kind, which is what has to be the same, and the tensors, which may hold other values."""
+
+    key: tuple[Any, ...]
+    tensors: list[Tensor]  # distinct ones, the hidden states first
+
+
+def read_call(hidden: Any, calls: Sequence[Call]) -> Reading:
+    """What is given to the layers: `hidden` to the first of them, and the rest of each one's arguments.
+
+    Raises:
+        Unreadable: an argument is neither a tensor on the device of `hidden` nor a plain value, or one of the others
+            is to be differentiated.
+    """
+    tensors: list[Tensor] = []
+    numbers: dict[int, int] = {}
+    groups: list[Call] = []  # layers of a kind get the same objects
+    pattern: list[int] = []
+    keys: list[Any] = [_kind(hidden, tensors, numbers)]
+    if not tensors:
+        raise Unreadable(f"the hidden states are a {type(hidden).__name__}")
+    for call in calls:
+        number = next((i for i, group in enumerate(groups) if _same_objects(group, call)), len(groups))
+        if number == len(groups):
+            groups.append(call)
+            keys.append(_kind(call, tensors, numbers))
+        pattern.append(number)
+    for tensor in tensors[1:]:
+        if tensor.requires_grad:
+            raise Unreadable("the layers are given a second tensor to be differentiated")
+        if tensor.device != tensors[0].device:
+            raise Unreadable(f"the layers are given a tensor on {tensor.device}")
+    shapes = tuple((t.shape, t.dtype, t.stride(), t.device, t.requires_grad) for t in tensors)
+    return Reading((tuple(pattern), tuple(keys), shapes), tensors)
+
+
+def _same_objects(one: Call, other: Call) -> bool:
+    return (
+        len(one[0]) == len(other[0])
+        and one[1].keys() == other[1].keys()
+        and all(a is b for a, b in zip(one[0], other[0], strict=True))
+        and all(value is other[1][name] for name, value in one[1].items())
+    )
+
+
+def _kind(value: Any, tensors: list[Tensor], numbers: dict[int, int]) -> Any:
+    if isinstance(value, Tensor):
+        if type(value) not in _PLAIN_TENSORS:
+            raise Unreadable(f"the layers are given a {type(value).__name__}")
+        if id(value) not in numbers:
+            numbers[id(value)] = len(tensors)
+            tensors.append(value)
+        return Tensor, numbers[id(value)]
+    kind = type(value)
+    if kind in (tuple, list):
+        return kind, tuple(_kind(item, tensors, numbers) for item in value)
+    if kind is dict:
+        return kind, tuple((name, _kind(item, tensors, numbers)) for name, item in value.items())
+    if kind in _VALUES:
+        return kind, value
+    raise Unreadable(f"the layers are given a {kind.__name__}")
+
+
+def exchange(value: Any, replacements: dict[int, Tensor]) -> Any:
+    """`value` with each tensor in it replaced by that of its id."""
+    if isinstance(value, Tensor):
+        return replacements[id(value)]
+    if type(value) in (tuple, list):
+        return type(value)(exchange(item, replacements) for item in value)
+    if type(value) is dict:
+        return {name: exchange(item, replacements) for name, item in value.items()}
+    return value
+
+
+# -- the process -----------------------------------------------------------------------------------------------------
+
+
+def surroundings(device: torch.device) -> tuple[Any, ...]:
+    """Settings of the process that decide which kernels run."""
+    autocast = torch.is_autocast_enabled(device.type)
+    return (
+        torch.get_autocast_dtype(device.type) if autocast else None,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.fp32_precision,
+    )
+
+
+def watched() -> str | None:
+    """Who looks at, or alters, each operation of this pass; None if nobody does."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return "there are hooks on all modules of the process"
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return "hooks on saved tensors are active, as in activation offloading"
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return "a torch dispatch or function mode is active"
+    return None

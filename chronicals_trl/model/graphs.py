@@ -1,0 +1,420 @@
+"""The decoder layers as two CUDA graphs, one forward and one backward, so that the host launches two things a step.
+
+On a fast GPU the layers of a small model finish sooner than Python launches their kernels: the GPU waits for the host.
+Batches of static shapes can be captured: the first passes of a kind run as ever and are looked at (`WARM_UP`), the
+next is captured (`graph_capture.py`), and from then on each layer only notes what it is given and hands its input on,
+until the last one replays all of them. Embedding, rotary tables, final norm, head, loss and optimizer stay eager.
+
+A pass runs eagerly whenever anything that a graph takes for granted is not so (`graph_state.py`): another mode,
+another adapter, a hook; other shapes, until they have been captured too; or the backward pass of a replay is still to
+come, since what it needs would be overwritten.
+
+Each layer gets a forward of its own, as everywhere in this package a `types.MethodType` over a function of the module:
+a copy or a pickle of the model is not part of any stack, and its layers run as before.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import types
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from chronicals_trl.model.decoder import DecoderSpec, materialise
+from chronicals_trl.model.graph_capture import Captured, CudaRecorder, Recorder
+from chronicals_trl.model.graph_state import (
+    Call,
+    LayerState,
+    Reading,
+    Unreadable,
+    exchange,
+    read_call,
+    surroundings,
+    watched,
+)
+from chronicals_trl.model.match import SPEC
+
+__all__ = ["GraphedStack", "decoder_layers"]
+
+logger = logging.getLogger(__name__)
+
+WARM_UP = 3  # eager passes before a capture: kernels are compiled and chosen in the first ones
+MAX_GRAPHS = 4  # cu_seqlens comes in a few lengths
+MAX_STATES = 8  # states of the layers that are remembered
+MAX_KINDS = 64  # kinds of passes that are counted at a time
+MAX_SHORTAGES = 3  # times that the graphs make room for an eager pass, before they do so for good
+
+_PLACE = "_chronicals_graph_place"
+_UNGRAPHED = "_chronicals_ungraphed_forward"
+
+_REMEDY = "Set cuda_graphs='off' in chronicals_config."
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module] | str:
+    """The decoder layers of `model`, all of them patched, or why there is no such list."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    patched = [[isinstance(layer.__dict__.get(SPEC), DecoderSpec) for layer in layers] for layers in lists]
+    found = [layers for layers, flags in zip(lists, patched, strict=True) if any(flags)]
+    if not found:
+        return "the model's decoder layers are not patched (their norms, additions and MLPs are not ours)"
+    if len(found) > 1:
+        return f"the model has {len(found)} stacks of decoder layers"
+    layers = list(found[0])
+    if not all(isinstance(layer.__dict__.get(SPEC), DecoderSpec) for layer in layers):
+        return "some of the model's decoder layers are not patched"
+    return "a decoder layer is in the list twice" if len(set(map(id, layers))) < len(layers) else layers
+
+
+class _Place:
+    """The place of a layer in its stack. Weakly held, and empty in copies and pickles."""
+
+    def __init__(self, stack: GraphedStack | None = None, index: int = -1) -> None:
+        self._stack = None if stack is None else weakref.ref(stack)
+        self.index = index
+
+    def stack(self) -> GraphedStack | None:
+        return None if self._stack is None else self._stack()
+
+    def __reduce__(self) -> tuple[type[_Place], tuple[()]]:
+        return _Place, ()
+
+
+def graphed_forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a layer in a stack."""
+    place: _Place = self.__dict__[_PLACE]
+    stack = place.stack()
+    if stack is None or not stack.active or torch.compiler.is_compiling():
+        return self.__dict__[_UNGRAPHED](hidden_states, *args, **kwargs)
+    return stack.layer_called(place.index, hidden_states, (args, kwargs))
+
+
+graphed_forward.__name__ = "forward"  # a bound method pickles as (instance, name)
+
+
+@dataclass
+class _Kind:
+    """Passes that are alike in all that a graph takes for granted."""
+
+    state: int
+    seen: int = 0
+    key: tuple[Any, ...] | None = None  # of all layers' arguments
+    captured: Captured | None = None
+
+
+@dataclass
+class _Pass:
+    """A pass that is under way: layers run and are looked at, or only note their arguments (`deferred`)."""
+
+    kind: _Kind
+    deferred: bool
+    hidden: Any  # what the first layer was given
+    output: Any  # what the next layer has to be given
+    calls: list[Call] = field(default_factory=list)
+
+
+class _Ticket:
+    """Stands for what a replayed forward pass has kept, until its backward pass has used it or nobody can."""
+
+
+class GraphedStack:
+    """The layers of one model, in order.
+
+    Args:
+        layers: patched decoder layers (`decoder_layers`).
+        recorder: makes the replays; None for CUDA graphs on the layers' device.
+
+    Attributes:
+        reason: why there are no graphs any more, for good.
+        obstacle: why the last pass that could not be replayed or counted towards a capture could not.
+        passes, replays, captures: how many there have been.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], recorder: Recorder | None = None) -> None:
+        self.layers = list(layers)
+        self.reason: str | None = None
+        self.obstacle: str | None = None
+        self.passes = self.replays = self.captures = 0
+        self.active = False
+        self._recorder = recorder
+        self._state = LayerState(self.layers)
+        self._known_states: dict[int, tuple[Any, ...]] = {}
+        self._states = 0
+        self._obstacles: dict[int, str | None] = {}  # by number of the state
+        self._kinds: dict[Any, _Kind] = {}
+        self._pass: _Pass | None = None
+        self._outstanding: weakref.ref[_Ticket] | None = None
+        self._shortages = 0
+
+    # -- on and off --------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        for index, layer in enumerate(self.layers):
+            layer.__dict__[_UNGRAPHED] = layer.forward
+            layer.__dict__[_PLACE] = _Place(self, index)
+            layer.__dict__["forward"] = types.MethodType(graphed_forward, layer)
+
+    def remove(self) -> None:
+        """Give the layers their forwards back, and the memory of the graphs."""
+        for layer in self.layers:
+            previous = layer.__dict__.pop(_UNGRAPHED, None)
+            layer.__dict__.pop(_PLACE, None)
+            # Somebody else's forward, put there since, stays, and so does none (`unpatch_model`).
+            if previous is not None and getattr(layer.__dict__.get("forward"), "__func__", None) is graphed_forward:
+                layer.__dict__["forward"] = previous
+        self.release()
+        self._kinds.clear()
+
+    def release(self) -> None:
+        """Let go of the graphs and their memory; each is captured again when a pass of its kind comes."""
+        if any(kind.captured is not None for kind in self._kinds.values()):
+            self._drop()
+
+    def _drop(self) -> None:
+        for kind in self._kinds.values():
+            kind.captured = None
+        if self._recorder is not None:
+            self._recorder.release()
+
+    @contextmanager
+    def enabled(self) -> Iterator[None]:
+        """While open, passes are recorded, captured and replayed; otherwise layers run as if there were no stack."""
+        self.active = True
+        try:
+            yield
+            self._require_complete()
+        finally:
+            self.active, self._pass = False, None
+
+    def _require_complete(self) -> None:
+        if self._pass is not None and self._pass.deferred:
+            raise RuntimeError(
+                f"The model called {len(self._pass.calls)} of its {len(self.layers)} decoder layers in this pass, and "
+                f"all of them before; its result is wrong. {_REMEDY}"
+            )
+
+    def _give_up(self, reason: str) -> None:
+        self.reason = self.obstacle = reason
+        self._pass = None
+        self._drop()
+        self._kinds.clear()
+
+    # -- a pass ------------------------------------------------------------------------------------------------------
+
+    def layer_called(self, index: int, hidden: Any, call: Call) -> Any:
+        """What layer `index` gives for `hidden` and the other arguments, now or (its input back) with the last one."""
+        if index == 0:
+            self._begin(hidden, call)
+        current = self._pass
+        if current is None:
+            return self._run_layer(index, hidden, call)
+        in_order = index == len(current.calls)
+        if current.deferred:
+            if not in_order or hidden is not current.hidden:
+                raise RuntimeError(
+                    f"Decoder layer {index} is called in another way than in earlier passes (out of order, or the "
+                    f"model changes the hidden states between layers), which cannot be replayed. {_REMEDY}"
+                )
+            current.calls.append(call)
+            return self._finish(current) if index == len(self.layers) - 1 else hidden
+        if not in_order:
+            self._give_up("the model does not call its decoder layers one after the other")
+        elif hidden is not current.output:
+            self._give_up("the model does something with the hidden states between its decoder layers")
+        output = self._run_layer(index, hidden, call)
+        if self._pass is not None:
+            current.calls.append(call)
+            current.output = output
+            if index == len(self.layers) - 1:
+                self._pass = None
+                self._count(current)
+        return output
+
+    def _run_layer(self, index: int, hidden: Any, call: Call) -> Any:
+        args, kwargs = call
+        return self.layers[index].__dict__[_UNGRAPHED](hidden, *args, **kwargs)
+
+    def _run(self, hidden: Any, calls: Sequence[Call]) -> Any:
+        for index, call in enumerate(calls):
+            hidden = self._run_layer(index, hidden, call)
+        return materialise(hidden)
+
+    def _begin(self, hidden: Any, call: Call) -> None:
+        self._require_complete()
+        self._pass = None
+        if self.reason is not None or not torch.is_grad_enabled():
+            return
+        self.passes += 1
+        kind = self._kind_of(hidden, call)
+        busy = self._outstanding is not None and self._outstanding() is not None
+        if not busy and (kind is None or kind.seen < WARM_UP):
+            self._make_room()
+        if kind is None or busy or self.reason is not None:
+            return
+        self._pass = _Pass(kind, deferred=kind.seen >= WARM_UP, hidden=hidden, output=hidden)
+
+    def _kind_of(self, hidden: Any, call: Call) -> _Kind | None:
+        """The kind of this pass by what its first layer is given; None, and `obstacle`, if it has to run eagerly."""
+        try:
+            reading = read_call(hidden, [call])
+        except Unreadable as why:
+            self.obstacle = str(why)
+            return None
+        device = reading.tensors[0].device
+        state = self._state_number(device)
+        obstacle = self._obstacles[state] or watched()
+        if obstacle is not None:
+            self.obstacle = obstacle
+            return None
+        key = (state, reading.key, surroundings(device))
+        if key not in self._kinds:
+            if len(self._kinds) >= MAX_KINDS:
+                self._kinds = {k: kind for k, kind in self._kinds.items() if kind.captured is not None}
+            self._kinds[key] = _Kind(state)
+        kind = self._kinds[key]
+        if kind.captured is None and not self._may_capture(state):
+            self.obstacle = f"there are {MAX_GRAPHS} graphs already, of batches of other shapes"
+            return None
+        return kind
+
+    def _state_number(self, device: torch.device) -> int:
+        """The number of the state that the layers are in, a new one if it is not among the last ones."""
+        state = self._state.read()
+        for number in reversed(self._known_states):
+            if self._known_states[number] == state:
+                return number
+        if len(self._known_states) >= MAX_STATES:
+            oldest = next(iter(self._known_states))
+            del self._known_states[oldest], self._obstacles[oldest]
+            self._kinds = {key: kind for key, kind in self._kinds.items() if kind.state != oldest}
+        self._states += 1
+        self._known_states[self._states] = state
+        self._obstacles[self._states] = self._state.obstacle(device)
+        return self._states
+
+    def _may_capture(self, state: int) -> bool:
+        captured = [kind for kind in self._kinds.values() if kind.captured is not None]
+        if len(captured) < MAX_GRAPHS:
+            return True
+        bygone = [kind for kind in captured if kind.state != state]
+        for kind in bygone:
+            kind.captured = None
+        return bool(bygone)
+
+    def _make_room(self) -> None:
+        """Before an eager pass, which needs about the memory that the graphs hold."""
+        held = any(kind.captured is not None for kind in self._kinds.values())
+        if not held or self._recorder is None or not self._recorder.short_of_memory():
+            return
+        self._shortages += 1
+        if self._shortages > MAX_SHORTAGES:
+            self._give_up("passes of several kinds take turns, and there is no memory for graphs beside eager passes")
+        else:
+            self.release()
+
+    def _count(self, done: _Pass) -> None:
+        """An eager pass has ended: whether it could have been captured, and was as those before it."""
+        if not isinstance(done.output, Tensor):
+            self._give_up(f"the last decoder layer returns a {type(done.output).__name__}")
+            return
+        reading = self._read(done)
+        if reading is None:
+            return
+        kind = done.kind
+        kind.seen = kind.seen + 1 if kind.key == reading.key else 1
+        kind.key = reading.key
+
+    def _read(self, done: _Pass) -> Reading | None:
+        try:
+            return read_call(done.hidden, done.calls)
+        except Unreadable as why:
+            self.obstacle = str(why)
+            return None
+
+    # -- capture and replay ------------------------------------------------------------------------------------------
+
+    def _finish(self, current: _Pass) -> Any:
+        """The last layer's output, of a pass whose layers have noted their arguments."""
+        self._pass = None
+        reading, kind = self._read(current), current.kind
+        if reading is None or reading.key != kind.key:  # as the first layer is called, but not as the others are
+            kind.seen, kind.captured = 0, None
+            return self._run(current.hidden, current.calls)
+        if kind.captured is None:
+            self._capture(kind, reading.tensors, current.calls)
+        if kind.captured is None:
+            return self._run(current.hidden, current.calls)
+        self.replays += 1
+        ticket = _Ticket()
+        self._outstanding = weakref.ref(ticket)
+        output: Tensor = _Replay.apply(
+            kind.captured, ticket, reading.tensors, current.hidden, *self._state.trainable()
+        )
+        return output
+
+    def _capture(self, kind: _Kind, tensors: list[Tensor], calls: list[Call]) -> None:
+        if self._recorder is None:
+            self._recorder = CudaRecorder(tensors[0].device)
+        siblings = (k.captured for k in self._kinds.values() if k.state == kind.state and k.captured is not None)
+
+        def run(statics: Sequence[Tensor]) -> Tensor:
+            replacements = dict(zip(map(id, tensors), statics, strict=True))
+            output: Tensor = self._run(statics[0], [exchange(call, replacements) for call in calls])
+            return output
+
+        start, cause = time.perf_counter(), ""
+        try:
+            kind.captured = Captured(
+                self._recorder, run, tensors, self._state.modules, self._state.trainable(), next(siblings, None)
+            )
+        except Exception as error:  # a model whose layers cannot be captured is trained without
+            cause = _told(error)
+        if cause:  # out of the handler, whose traceback would keep the memory
+            self._give_up(f"the layers cannot be captured ({cause})")
+            return
+        self.captures += 1
+        logger.info(
+            "chronicals-trl: %d decoder layers captured as CUDA graphs in %.1f s",
+            len(self.layers),
+            time.perf_counter() - start,
+        )
+
+
+class _Replay(torch.autograd.Function):
+    """The recorded pass in the place of the layers: hidden states and parameters in, hidden states out.
+
+    The parameters are arguments for their gradients' sake alone: what accumulates them, DDP's and the user's hooks
+    included, then works as ever (all at the end of the layers' backward pass).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, captured: Captured, ticket: _Ticket, tensors: list[Tensor], hidden: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.captured, ctx.ticket = captured, ticket
+        return captured.forward(tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        if ctx.ticket is None:
+            raise RuntimeError(
+                "The backward pass of the decoder layers ran a second time (retain_graph=True): CUDA graphs keep what "
+                f"it needs for one. {_REMEDY}"
+            )
+        ctx.ticket = None
+        grad_hidden, gradients = ctx.captured.backward(grad_output)
+        return None, None, None, grad_hidden, *gradients
+
+
+def _told(error: BaseException) -> str:
+    """The error in a line, with the one before it: ending a capture that is invalid raises another."""
+    text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no message')}"
+    return text if error.__context__ is None else f"{text}; after {_told(error.__context__)}"

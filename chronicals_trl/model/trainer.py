@@ -1,0 +1,142 @@
+"""CUDA graphs in the trainer: whether a run can have them, on inside its training steps alone, gone when it ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer
+
+from chronicals_trl.config import ChronicalsConfig
+from chronicals_trl.model import graphs
+from chronicals_trl.report import ActivationReport, PartReport
+
+logger = logging.getLogger(__name__)
+
+PART = "cuda_graphs"
+
+# Device types that capture.
+DEVICES = ("cuda",)
+
+# Passes without a single replay after which the user is told why.
+PATIENCE = 16
+
+
+class CudaGraphsMixin(Trainer):
+    """The methods of `SFTTrainer` that CUDA graphs take; each is the parent's where they are off."""
+
+    # Of the trainer that mixes this in.
+    _chronicals: ChronicalsConfig | None
+    _packing: PartReport
+    chronicals_report: ActivationReport
+    _save_report: Callable[[], None]
+
+    _graphs_wanted: bool = False  # inside `train`, with the part on
+    _graphs: graphs.GraphedStack | None = None
+
+    def _graphs_part(self, config: ChronicalsConfig, leave_out: str | None) -> PartReport:
+        """Whether the decoder layers will be captured, as far as that is known before the first step."""
+        if config.cuda_graphs == "off":
+            return PartReport(PART, "off", reason="cuda_graphs='off' in the configuration")
+        reason = self._graphs_pointless()
+        if reason is not None:
+            return PartReport(PART, "off", reason=reason)
+        reason = leave_out or self._graphs_ruled_out()
+        layers = graphs.decoder_layers(self.model)
+        if reason is None and isinstance(layers, str):
+            reason = layers
+        if reason is not None:
+            return PartReport(PART, "off", reason=reason, omitted=True)
+        return PartReport(PART, "on", modules=len(layers), backend=f"captured after {graphs.WARM_UP} batches")
+
+    def _graphs_pointless(self) -> str | None:
+        """Why there is nothing to win, so that nobody misses them."""
+        args: Any = self.args
+        if args.device.type not in DEVICES:
+            return f"no CUDA GPU: on {args.device.type} there is nothing to capture"
+        if self._packing.state == "off" or not args.packing:
+            return "batches are not packed here: their shapes differ from step to step"
+        if args.gradient_checkpointing:
+            return "gradient_checkpointing=True, the default of SFTConfig: what a layer computes again is not captured"
+        return None
+
+    def _graphs_ruled_out(self) -> str | None:
+        args: Any = self.args
+        parallelism = self.accelerator.parallelism_config
+        engines = {
+            "torch_compile=True": args.torch_compile,
+            "activation_offloading=True": getattr(args, "activation_offloading", False),
+            "auto_find_batch_size=True": args.auto_find_batch_size,
+            "DeepSpeed": self.is_deepspeed_enabled,
+            "FSDP": self.is_fsdp_enabled,
+            "several GPUs in one process": args.n_gpu > 1,
+            "tensor, context or sequence parallelism": parallelism is not None
+            and any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")),
+        }
+        return next((f"{name}: not captured beside it" for name, present in engines.items() if present), None)
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._graphs_wanted = self._chronicals is not None and self.chronicals_report[PART].state == "on"
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._end_graphs()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._graphs_wanted and self._graphs is None:
+            # Here, and not before: by now the layers are those that are trained, whatever was put around them.
+            layers = graphs.decoder_layers(self.model)
+            if isinstance(layers, str):
+                self._graphs_off(layers)
+            else:
+                self._graphs = graphs.GraphedStack(layers)
+                self._graphs.install()
+        stack = self._graphs
+        if not self._graphs_wanted or stack is None:
+            return super().training_step(*args, **kwargs)
+        with stack.enabled():
+            loss: Tensor = super().training_step(*args, **kwargs)
+        if stack.reason is not None:
+            self._graphs_off(stack.reason)
+        elif stack.passes == PATIENCE and not stack.replays:
+            logger.warning("chronicals-trl: no CUDA graph after %d batches: %s", PATIENCE, _why_none(stack))
+        return loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # An evaluation may need the memory; the next training step captures again.
+        if self._graphs is not None:
+            self._graphs.release()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _graphs_off(self, reason: str) -> None:
+        """Go on without, and say so."""
+        assert self._chronicals is not None
+        self._graphs_wanted = False
+        self.chronicals_report.set(PartReport(PART, "off", reason=reason, omitted=True))
+        self._save_report()
+        logger.warning("chronicals-trl: %s is off: %s", PART, reason)
+        self.chronicals_report.raise_for_omissions(self._chronicals)
+
+    def _end_graphs(self) -> None:
+        stack, self._graphs, self._graphs_wanted = self._graphs, None, False
+        if stack is None:
+            return
+        stack.remove()
+        if stack.reason is not None or not stack.passes:
+            return
+        if not stack.replays:
+            self.chronicals_report.set(PartReport(PART, "off", reason=f"nothing was replayed: {_why_none(stack)}"))
+        note = f"CUDA graphs: {stack.replays:,} of {stack.passes:,} batches replayed, {stack.captures} captured"
+        self.chronicals_report.notes.append(note)
+        self._save_report()
+        logger.info("chronicals-trl: %s", note)
+
+
+def _why_none(stack: graphs.GraphedStack) -> str:
+    if stack.obstacle is not None:
+        return stack.obstacle
+    return f"no more than {graphs.WARM_UP} batches of a shape, in one state of the model ({stack.passes} in all)"

@@ -1,0 +1,208 @@
+"""CUDA graphs in the trainer: when they are on, the same training with them, and nothing left of them; on the CPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_data
+import tiny_models
+import torch
+from graph_stand_in import StandIn
+from training_runs import SETTINGS, logged, run
+from transformers import TrainerCallback
+
+from chronicals_trl import SFTConfig, SFTTrainer
+from chronicals_trl.model import graphs
+from chronicals_trl.model import trainer as graphs_trainer
+
+PACKED = {"use_chronicals": True, "packing": True, "max_steps": 8}
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """Training on the CPU as if it could capture."""
+    stand_in = StandIn()
+    monkeypatch.setattr(graphs_trainer, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: stand_in)
+    return stand_in
+
+
+def make(tmp_path: Path, **options: Any) -> SFTTrainer:
+    arguments = {name: options.pop(name) for name in ("model", "peft_config") if name in options}
+    return SFTTrainer(
+        model=arguments.pop("model", None) or tiny_models.build("llama"),
+        args=SFTConfig(**{**SETTINGS, **PACKED, "output_dir": str(tmp_path / "out"), **options}),
+        train_dataset=tiny_data.text(120),
+        processing_class=tiny_data.tokenizer(),
+        **arguments,
+    )
+
+
+def trained(tmp_path: Path, setting: str, **options: Any):
+    arguments = {name: options.pop(name) for name in ("peft_config", "eval_dataset", "callbacks") if name in options}
+    config = {"cuda_graphs": setting, "lora_plus": "off"}
+    options = {**PACKED, "chronicals_config": config, **options}
+    return run(SFTTrainer, SFTConfig, tmp_path / setting, data=tiny_data.text(120), options=options, **arguments)
+
+
+def require_nothing_left(trainer: Any) -> None:
+    for module in trainer.model.modules():
+        assert not {graphs._PLACE, graphs._UNGRAPHED} & set(module.__dict__)
+        assert getattr(module.__dict__.get("forward"), "__func__", None) is not graphs.graphed_forward
+    assert trainer._graphs is None
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_same_training(tmp_path: Path, recorder: StandIn, lora: bool, accumulation: int) -> None:
+    options: dict[str, Any] = {"gradient_accumulation_steps": accumulation, "max_grad_norm": 0.5}
+    if lora:
+        options["peft_config"] = pytest.importorskip("peft").LoraConfig(r=2, target_modules="all-linear")
+    ours, _ = trained(tmp_path, "on", **options)
+    assert recorder.replayed > 0
+    replayed = recorder.replayed
+    theirs, _ = trained(tmp_path, "off", **options)
+    assert recorder.replayed == replayed
+    assert ours.chronicals_report["cuda_graphs"].modules == 2
+    for key in ("loss", "grad_norm", "entropy", "num_tokens"):
+        assert logged(ours, key) == logged(theirs, key)
+    pairs = zip(ours.model.parameters(), theirs.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    require_nothing_left(ours)
+    assert recorder.released
+
+
+def test_the_report_says_what_was_replayed(tmp_path: Path, recorder: StandIn) -> None:
+    trainer, _ = trained(tmp_path, "auto")
+    (note,) = (note for note in trainer.chronicals_report.notes if note.startswith("CUDA graphs"))
+    assert "of 8 batches replayed" in note and not note.startswith("CUDA graphs: 0")
+    written = json.loads((tmp_path / "auto" / "out" / "chronicals_report.json").read_text())
+    assert note in written["notes"]
+    assert written == trainer.chronicals_report.to_dict()
+
+
+def test_a_run_too_short_to_capture_says_so(tmp_path: Path, recorder: StandIn) -> None:
+    trainer, _ = trained(tmp_path, "auto", max_steps=2)
+    part = trainer.chronicals_report["cuda_graphs"]
+    assert part.state == "off" and "no more than 3 batches" in str(part.reason)
+
+
+def test_evaluation_runs_eagerly_and_gets_the_memory(tmp_path: Path, recorder: StandIn) -> None:
+    """In the middle of training, in whole and after it."""
+    seen: list[tuple[int, int]] = []
+
+    class Look(TrainerCallback):
+        def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+            seen.append((recorder.replayed, recorder.released))
+
+        def on_step_begin(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                seen.append((recorder.replayed, recorder.released))
+
+    options = {
+        "eval_strategy": "steps", "eval_steps": 6, "eval_dataset": tiny_data.text(12), "eval_packing": True,
+    }  # fmt: skip
+    ours, _ = trained(tmp_path, "on", callbacks=[Look()], **options)
+    assert seen[0][0] == seen[1][0] > 0  # no replay in the evaluation
+    assert seen[0][1] == 1
+    assert recorder.replayed > seen[0][0]
+    theirs, _ = trained(tmp_path, "off", **options)
+    assert logged(ours, "eval_loss") == logged(theirs, "eval_loss")
+    assert logged(ours, "loss") == logged(theirs, "loss")
+
+
+def test_a_failing_capture_is_told_and_harms_nothing(
+    tmp_path: Path, recorder: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder.fails_at = 2
+    with caplog.at_level(logging.WARNING, "chronicals_trl"):
+        ours, _ = trained(tmp_path, "auto")
+    assert "cuda_graphs is off: the layers cannot be captured" in caplog.text
+    part = ours.chronicals_report["cuda_graphs"]
+    assert part.state == "off" and part.omitted and "stream is capturing" in str(part.reason)
+    written = json.loads((tmp_path / "auto" / "out" / "chronicals_report.json").read_text())
+    assert written["parts"][-1]["reason"] == part.reason
+    theirs, _ = trained(tmp_path, "off")
+    assert logged(ours, "loss") == logged(theirs, "loss")
+    require_nothing_left(ours)
+
+
+def test_a_failing_capture_is_an_error_where_it_is_insisted(tmp_path: Path, recorder: StandIn) -> None:
+    recorder.fails_at = 1
+    trainer = make(tmp_path, chronicals_config={"cuda_graphs": "on"})
+    with pytest.raises(RuntimeError, match="cuda_graphs is off: the layers cannot be captured"):
+        trainer.train()
+    require_nothing_left(trainer)
+
+
+def test_nothing_is_left_after_an_error(tmp_path: Path, recorder: StandIn) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    trainer = make(tmp_path)
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert recorder.replayed and recorder.released
+    require_nothing_left(trainer)
+
+
+def test_a_hook_from_outside_is_told(tmp_path: Path, recorder: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make(tmp_path, max_steps=graphs_trainer.PATIENCE)
+    trainer.model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    with caplog.at_level(logging.WARNING, "chronicals_trl"):
+        trainer.train()
+    assert "no CUDA graph after 16 batches: there are hooks" in caplog.text
+    assert "hooks" in str(trainer.chronicals_report["cuda_graphs"].reason)
+
+
+# -- when they are on ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, reason, omitted",
+    [
+        ({"chronicals_config": {"cuda_graphs": "off"}}, "in the configuration", False),
+        ({"packing": False}, "not packed", False),
+        ({"packing": False, "eval_packing": True}, "not packed", False),
+        ({"chronicals_config": {"packing": "off"}}, "not packed", False),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing=True", False),
+        ({"chronicals_config": {"rms_norm": "off"}}, "not patched", True),
+        ({"torch_compile": True}, "torch_compile=True", True),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True", True),
+    ],
+)
+def test_off_and_why(tmp_path: Path, recorder: StandIn, options: dict[str, Any], reason: str, omitted: bool) -> None:
+    part = make(tmp_path, **options).chronicals_report["cuda_graphs"]
+    assert part.state == "off" and part.omitted is omitted and reason in str(part.reason)
+
+
+def test_off_without_a_gpu(tmp_path: Path) -> None:
+    part = make(tmp_path).chronicals_report["cuda_graphs"]
+    assert part.state == "off" and not part.omitted and "no CUDA GPU" in str(part.reason)
+    with pytest.raises(RuntimeError, match="cuda_graphs is off: no CUDA GPU"):
+        make(tmp_path, chronicals_config={"cuda_graphs": "on"})
+
+
+def test_on(tmp_path: Path, recorder: StandIn) -> None:
+    for setting in ("auto", "on"):
+        part = make(tmp_path, chronicals_config={"cuda_graphs": setting, "strict": True}).chronicals_report[
+            "cuda_graphs"
+        ]
+        assert (part.state, part.modules, part.backend) == ("on", 2, "captured after 3 batches")
+
+
+def test_a_step_outside_of_train_is_eager(tmp_path: Path, recorder: StandIn) -> None:
+    trainer = make(tmp_path)
+    trainer.create_optimizer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    for _ in range(5):
+        trainer.training_step(trainer.model, dict(batch))
+    assert recorder.recorded == 0
+    require_nothing_left(trainer)

@@ -1,0 +1,590 @@
+"""The stack of decoder layers recorded and replayed, against the same model run eagerly; on the CPU, by a stand-in."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from graph_stand_in import StandIn
+from torch import Tensor, nn
+
+from chronicals_trl import patch_model, unpatch_model
+from chronicals_trl.model import decoder, graphs
+from chronicals_trl.model.graph_state import LayerState, Unreadable, read_call
+from chronicals_trl.model.graphs import WARM_UP, GraphedStack, decoder_layers
+
+# The families whose layers are written out in model/decoder.py; Gemma's layers get masks and tables by their kind.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "qwen3_moe")
+
+
+def patched(family: str = "qwen2", *, lora: float | None = None, **options: Any) -> Any:
+    """A patched model of 3 layers; with LoRA, of that dropout, and B away from its initial zeros."""
+    model: Any = tiny_models.build(family, num_hidden_layers=3, **options)
+    if lora is not None:
+        peft = pytest.importorskip("peft")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=lora)
+            model = peft.get_peft_model(model, config)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    nn.init.normal_(parameter, std=0.1)
+    patch_model(model)
+    return model.train()
+
+
+class Pair:
+    """A graphed model and an equal one without graphs, through the same batches."""
+
+    def __init__(self, family: str = "qwen2", recorder: StandIn | None = None, **options: Any) -> None:
+        self.ours, self.theirs = patched(family, **options), patched(family, **options)
+        self.recorder = recorder or StandIn()
+        layers = decoder_layers(self.ours)
+        assert not isinstance(layers, str), layers
+        self.stack = GraphedStack(layers, self.recorder)
+        self.stack.install()
+        self.seed = 0
+
+    def both(self, change: Callable[[Any], Any]) -> None:
+        for model in (self.ours, self.theirs):
+            change(model)
+
+    def loss(self, model: Any, batch: dict[str, Any]) -> Tensor:
+        torch.manual_seed(self.seed)
+        return model(**batch, use_cache=False).loss
+
+    def step(self, *, micro: int = 1, lengths: tuple[int, ...] = (13, 9, 5, 5), zero: bool = True, **options: Any):
+        """Some micro-batches and a step of SGD on both; losses and gradients have to agree to the bit."""
+        if zero:
+            self.both(lambda model: model.zero_grad(set_to_none=True))
+        for _ in range(micro):
+            self.seed += 1
+            batch = tiny_models.packed_batch(lengths, seed=self.seed)
+            with self.stack.enabled():
+                ours = self.loss(self.ours, batch)
+                ours.backward()
+            theirs = self.loss(self.theirs, batch)
+            theirs.backward()
+            assert torch.equal(ours, theirs)
+        self.require_equal_gradients()
+        with torch.no_grad():
+            for model in (self.ours, self.theirs):
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.05 * parameter.grad
+
+    def require_equal_gradients(self) -> None:
+        pairs = zip(self.ours.named_parameters(), self.theirs.parameters(), strict=True)
+        for (name, ours), theirs in pairs:
+            assert (ours.grad is None) == (theirs.grad is None), name
+            assert ours.grad is None or torch.equal(ours.grad, theirs.grad), name
+
+    def replayed(self, steps: int = 1, **options: Any) -> int:
+        before = self.stack.replays
+        for _ in range(steps):
+            self.step(**options)
+        return self.stack.replays - before
+
+
+# -- the same training -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_training_is_the_same(family: str) -> None:
+    pair = Pair(family)
+    assert pair.replayed(WARM_UP) == 0
+    assert pair.replayed(4) == 4
+    assert pair.stack.captures == 1 and pair.recorder.recorded == 2
+    assert pair.recorder.replayed == 8
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_lora_training_is_the_same(dropout: float) -> None:
+    """The embedding is frozen: the layers' input requires no gradient. Dropout draws what it would have drawn."""
+    pair = Pair(lora=dropout)
+    assert pair.replayed(WARM_UP + 4) == 4
+    assert {n for n, p in pair.ours.named_parameters() if p.grad is not None} == {
+        n for n, p in pair.ours.named_parameters() if p.requires_grad
+    }
+
+
+def test_dropout_differs_from_replay_to_replay() -> None:
+    pair = Pair(lora=0.5)
+    pair.replayed(WARM_UP + 1)
+    batch = tiny_models.packed_batch()
+    losses = set()
+    with pair.stack.enabled():
+        torch.manual_seed(0)
+        for _ in range(3):
+            loss = pair.ours(**batch, use_cache=False).loss
+            losses.add(loss.item())
+            del loss  # or the replay would count as waiting for its backward pass
+    assert len(losses) == 3 and pair.stack.replays == 4
+
+
+@pytest.mark.parametrize("lora", [None, 0.0])
+def test_gradients_add_up_over_micro_batches(lora: float | None) -> None:
+    pair = Pair(lora=lora)
+    assert pair.replayed(3, micro=3) == 9 - WARM_UP
+    # Across steps too, where nothing is set to None in between.
+    assert pair.replayed(2, micro=2, zero=False) == 4
+
+
+def test_a_gradient_is_not_the_graphs_own_memory() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    kept = {name: p.grad for name, p in pair.ours.named_parameters()}
+    before = {name: grad.clone() for name, grad in kept.items()}
+    pair.step()
+    assert all(torch.equal(kept[name], before[name]) for name in kept)
+
+
+def test_the_output_is_not_the_graphs_own_memory() -> None:
+    """A hidden state that somebody keeps, or writes into, belongs to him."""
+    pair = Pair()
+    pair.replayed(WARM_UP)
+    kept = []
+    for model in (pair.ours, pair.theirs):
+        model.base_model.norm.register_forward_pre_hook(lambda m, args: kept.append(args[0]) or (args[0].mul_(2.0),))
+    pair.replayed(1)
+    first = kept[0].clone()
+    assert pair.replayed(1) == 1
+    assert torch.equal(kept[0], first)
+
+
+def test_autocast() -> None:
+    """The casts of weights are part of what is replayed: autocast's cache would hold those of an earlier step."""
+    pair = Pair()
+    plain = pair.loss
+
+    def loss(model: Any, batch: dict[str, Any]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain(model, batch)
+
+    pair.loss = loss  # type: ignore[method-assign]
+    assert pair.replayed(WARM_UP + 3) == 3
+    pair.loss = plain  # type: ignore[method-assign]
+    assert pair.replayed(1) == 0  # another kind of pass
+    pair.loss = loss  # type: ignore[method-assign]
+    assert pair.replayed(1) == 1
+
+
+# -- batches of other kinds ------------------------------------------------------------------------------------------
+
+
+def test_shapes_are_captured_one_by_one_and_share_their_gradients_memory() -> None:
+    pair = Pair()
+    other = (16, 8, 8)
+    assert pair.replayed(WARM_UP + 1) == 1
+    assert pair.replayed(WARM_UP, lengths=other) == 0
+    for _ in range(2):
+        assert pair.replayed(1, lengths=other) == pair.replayed(1) == 1
+    assert pair.stack.captures == 2
+    one, two = (kind.captured for kind in pair.stack._kinds.values())
+    assert one is not None and two is not None
+    assert all(a is b for a, b in zip(one.parameter_gradients, two.parameter_gradients, strict=True))
+
+
+def test_no_more_graphs_than_allowed() -> None:
+    pair = Pair()
+    kinds = [(32,), (16, 16), (16, 8, 8), (8, 8, 8, 8), (8, 8, 8, 4, 4)]
+    for lengths in kinds:
+        pair.replayed(WARM_UP + 1, lengths=lengths)
+    assert pair.stack.captures == graphs.MAX_GRAPHS == len(kinds) - 1
+    assert pair.replayed(1, lengths=kinds[-1]) == 0 and "already" in str(pair.stack.obstacle)
+    assert pair.replayed(1, lengths=kinds[0]) == 1
+
+
+def test_graphs_of_a_bygone_state_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
+    pair = Pair()
+    assert pair.replayed(WARM_UP + 1) == 1
+    pair.both(lambda model: model.base_model.layers[0].mlp.up_proj.requires_grad_(False))
+    assert pair.replayed(WARM_UP + 1) == 1
+    assert sum(kind.captured is not None for kind in pair.stack._kinds.values()) == 1
+
+
+def test_a_stream_of_new_shapes_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MAX_KINDS", 3)
+    pair = Pair()
+    for length in range(20, 30):
+        pair.step(lengths=(length,))
+    assert len(pair.stack._kinds) <= 3 and pair.stack.replays == 0
+
+
+# -- the model changes in the middle ---------------------------------------------------------------------------------
+
+
+def test_adapter_off_and_on_again() -> None:
+    pair = Pair(lora=0.0)
+    pair.replayed(WARM_UP + 1)
+    pair.both(lambda model: model.base_model.disable_adapter_layers())
+    # Nothing is trained now, by the way: only the loss is compared.
+    batch = tiny_models.packed_batch()
+    with pair.stack.enabled():
+        assert torch.equal(pair.loss(pair.ours, batch), pair.loss(pair.theirs, batch))
+    pair.both(lambda model: model.base_model.enable_adapter_layers())
+    assert pair.replayed(1) == 1
+
+
+def scaled(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "scaling") and isinstance(module.scaling, dict):
+            module.scaling["default"] *= 3.0
+
+
+def rehung(model: Any) -> None:
+    """The weights at another address, as after loading a checkpoint by assignment, or moving the model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.5
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "scaling": scaled,
+    "weights elsewhere": rehung,
+    "eval": lambda model: model.eval(),
+    "one module in eval": lambda model: model.get_decoder().layers[1].self_attn.v_proj.lora_dropout.eval(),
+    "dropout": lambda model: setattr(model.get_decoder().layers[2].mlp.down_proj.lora_dropout["default"], "p", 0.9),
+    "frozen": lambda model: model.get_decoder().layers[1].self_attn.v_proj.lora_A.requires_grad_(False),
+    "attention": lambda model: setattr(
+        model.get_decoder().layers[0].self_attn.config, "_attn_implementation", "eager"
+    ),
+    "another module": lambda model: setattr(model.get_decoder().layers[1], "mlp", nn.Linear(32, 32)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen_and_captured_anew(change: str) -> None:
+    pair = Pair(lora=0.2)
+    pair.replayed(WARM_UP + 1)
+    with torch.random.fork_rng(devices=[]):
+        for model in (pair.ours, pair.theirs):
+            torch.manual_seed(5)
+            CHANGES[change](model)
+    assert pair.replayed(WARM_UP) == 0
+    assert pair.replayed(2) == 2
+
+
+def test_a_merged_adapter() -> None:
+    pair = Pair(lora=0.0)
+    pair.replayed(WARM_UP + 1)
+    # (Merging changes the weights in place; of the state only PEFT's list tells.)
+    pair.both(lambda model: model.merge_adapter())
+    state = pair.stack._state.read()
+    pair.both(lambda model: model.unmerge_adapter())
+    assert state != pair.stack._state.read()
+
+
+def test_a_hook_sees_every_pass() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    seen: list[str] = []
+    layer = pair.ours.base_model.layers[1]
+    handle = layer.mlp.register_forward_hook(lambda *_: seen.append("mlp"))
+    assert pair.replayed(2) == 0 and len(seen) == 2 and "hooks" in str(pair.stack.obstacle)
+    handle.remove()
+    assert pair.replayed(1) == 1
+
+
+def test_hooks_of_the_process_and_on_saved_tensors_see_every_pass() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert pair.replayed(1) == 0
+    handle.remove()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert pair.replayed(1) == 0 and "saved tensors" in str(pair.stack.obstacle)
+    assert pair.replayed(1) == 1
+
+
+def test_hooks_on_parameters_run_once_a_pass() -> None:
+    pair = Pair()
+    for model in (pair.ours, pair.theirs):
+        model.base_model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * 3.0)
+    assert pair.replayed(WARM_UP + 2) == 2
+
+
+def test_gradient_checkpointing_and_no_grad_run_eagerly() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    with pair.stack.enabled(), torch.no_grad():
+        pair.ours(**tiny_models.packed_batch(), use_cache=False)
+    assert pair.stack.passes == WARM_UP + 1
+    pair.both(lambda model: model.gradient_checkpointing_enable())
+    assert pair.replayed(WARM_UP + 1) == 0 and "checkpointing" in str(pair.stack.obstacle)
+    pair.both(lambda model: model.gradient_checkpointing_disable())
+    assert pair.replayed(WARM_UP + 1) >= 1
+
+
+def test_outside_of_enabled_the_model_is_as_ever() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    passes = pair.stack.passes
+    pair.ours(**tiny_models.packed_batch(), use_cache=False).loss.backward()
+    assert pair.stack.passes == passes
+
+
+# -- the order of passes ---------------------------------------------------------------------------------------------
+
+
+def test_two_forwards_before_a_backward() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    pair.both(lambda model: model.zero_grad(set_to_none=True))
+    batches = [tiny_models.packed_batch(seed=seed) for seed in (50, 51)]
+    before = pair.stack.replays
+    with pair.stack.enabled():
+        first, second = (pair.loss(pair.ours, batch) for batch in batches)
+        (first + 2 * second).backward()
+    assert pair.stack.replays == before + 1
+    first, second = (pair.loss(pair.theirs, batch) for batch in batches)
+    (first + 2 * second).backward()
+    for (name, ours), theirs in zip(pair.ours.named_parameters(), pair.theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+    assert pair.replayed(1) == 1
+
+
+def test_a_forward_without_backward_does_not_block() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    with pair.stack.enabled():
+        pair.loss(pair.ours, tiny_models.packed_batch())
+    assert pair.replayed(1) == 1
+
+
+def test_a_second_backward_is_refused() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP)
+    with pair.stack.enabled():
+        loss = pair.loss(pair.ours, tiny_models.packed_batch())
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match=r"second time .*cuda_graphs='off'"):
+            loss.backward()
+
+
+def test_second_derivatives_are_refused() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP)
+    weight = pair.ours.base_model.layers[0].mlp.up_proj.weight
+    with pair.stack.enabled():
+        loss = pair.loss(pair.ours, tiny_models.packed_batch())
+        (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# -- models that cannot be replayed ----------------------------------------------------------------------------------
+
+
+def test_capture_fails() -> None:
+    for fails_at in (1, 2):
+        pair = Pair(lora=0.3, recorder=StandIn(fails_at))
+        assert pair.replayed(WARM_UP + 3) == 0
+        assert "stream is capturing" in str(pair.stack.reason)
+        assert pair.recorder.recorded == fails_at  # it is not tried again
+        assert pair.recorder.released == 1
+
+
+def between(change: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
+    """What the model does between its first two layers."""
+
+    def put(model: Any) -> None:
+        layers = model.base_model.layers
+        calls = layers[1].__call__
+
+        class Changing(type(layers[1])):  # type: ignore[misc]
+            def __call__(self, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+                return calls(change(hidden), *args, **kwargs)
+
+        layers[1].__class__ = Changing
+
+    return put
+
+
+def test_a_model_that_works_on_the_stream_between_layers() -> None:
+    pair = Pair()
+    pair.both(between(lambda hidden: hidden * 0.5))
+    assert pair.replayed(WARM_UP + 2) == 0
+    assert "between its decoder layers" in str(pair.stack.reason)
+
+
+def test_one_that_begins_to_is_told() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    between(lambda hidden: hidden * 0.5)(pair.ours)
+    with pytest.raises(RuntimeError, match=r"layer 1 .*cuda_graphs='off'"):
+        pair.step()
+
+
+def test_a_model_that_leaves_layers_out() -> None:
+    pair = Pair()
+    pair.both(lambda model: setattr(model.config, "num_hidden_layers", 2))
+    assert pair.replayed(WARM_UP + 2) == 0
+    assert pair.stack.captures == 0
+
+
+def test_one_that_begins_to_leave_layers_out_is_told() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    pair.ours.base_model.config.num_hidden_layers = 2
+    with pytest.raises(RuntimeError, match=r"2 of its 3 decoder layers"):
+        pair.step()
+
+
+def test_an_argument_that_cannot_be_read() -> None:
+    pair = Pair()
+    with pair.stack.enabled():
+        for _ in range(WARM_UP + 2):
+            pair.ours(**tiny_models.packed_batch(), use_cache=False, something=object()).loss.backward()
+    assert pair.stack.replays == 0 and "a object" in str(pair.stack.obstacle)
+
+
+def test_a_layer_that_gets_other_arguments_later() -> None:
+    """The first layer is called as ever, another one is not: the pass runs eagerly, and is right."""
+    pair = Pair("gemma2")
+    pair.replayed(WARM_UP + 1)
+
+    def one_more(model: Any) -> None:
+        layers = model.base_model.layers
+        calls = layers[2].__call__
+
+        class Told(type(layers[2])):  # type: ignore[misc]
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                return calls(*args, **kwargs, told=3)
+
+        layers[2].__class__ = Told
+
+    pair.both(one_more)
+    assert pair.replayed(WARM_UP + 1) == 0
+    assert pair.replayed(2) == 2
+
+
+def test_short_of_memory_the_graphs_make_room() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    pair.recorder.short = True
+    pair.step(lengths=(16, 16))
+    assert pair.recorder.released == 1
+    assert pair.replayed(1) == 1  # captured anew, without further eager passes
+    for _ in range(graphs.MAX_SHORTAGES):
+        pair.step(lengths=(16, 8, 8))
+        pair.step()
+    assert "no memory" in str(pair.stack.reason)
+    pair.step()
+
+
+def test_released_graphs_are_captured_anew() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    pair.stack.release()
+    assert pair.recorder.released == 1
+    assert pair.replayed(2) == 2 and pair.stack.captures == 2
+
+
+# -- copies, pickles, the end ----------------------------------------------------------------------------------------
+
+
+def test_a_copy_is_a_model_of_its_own() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    passes = pair.stack.passes
+    twin = copy.deepcopy(pair.ours)
+    with pair.stack.enabled():
+        loss = pair.loss(twin, tiny_models.packed_batch())
+    loss.backward()
+    assert pair.stack.passes == passes
+    assert torch.equal(loss, pair.loss(pair.theirs, tiny_models.packed_batch()))
+    assert all(p.grad is not None for p in twin.parameters())
+    assert pair.replayed(1) == 1
+
+
+def test_a_pickle_holds_no_graph() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    file = io.BytesIO()
+    pickle.dump(pair.ours, file)
+    file.seek(0)
+    loss = pickle.load(file)(**tiny_models.packed_batch(), use_cache=False).loss
+    torch.testing.assert_close(loss, pair.loss(pair.theirs, tiny_models.packed_batch()))
+
+
+def test_remove_leaves_nothing() -> None:
+    pair = Pair()
+    before = {name: set(module.__dict__) for name, module in pair.theirs.named_modules()}
+    pair.replayed(WARM_UP + 1)
+    pair.stack.remove()
+    assert {name: set(module.__dict__) for name, module in pair.ours.named_modules()} == before
+    for layer in pair.ours.base_model.layers:
+        assert layer.forward.__func__ is decoder.decoder_forward and layer.forward.__self__ is layer
+    assert pair.recorder.released == 1
+    assert pair.replayed(1) == 0
+
+
+def test_remove_after_unpatching_keeps_the_models_own_forward() -> None:
+    pair = Pair()
+    pair.replayed(WARM_UP)
+    unpatch_model(pair.ours)
+    pair.stack.remove()
+    assert not any("forward" in layer.__dict__ or graphs._PLACE in layer.__dict__ for layer in pair.stack.layers)
+
+
+# -- recognition, state and calls ------------------------------------------------------------------------------------
+
+
+def test_which_models_have_a_stack() -> None:
+    assert len(decoder_layers(patched())) == 3
+    for model in (patched("granite"), patched("gpt2"), tiny_models.build("llama")):
+        assert "not patched" in str(decoder_layers(model))
+    model = patched()
+    unpatch_model(model.base_model.layers[1])
+    assert "some of" in str(decoder_layers(model))
+    model = patched()
+    model.base_model.layers[2] = model.base_model.layers[0]
+    assert "twice" in str(decoder_layers(model))
+
+
+def test_the_obstacles_of_a_state() -> None:
+    cpu = torch.device("cpu")
+    model = patched()
+    layers = list(model.base_model.layers)
+    assert LayerState(layers).obstacle(cpu) is None
+    assert "cuda" in str(LayerState(layers).obstacle(torch.device("cuda", 0)))
+    layers[1].mlp.up_proj.forward = lambda x: x
+    assert "another library" in str(LayerState(layers).obstacle(cpu))
+    del layers[1].mlp.up_proj.forward
+    model.requires_grad_(False)
+    assert "nothing in the layers is trained" in str(LayerState(layers).obstacle(cpu))
+
+
+def test_what_is_the_same_call() -> None:
+    x, mask, table = torch.ones(2, 3), torch.ones(3), torch.ones(3)
+
+    def key(hidden: Tensor, *calls: dict[str, Any]) -> Any:
+        return read_call(hidden, [((), call) for call in calls]).key
+
+    usual = key(x, {"mask": mask, "tables": (table, mask), "n": 3})
+    assert usual == key(x + 1, {"mask": table, "tables": (mask, table), "n": 3})
+    for other in (
+        key(x, {"mask": mask, "tables": (table, mask), "n": 4}),
+        key(x, {"mask": mask, "tables": (table, mask), "n": 3.0}),
+        key(x, {"mask": mask, "tables": [table, mask], "n": 3}),
+        key(x, {"mask": mask, "tables": (mask, table), "n": 3}),  # the same object elsewhere
+        key(x, {"mask": None, "tables": (table, mask), "n": 3}),
+        key(x.double(), {"mask": mask, "tables": (table, mask), "n": 3}),
+        key(x.clone().requires_grad_(), {"mask": mask, "tables": (table, mask), "n": 3}),
+        key(torch.ones(3, 2).t(), {"mask": mask, "tables": (table, mask), "n": 3}),
+        key(x, {"mask": mask, "tables": (table, mask), "n": 3}, {"mask": mask, "tables": (table, mask), "n": 4}),
+    ):
+        assert other != usual
+    same = {"mask": mask, "n": 3}
+    assert key(x, same, same, {"mask": table, "n": 3}) == key(x, same, same, {"mask": table, "n": 3})
+    assert key(x, same, same, {"mask": table, "n": 3}) != key(x, same, {"mask": table, "n": 3}, same)
+    for unreadable in (object(), torch.ones(3).requires_grad_(), torch.ones(3, device="meta"), lambda: 0):
+        with pytest.raises(Unreadable):
+            key(x, {"mask": unreadable})
