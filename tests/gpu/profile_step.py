@@ -139,6 +139,7 @@ def variant(name: str):
     patches = {
         "all": [],
         "recompute_mlp": [],
+        "no CUDA graphs": [],
         "no MLP node": [(match, "plain_linear", lambda m: False)],
         "no q/k/v node": [(rope, "_projections_fit", lambda m: False)],
         "no residual joins": [(decoder, "looks_like_decoder_layer", lambda m: False)],
@@ -155,7 +156,15 @@ def variant(name: str):
             setattr(module, attribute, value)
 
 
-VARIANTS = ("all", "recompute_mlp", "no MLP node", "no q/k/v node", "no residual joins", "no hand-over between layers")
+VARIANTS = (
+    "all",
+    "no CUDA graphs",
+    "recompute_mlp",
+    "no MLP node",
+    "no q/k/v node",
+    "no residual joins",
+    "no hand-over between layers",
+)
 
 
 def adapters() -> Any:
@@ -172,7 +181,10 @@ def run(name: str, tiny: bool, steps: int, lora: bool) -> dict:
             model=model(tiny),
             args=SFTConfig(
                 output_dir=folder, use_chronicals=True, packing=True,
-                chronicals_config={"recompute_mlp": name == "recompute_mlp"}, max_length=length, max_steps=steps,
+                chronicals_config={
+                    "recompute_mlp": name == "recompute_mlp", "cuda_graphs": "off" if name == "no CUDA graphs" else "auto",
+                },
+                max_length=length, max_steps=steps,
                 per_device_train_batch_size=rows, gradient_checkpointing=False, bf16=True, logging_steps=5,
                 learning_rate=1e-4, optim="adamw_torch_fused", report_to="none", save_strategy="no",
                 disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
