@@ -93,6 +93,7 @@ def test_what_the_file_holds(tmp_path: Path, interpreter: Any) -> None:
     assert ours["rates"] == [500.0, 1000 / 3, 250.0] and ours["tokens_per_second"] == 1000 / 3
     assert ours["spread"] == pytest.approx(0.75) and ours["step_ms"] == 500.0
     assert (ours["tokens_per_step"], ours["documents_per_step"], ours["positions_per_step"]) == (250, 1, 320)
+    assert (ours["rows"], ours["packs"]) == (2, True)
     assert ours["peak_memory_gib"] == 5.0 and ours["status"] == "ok"
     assert ours["of_gemm"] == pytest.approx(ours["tflops"] / 500) and ours["mfu"] == pytest.approx(
         ours["tflops"] / 989

@@ -124,8 +124,7 @@ def test_real_trainings_and_one_that_learns_nothing(trained: Any) -> None:
         assert result["status"] == "ok", result["reason"]
         assert [window["steps"] for window in result["windows"]] == [7, 7]
         assert all(len(window["step_ms"]) == 7 and window["seconds"] > 0 for window in result["windows"])
-        assert all(0 < window["tokens"] <= window["positions"] == 7 * 4 * 64 for window in result["windows"][:1]
-                   if result is ours)  # fmt: skip
+        assert all(0 < window["tokens"] <= window["positions"] <= 7 * 4 * 64 for window in result["windows"])
         assert [log["step"] for log in result["logs"]] == [3, 6, 9, 12, 15, 18]
         assert result["trained_weights"] == {"bfloat16": result["trained_weights"]["bfloat16"]}
         assert result["trained_share"] == 1.0 and result["gradient_checkpointing"] is False
@@ -143,11 +142,13 @@ def test_real_trainings_and_one_that_learns_nothing(trained: Any) -> None:
 
 def test_the_bare_loop_and_adapters(trained: Any) -> None:
     pytest.importorskip("peft")
-    loop, stock = trained("torch-compile", mode="lora"), trained("trl-tuned", mode="lora")
-    for result in (loop, stock):
+    loop, stock = trained("torch-compile"), trained("trl-tuned")
+    adapters = trained("trl", mode="lora", packs=False, checkpointing="default")
+    for result in (loop, stock, adapters):
         assert result["status"] == "ok", result["reason"]
-        assert result["trained_weights"] == {"float32": SHAPES["tiny"].lora_weights}
         assert len(result["windows"]) == 2 and result["attention"] == "sdpa"
+    assert adapters["trained_weights"] == {"float32": SHAPES["tiny"].lora_weights}
+    assert (stock["gradient_checkpointing"], adapters["gradient_checkpointing"]) == (False, True)  # as TRL comes
     rows = [
         {"side": side, "status": "ok", "reason": None, "runs": [result]}
         for side, result in (("trl-tuned", stock), ("torch-compile", loop))
@@ -163,7 +164,7 @@ def test_what_cannot_run_here_says_why(trained: Any) -> None:
         ("not offered", "Liger and torch's varlen attention need a GPU"),
     )
     broken = trained("trl", model="nowhere")
-    assert broken["status"] == "failed" and "nowhere" in broken["reason"] and broken["versions"]["torch"]
+    assert broken["status"] == "failed" and broken["reason"].startswith("OSError: ") and broken["versions"]["torch"]
 
 
 # -- targets ----------------------------------------------------------------------------------------------------------
@@ -193,6 +194,9 @@ def test_targets() -> None:
     assert {each.outcome for each in sft_verdict.judge(settings(), rows)} == {"not measured"}
     rows[0]["status"] = "invalid"
     assert {each.outcome for each in sft_verdict.judge(settings(), rows)} == {"missed"}
+    mfu = {"tokens_per_second": 1.0, "peak_memory_gib": 1.0, "mfu": 0.55}
+    (first, *_) = sft_verdict.judge(settings(shape="qwen2.5-1.5b", mode="full"), [row("chronicals", **mfu)])
+    assert (first.target, first.outcome, first.figures) == ("MFU 52%", "met", {"chronicals": 0.55})
     on, off = (
         [each.target for each in sft_verdict.judge(settings(shape="qwen2.5-7b", checkpointing=which), rows)]
         for which in ("on", "off")
