@@ -42,8 +42,9 @@ def register() -> str:
     ) -> tuple[Tensor, None]:
         if cu_seq_lens_q is None or max_length_q is None or query.shape[0] != 1:
             raise ValueError(f"{NAME} takes one packed row with cu_seq_lens_q and max_length_q")
-        if query.dtype is torch.float32:  # a custom op takes no part in autocast
-            query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
+        device = query.device.type
+        if query.dtype is torch.float32 and torch.is_autocast_enabled(device):  # a custom op takes no part in it
+            query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
         q, k, v = (x.transpose(1, 2)[0] for x in (query, key, value))
         out: Any = varlen_attn(
             q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0),

@@ -134,6 +134,8 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
     with tempfile.TemporaryDirectory(prefix="bench-sft-") as scratch:
         work = Path(scratch)
         documents, mean_length, tasks = _tasks(settings, work)
+        for row in rows:
+            row["rows"], row["packs"] = tasks[row["side"]].rows, tasks[row["side"]].packs
         data |= {
             "documents": len(documents.lengths), "tokens": int(documents.lengths.sum()), "mean_length": mean_length,
             "median_length": float(statistics.median(documents.lengths.tolist())),
@@ -227,6 +229,8 @@ def _process(what: str, given: dict[str, Any], name: str, settings: Settings, wo
     if not found.exists():
         return {"status": "failed", "reason": f"exit code {code}: {_last(log)}"}
     result: dict[str, Any] = json.loads(found.read_text())
+    if result["reason"]:
+        result["reason"] = result["reason"].replace(str(work), "")  # no folder of this machine
     return result
 
 

@@ -59,8 +59,8 @@ def _prepare(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cause(error: Exception) -> Exception:
-    """What `error` was raised from: a lazy import wraps what is missing in words that do not name it."""
-    while isinstance(error.__cause__, Exception):
+    """A lazy import wraps what is missing in words that do not name it: what a failed import was raised from."""
+    while isinstance(error, ImportError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error
 

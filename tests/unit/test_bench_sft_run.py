@@ -1,0 +1,227 @@
+"""`bench sft`: the runner, with processes that are stand-ins: what fails is a row, and what the file holds."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chronicals_trl.bench import report, sft_report, sft_run
+from chronicals_trl.bench.sft import Task
+from chronicals_trl.bench.sft_count import Counted
+from chronicals_trl.bench.sft_meter import Meter
+
+STAND_IN = """#!{python} -S
+import json, os, sys, time
+_, module, what, given, result = sys.argv[1:]
+assert module == "chronicals_trl.bench.sft_worker"
+task = json.load(open(given))
+print("hello from", task.get("side", what), "in", os.getcwd())
+with open({calls!r}, "a") as calls:
+    calls.write(task.get("side", what) + " " + os.environ["PYTHONPATH"].split(os.pathsep)[0] + "\\n")
+"""
+WORKS = """
+if what == "prepare":
+    found = {"gpu": "NVIDIA H100 80GB HBM3", "gemm_tflops": 500.0}
+else:
+    steps = task["steps"]
+    window = {"seconds": 2.0, "steps": steps, "step_ms": [2000.0 / steps] * steps, "tokens": 1000, "documents": 4,
+              "squares": 250000, "positions": 1280}
+    logs = [{"step": i, "loss": 8.0 - i, "grad_norm": 1.0} for i in range(4)]
+    found = {"windows": [{**window, "seconds": 2.0 + i} for i in range(task["windows"])], "logs": logs,
+             "peak_memory_gib": 5.0, "trained_share": 0.5, "attention": "sdpa", "task": task}
+json.dump({"status": "ok", "reason": None, **found}, open(result, "w"))
+"""
+CRASHES = "print('Segmentation fault, nearly'); sys.exit(139)\n"
+HANGS = "import subprocess; subprocess.Popen(['sleep', '60']); time.sleep(60)\n"
+REFUSES = 'json.dump({"status": "not installed", "reason": "No module named \'liger_kernel\'"}, open(result, "w"))\n'
+
+
+@pytest.fixture
+def interpreter(tmp_path: Path) -> Any:
+    def make(name: str, body: str) -> str:
+        path = tmp_path / name
+        path.write_text(STAND_IN.format(python=sys.executable, calls=str(tmp_path / "calls")) + body)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return str(path)
+
+    return make
+
+
+def settings(tmp_path: Path, python: dict[str, str], **changes: Any) -> sft_run.Settings:
+    given: dict[str, Any] = {
+        "sides": list(python), "mode": "lora", "shape": "tiny", "protocol": "packed", "checkpointing": "off",
+        "row_tokens": 256, "tokens_per_step": 512, "documents_per_step": 2, "warm_up": 2, "steps": 4, "repeats": 3,
+        "fresh": False, "learning_rate": 1e-4, "seed": 0, "timeout": 30.0, "models": None, "logs": tmp_path / "logs",
+        "python": python, **changes,
+    }  # fmt: skip
+    given["sides"] = [side for side in given["sides"] if side != "prepare"]
+    return sft_run.Settings(**given)
+
+
+def run(made: sft_run.Settings) -> dict[str, Any]:
+    result = sft_run.run(made, say=lambda line: None)
+    json.dumps(result, allow_nan=False)
+    return result
+
+
+def calls(tmp_path: Path) -> list[str]:
+    return [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
+
+
+def test_what_the_file_holds(tmp_path: Path, interpreter: Any) -> None:
+    works = interpreter("works", WORKS)
+    kept: list[list[str]] = []
+
+    def keep(so_far: dict[str, Any]) -> None:
+        kept.append([row["side"] for row in so_far["rows"] if row["runs"]])
+
+    result = run(settings(tmp_path, {"prepare": works, "chronicals": works, "trl-liger": works}, keep=keep))
+    assert (result["benchmark"], result["gpu"], result["dry_run"]) == ("sft", "NVIDIA H100 80GB HBM3", False)
+    assert (result["datasheet_tflops"], result["gemm_tflops"]) == (989.0, 500.0)
+    assert "3 x 4 steps after 2 of warm-up, repeats as windows in one process" in result["method"]
+    assert result["settings"]["sides"] == ["chronicals", "trl-liger"]
+    assert str(tmp_path) not in json.dumps({key: value for key, value in result.items() if key != "rows"})
+    assert result["documents"]["tokens"] >= 14 * 512 and result["validity"]["reference"] == "trl-liger"
+    ours, peer = result["rows"]
+    assert ours["rates"] == [500.0, 1000 / 3, 250.0] and ours["tokens_per_second"] == 1000 / 3
+    assert ours["spread"] == pytest.approx(0.75) and ours["step_ms"] == 500.0
+    assert (ours["tokens_per_step"], ours["documents_per_step"], ours["positions_per_step"]) == (250, 1, 320)
+    assert (ours["rows"], ours["packs"]) == (2, True)
+    assert ours["peak_memory_gib"] == 5.0 and ours["status"] == "ok"
+    assert ours["of_gemm"] == pytest.approx(ours["tflops"] / 500) and ours["mfu"] == pytest.approx(
+        ours["tflops"] / 989
+    )
+    assert (ours["ours_is_faster_by"], peer["ours_is_faster_by"]) == (1.0, 1.0)
+    task = ours["runs"][0]["task"]
+    assert (task["rows"], task["packs"], task["row_tokens"], task["windows"]) == (2, True, 256, 3)
+    assert kept == [["chronicals"], ["chronicals", "trl-liger"]]
+    assert calls(tmp_path) == ["prepare", "chronicals", "trl-liger"]
+    assert result["verdict"]
+
+
+def test_a_side_that_fails_is_a_row(tmp_path: Path, interpreter: Any) -> None:
+    works = interpreter("works", WORKS)
+    sides = {
+        "prepare": works, "trl": interpreter("crashes", CRASHES), "unsloth": interpreter("hangs", HANGS),
+        "trl-liger": interpreter("refuses", REFUSES), "chronicals": works,
+    }  # fmt: skip
+    start = time.perf_counter()
+    result = run(settings(tmp_path, sides, timeout=2.0))
+    assert time.perf_counter() - start < 20
+    rows = {row["side"]: row for row in result["rows"]}
+    assert {side: row["status"] for side, row in rows.items()} == {
+        "trl": "failed", "unsloth": "failed", "trl-liger": "not installed", "chronicals": "ok",
+    }  # fmt: skip
+    assert rows["trl"]["reason"] == "exit code 139: Segmentation fault, nearly"
+    assert rows["unsloth"]["reason"].startswith("not done after 2 s; its last words: hello from unsloth")
+    assert rows["trl-liger"]["reason"] == "No module named 'liger_kernel'"
+    assert rows["trl"]["tokens_per_second"] is None and rows["trl"]["ours_is_faster_by"] is None
+    assert "hello from trl in" in (tmp_path / "logs" / "trl.log").read_text()
+    sft_report.print_tables(result)
+    assert sft_report.write_plot(result, tmp_path / "plot.png") is None or not report.pyplot()
+
+
+def test_without_a_model_nothing_runs(tmp_path: Path, interpreter: Any) -> None:
+    sides = {"prepare": interpreter("crashes", CRASHES), "chronicals": interpreter("works", WORKS)}
+    (row,) = run(settings(tmp_path, sides))["rows"]
+    assert row["status"] == "not run" and "no model: exit code 139" in row["reason"]
+    assert calls(tmp_path) == ["prepare"]
+
+
+def test_repeats_as_processes_are_interleaved(tmp_path: Path, interpreter: Any) -> None:
+    works = interpreter("works", WORKS)
+    sides = {"prepare": works, "chronicals": works, "trl": works, "unsloth": interpreter("crashes", CRASHES)}
+    result = run(settings(tmp_path, sides, fresh=True))
+    # One that failed is not asked again.
+    assert calls(tmp_path) == [
+        "prepare", "chronicals", "trl", "unsloth", "chronicals", "trl", "chronicals", "trl",
+    ]  # fmt: skip
+    ours = result["rows"][0]
+    assert len(ours["runs"]) == 3 and ours["rates"] == [500.0] * 3 and ours["runs"][0]["task"]["windows"] == 1
+    assert "processes of their own, interleaved" in result["method"]
+
+
+def test_a_path_and_an_interpreter_for_a_family(tmp_path: Path, interpreter: Any) -> None:
+    works = interpreter("works", WORKS)
+    python = {"prepare": works, "unsloth": works, "chronicals": works, "trl-liger": works, "trl": works}
+    paths = {"unsloth": "/first", "trl-liger": "/second"}
+    run(settings(tmp_path, python, sides=["unsloth-packing", "trl-liger", "chronicals"], pythonpath=paths))
+    first = dict(line.split() for line in (tmp_path / "calls").read_text().splitlines())
+    assert first["unsloth-packing"] == "/first" and first["trl-liger"] == "/second"
+    assert first["chronicals"] not in ("/first", "/second")
+
+
+def test_a_side_finds_the_package_and_stays_off_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/given")
+    environment = sft_run.environment("/first")
+    path = environment["PYTHONPATH"].split(":")
+    assert path[:2] == ["/first", "/given"] and (Path(path[2]) / "chronicals_trl").is_dir()
+    assert environment["HF_HUB_OFFLINE"] == "1" and "UNSLOTH_DISABLE_STATISTICS" in environment
+
+
+# -- the meter --------------------------------------------------------------------------------------------------------
+
+
+def task(**changes: Any) -> Task:
+    given: dict[str, Any] = {
+        "side": "trl", "mode": "full", "shape": "tiny", "protocol": "packed", "checkpointing": "off", "model": "",
+        "documents": "", "row_tokens": 8, "rows": 1, "packs": True, "warm_up": 2, "steps": 3, "windows": 2,
+        "learning_rate": 1e-4, "seed": 0, "chronicals": {}, **changes,
+    }  # fmt: skip
+    return Task(**given)
+
+
+def collate(n: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.ones(1, n, dtype=torch.int64)}
+
+
+def test_windows_leave_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    meter = Meter(task())
+    meter.counted = Counted(collate)
+    for done in range(8):
+        meter.begin(done)
+        meter.counted(10 + done)
+        time.sleep(0.05 if done < 2 else 0.01)
+        meter.end(done + 1)
+    meter.counted(99)  # loaded ahead, never trained on
+    first, second = meter.result()["windows"]
+    assert (first["tokens"], second["tokens"]) == (12 + 13 + 14, 15 + 16 + 17)
+    assert first["squares"] == 12**2 + 13**2 + 14**2 and first["documents"] == 3
+    assert all(0.03 <= window["seconds"] < 0.1 for window in (first, second))
+    assert len(first["step_ms"]) == len(second["step_ms"]) == 3
+    assert all(9 < ms < 40 for ms in first["step_ms"])
+
+
+def test_a_training_that_ends_early_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    meter = Meter(task())
+    meter.counted = Counted(collate)
+    for done in range(5):
+        meter.begin(done)
+        meter.counted(4)
+        meter.end(done + 1)
+    with pytest.raises(RuntimeError, match="only 1 of 2 windows"):
+        meter.result()
+    for done in range(5, 8):
+        meter.end(done + 1)
+    with pytest.raises(RuntimeError, match="0 batches were counted in 3 steps"):
+        meter.result()
+
+
+def test_batches_of_worker_processes_cannot_be_counted() -> None:
+    class Trainer:
+        def get_train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(range(4), num_workers=1)  # type: ignore[arg-type]
+
+    trainer = Trainer()
+    Meter(task()).count_batches_of(trainer)
+    with pytest.raises(RuntimeError, match="1 workers make them"):
+        trainer.get_train_dataloader()

@@ -1,0 +1,212 @@
+"""`bench sft`: a row that is no training is invalid, whoever's it is; planted faults."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chronicals_trl.bench import sft_models, sft_run, sft_verdict, sft_worker
+from chronicals_trl.bench.sft import PROTOCOLS, SHAPES, make_documents
+
+GOOD = (8.0, 7.6, 7.3, 7.0, 6.9, 6.8)
+
+
+def logs(losses: Any = GOOD, norm: Any = 1.0) -> list[dict[str, Any]]:
+    return [{"step": 10 * (i + 1), "loss": loss, "grad_norm": norm} for i, loss in enumerate(losses)]
+
+
+def row(side: str, *of_runs: list[dict[str, Any]], status: str = "ok", **more: Any) -> dict[str, Any]:
+    return {"side": side, "status": status, "reason": None, "runs": [{"logs": each} for each in of_runs], **more}
+
+
+def status(*rows: dict[str, Any]) -> dict[str, str]:
+    sft_verdict.judge_validity(rows)
+    return {each["side"]: each["status"] for each in rows}
+
+
+def test_like_the_reference_is_valid() -> None:
+    near = tuple(loss + 0.05 for loss in GOOD)
+    assert status(row("chronicals", logs(near)), row("trl-liger", logs())) == {"chronicals": "ok", "trl-liger": "ok"}
+    assert sft_verdict.fall(logs()) == pytest.approx(8.0 - 6.9)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (logs(norm=0.0), "grad_norm is 0 at step 10"),
+        (logs()[:3] + logs(norm=0.0)[3:], "grad_norm is 0 at step 40"),
+        (logs(norm=math.nan), "grad_norm is nan"),
+        (logs(norm="nan"), "grad_norm is nan"),  # as the worker's JSON has it
+        (logs(norm=math.inf), "grad_norm is inf"),
+        (logs(norm=None), "grad_norm is None"),
+        (logs((8.0, 7.6, math.nan, 7.0, 6.9, 6.8)), "loss is nan at step 30"),
+        (logs((8.0,) * 6), "the loss falls by 0.000, trl-liger's by 1.100"),
+        (logs((8.0, 7.9, 7.8, 7.7, 7.6, 7.5)), "the loss falls by 0.400"),
+        (logs((8.0, 8.2, 8.4, 8.6, 8.8, 9.0)), "the loss falls by -0.800"),
+        (logs((8.0, 6.0, 4.0, 3.0, 2.0, 1.0)), "the loss falls by 6.000"),  # it sees its answers
+        (logs(tuple(loss / 8 for loss in GOOD)), "the loss begins at 1.000, trl-liger's at 8.000"),
+        ([], "no loss was logged"),
+    ],
+)
+@pytest.mark.parametrize("side", ["chronicals", "unsloth-packing"])
+def test_planted_faults(side: str, fault: list[dict[str, Any]], told: str) -> None:
+    rows = row(side, fault), row("trl-liger", logs())
+    assert status(*rows) == {side: "invalid", "trl-liger": "ok"}
+    assert told in rows[0]["reason"]
+
+
+def test_one_bad_repeat_is_enough() -> None:
+    rows = row("unsloth", logs(), logs(norm=0.0)), row("trl", logs())
+    assert status(*rows) == {"unsloth": "invalid", "trl": "ok"}
+
+
+def test_the_reference_is_the_first_that_trains() -> None:
+    rows = (
+        row("trl-liger", logs(norm=0.0)),
+        row("trl-tuned", logs((8.0,) * 6)),
+        row("trl", logs()),
+        row("unsloth", logs()),
+    )
+    assert sft_verdict.judge_validity(rows)["reference"] == "trl"
+    assert [each["status"] for each in rows] == ["invalid", "invalid", "ok", "ok"]
+    failed = row("trl-liger", logs(), status="failed"), row("chronicals", logs())
+    assert sft_verdict.judge_validity(failed)["reference"] is None
+    assert [each["status"] for each in failed] == ["failed", "ok"]
+
+
+def test_without_a_reference_the_loss_has_to_fall() -> None:
+    assert status(row("chronicals", logs())) == {"chronicals": "ok"}
+    flat = row("chronicals", logs((8.0, 8.0, 8.0, 7.95, 7.95, 7.95)))
+    assert status(flat) == {"chronicals": "invalid"} and "falls by less than 1%" in flat["reason"]
+
+
+# -- a real training with a fault -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One side's result, as its process would write it."""
+    folder = tmp_path_factory.mktemp("sft")
+    sft_models.write_model(SHAPES["tiny"], 0, folder / "model")
+    documents = make_documents(PROTOCOLS["packed"], 512, 64, 6000, 10, 0)
+    documents.save(str(folder / "documents.npz"))
+
+    def train(side: str, **changes: Any) -> dict[str, Any]:
+        task = {
+            "side": side, "mode": "full", "shape": "tiny", "protocol": "packed", "checkpointing": "off",
+            "model": str(folder / "model"), "documents": str(folder / "documents.npz"), "row_tokens": 64, "rows": 4,
+            "packs": True, "warm_up": 4, "steps": 7, "windows": 2, "learning_rate": 1e-3, "seed": 0,
+            "chronicals": {}, **changes,
+        }  # fmt: skip
+        given, found = folder / "task.json", folder / "result.json"
+        given.write_text(json.dumps(task))
+        assert sft_worker.main(["train", str(given), str(found)]) == 0
+        result: dict[str, Any] = json.loads(found.read_text())
+        return result
+
+    return train
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_real_trainings_and_one_that_learns_nothing(trained: Any) -> None:
+    stock, ours, still = trained("trl"), trained("chronicals"), trained("trl", learning_rate=1e-12)
+    for result in (stock, ours, still):
+        assert result["status"] == "ok", result["reason"]
+        assert [window["steps"] for window in result["windows"]] == [7, 7]
+        assert all(len(window["step_ms"]) == 7 and window["seconds"] > 0 for window in result["windows"])
+        assert all(0 < window["tokens"] <= window["positions"] <= 7 * 4 * 64 for window in result["windows"])
+        assert [log["step"] for log in result["logs"]] == [3, 6, 9, 12, 15, 18]
+        assert result["trained_weights"] == {"bfloat16": result["trained_weights"]["bfloat16"]}
+        assert result["trained_share"] == 1.0 and result["gradient_checkpointing"] is False
+        assert result["seconds_of_first_step"] > 0 and result["versions"]["trl"]
+    assert {part["name"]: part["state"] for part in ours["report"]["parts"]}["packing"] == "on"
+    assert "report" not in stock
+    rows = [
+        {"side": side, "status": "ok", "reason": None, "runs": [result]}
+        for side, result in (("trl", stock), ("chronicals", ours), ("trl-liger", still))
+    ]
+    assert sft_verdict.judge_validity(rows)["reference"] == "trl"
+    assert [each["status"] for each in rows] == ["ok", "ok", "invalid"]
+    assert "the loss falls by" in rows[2]["reason"]
+
+
+def test_the_bare_loop_and_adapters(trained: Any) -> None:
+    pytest.importorskip("peft")
+    loop, stock = trained("torch-compile"), trained("trl-tuned")
+    adapters = trained("trl", mode="lora", packs=False, checkpointing="default")
+    for result in (loop, stock, adapters):
+        assert result["status"] == "ok", result["reason"]
+        assert len(result["windows"]) == 2 and result["attention"] == "sdpa"
+    assert adapters["trained_weights"] == {"float32": SHAPES["tiny"].lora_weights}
+    assert (stock["gradient_checkpointing"], adapters["gradient_checkpointing"]) == (False, True)  # as TRL comes
+    rows = [
+        {"side": side, "status": "ok", "reason": None, "runs": [result]}
+        for side, result in (("trl-tuned", stock), ("torch-compile", loop))
+    ]
+    sft_verdict.judge_validity(rows)
+    assert [each["status"] for each in rows] == ["ok", "ok"], rows[1]["reason"]
+
+
+def test_what_cannot_run_here_says_why(trained: Any) -> None:
+    liger = trained("trl-liger")
+    assert (liger["status"], liger["reason"]) in (
+        ("not installed", "No module named 'liger_kernel'"),
+        ("not offered", "Liger and torch's varlen attention need a GPU"),
+    )
+    broken = trained("trl", model="nowhere")
+    assert broken["status"] == "failed" and broken["reason"].startswith("OSError: ") and broken["versions"]["torch"]
+
+
+# -- targets ----------------------------------------------------------------------------------------------------------
+
+
+def settings(**changes: Any) -> Any:
+    class Some:
+        shape, mode, protocol, checkpointing = "qwen2.5-0.5b", "lora", "packed", "off"
+
+    for key, value in changes.items():
+        setattr(Some, key, value)
+    return Some
+
+
+def test_targets() -> None:
+    rows = [
+        row("chronicals", tokens_per_second=100.0, peak_memory_gib=10.0),
+        row("trl-liger", tokens_per_second=40.0, peak_memory_gib=9.0),
+        row("unsloth-packing", status="not installed", tokens_per_second=None, peak_memory_gib=None),
+    ]
+    by_target = {each.target: each for each in sft_verdict.judge(settings(), rows)}
+    assert by_target["2.4x trl-liger"].outcome == "met"
+    assert by_target["2.4x trl-liger"].figures == {"trl-liger": 2.5}
+    assert by_target["7x unsloth-packing"].outcome == "not measured"
+    assert by_target["peak memory: no more than trl-liger"].outcome == "missed"
+    rows[1]["status"] = "invalid"
+    assert {each.outcome for each in sft_verdict.judge(settings(), rows)} == {"not measured"}
+    rows[0]["status"] = "invalid"
+    assert {each.outcome for each in sft_verdict.judge(settings(), rows)} == {"missed"}
+    mfu = {"tokens_per_second": 1.0, "peak_memory_gib": 1.0, "mfu": 0.55}
+    (first, *_) = sft_verdict.judge(settings(shape="qwen2.5-1.5b", mode="full"), [row("chronicals", **mfu)])
+    assert (first.target, first.outcome, first.figures) == ("MFU 52%", "met", {"chronicals": 0.55})
+    on, off = (
+        [each.target for each in sft_verdict.judge(settings(shape="qwen2.5-7b", checkpointing=which), rows)]
+        for which in ("on", "off")
+    )
+    assert "1.2x trl-liger" in on and "1.6x trl-liger" in off
+
+
+def test_datasheet() -> None:
+    rates = {
+        name: sft_run.datasheet(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H100 PCIe", "Foo")
+    }
+    assert rates == {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0, "NVIDIA H100 PCIe": 756.0, "Foo": None}
+    assert sft_run.datasheet(None) is None
