@@ -112,8 +112,9 @@ class ThroughputMeter:
         Returns:
             "tokens_per_second": real tokens; absent if no time has passed.
             "packing_fill": real tokens over positions.
-            "peak_memory_gib": the most that the allocator has held on the CUDA device, else the most resident memory
-            that the process has had (absent on Windows).
+            "peak_memory_gib": the most memory of the CUDA device that torch has taken for itself (what tensors
+            occupied, which leaves out the inside of CUDA graphs, is less), else the most resident memory that the
+            process has had (absent on Windows).
             Empty, and the interval goes on, when nothing has been counted.
         """
         if not self._counted:
@@ -135,7 +136,7 @@ class ThroughputMeter:
 
 def _peak_memory_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     if sys.platform == "win32":
         return None
     import resource

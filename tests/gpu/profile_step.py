@@ -203,7 +203,7 @@ def run(name: str, tiny: bool, steps: int, lora: bool) -> dict:
         "variant": name,
         "step_ms": watch.seconds / timed * 1e3,
         "real_tokens_per_second": logs[-1].get("tokens_per_second"),
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+        "peak_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
         "loss": [logs[0]["loss"], logs[-1]["loss"]],
         "grad_norm": logs[-1]["grad_norm"],
         "categories_ms": {c: sum(row["ms"] for row in kernels if row["category"] == c) for c in CATEGORIES},
