@@ -182,7 +182,8 @@ def run(name: str, tiny: bool, steps: int, lora: bool) -> dict:
             args=SFTConfig(
                 output_dir=folder, use_chronicals=True, packing=True,
                 chronicals_config={
-                    "recompute_mlp": name == "recompute_mlp", "cuda_graphs": "off" if name == "no CUDA graphs" else "auto",
+                    "recompute_mlp": name == "recompute_mlp",
+                    "cuda_graphs": "off" if name == "no CUDA graphs" else "auto",
                 },
                 max_length=length, max_steps=steps,
                 per_device_train_batch_size=rows, gradient_checkpointing=False, bf16=True, logging_steps=5,
