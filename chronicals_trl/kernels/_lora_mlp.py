@@ -139,15 +139,12 @@ class _LoraGatedMLP(torch.autograd.Function):
             grads, d_b, d_a_down = _gradients_inside(
                 d_product_MI, gate_MI, up_MI, inner, kept, down, g_down_MR, dtype, ctx.gelu, again
             )
-            d_b = [d if need else None for d, need in zip(d_b, need_b, strict=False)]
         else:
             d_gate_MI, d_up_MI = _launch_backward(d_product_MI, gate_MI, up_MI, ctx.gelu, out=again)
             grads, d_b, d_a_down = [d_gate_MI] if up_MI is None else [d_gate_MI, d_up_MI], [], None
         if not down_inside:
             product_MI = again if product_MI is None else product_MI
             (d_a_down,) = core.a_gradients(product_MI, [down], kept_down, gs_down, [grad_MH], need_a[-1:])
-        elif not need_a[-1]:
-            d_a_down = None
         del d_product_MI, product_MI, again
 
         need_b_apart = [need and not ctx.inside for need in need_b[:-1]]
