@@ -223,3 +223,8 @@ def test_datasheet() -> None:
     }
     assert rates == {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0, "NVIDIA H100 PCIe": 756.0, "Foo": None}
     assert sft_run.datasheet(None) is None
+
+
+def test_a_loss_that_is_no_number_is_written_as_a_word() -> None:
+    found = sft_worker._strict({"logs": [{"loss": math.nan, "grad_norm": -math.inf}, 1.5, (2, None, "x")]})
+    assert found == {"logs": [{"loss": "nan", "grad_norm": "-inf"}, 1.5, [2, None, "x"]]}
