@@ -12,7 +12,7 @@ from chronicals_trl.bench.sft import MODES, PROTOCOLS, SHAPES, SIDES
 
 __all__ = ["add_parser", "default_sides", "run"]
 
-STEPS, WARM_UP, REPEATS = 50, 10, 3
+STEPS, DRY_STEPS, WARM_UP, REPEATS = 50, 6, 10, 3
 TIMEOUT = 900.0
 LEARNING_RATES = {"full": 1e-4, "lora": 2e-4, "qlora": 2e-4}
 DRY_ROW_TOKENS, DRY_TOKENS_PER_STEP = 256, 512
@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--documents-per-step", type=_positive, metavar="N", help="short: default 16, or 2 with adapters")
     add("--gradient-checkpointing", choices=("on", "off", "default"), default="off",
         help="the same for all, or as each framework comes")  # fmt: skip
-    add("--steps", type=_positive, default=STEPS, metavar="N", help=f"of a timed window; default {STEPS}")
+    add("--steps", type=_positive, metavar="N", help=f"of a timed window; default {STEPS}, {DRY_STEPS} in a dry run")
     add("--warmup-steps", type=_positive, default=WARM_UP, metavar="N", help=f"not timed; default {WARM_UP}")
     add("--repeats", type=_positive, default=REPEATS, metavar="N", help=f"timed windows; default {REPEATS}")
     add("--fresh-processes", action="store_true", help="each repeat in a process of its own, interleaved")
@@ -109,7 +109,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             tokens_per_step=tokens,
             documents_per_step=options.documents_per_step or (16 if options.mode == "full" else 2),
             warm_up=options.warmup_steps,
-            steps=options.steps,
+            steps=options.steps or (DRY_STEPS if dry else STEPS),
             repeats=options.repeats,
             fresh=options.fresh_processes,
             learning_rate=rate,

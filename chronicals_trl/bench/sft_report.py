@@ -30,6 +30,8 @@ def print_tables(result: dict[str, Any]) -> None:
             print(f"{row['side']}: {row['status']} ({row['reason']})")
     reference = result["validity"]["reference"]
     print(f"Losses compared with {reference}'s." if reference else "No reference: losses were not compared.")
+    if result["validity"]["not_judged"]:
+        print(f"Too few tokens to judge by the loss: {', '.join(result['validity']['not_judged'])}.")
     print_verdict(result)
 
 

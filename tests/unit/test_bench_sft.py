@@ -47,7 +47,7 @@ def settings_of(seen: list[sft_run.Settings], folder: Path, *arguments: str) -> 
 def test_defaults(no_run: list[sft_run.Settings], tmp_path: Path) -> None:
     got = settings_of(no_run, tmp_path / "new")
     assert (got.shape, got.mode, got.protocol, got.checkpointing) == ("tiny", "lora", "packed", "off")
-    assert (got.warm_up, got.steps, got.repeats, got.fresh) == (10, 50, 3, False)
+    assert (got.warm_up, got.steps, got.repeats, got.fresh) == (10, 6, 3, False)
     assert got.chronicals == {"lora_plus": "off"} and got.learning_rate == 2e-4
     assert got.sides == ["chronicals", "trl-tuned", "trl-liger", "unsloth-packing", "torch-compile"]
     assert (tmp_path / "new").is_dir()
@@ -60,7 +60,7 @@ def test_what_is_given(no_run: list[sft_run.Settings], tmp_path: Path) -> None:
         "8192", "--sides", "trl", "unsloth", "trl", "--python", "unsloth=/x/python", "--pythonpath", "trl=/y",
         "--chronicals-config", '{"lora_plus": "auto", "rms_norm": "off"}', "--gradient-checkpointing", "default",
     )  # fmt: skip
-    assert (got.row_tokens, got.tokens_per_step, got.learning_rate) == (4096, 8192, 1e-4)
+    assert (got.row_tokens, got.tokens_per_step, got.learning_rate, got.steps) == (4096, 8192, 1e-4, 50)
     assert got.sides == ["trl", "unsloth"]
     assert (got.python, got.pythonpath) == ({"unsloth": "/x/python"}, {"trl": "/y"})
     assert got.chronicals == {"lora_plus": "auto", "rms_norm": "off"} and got.checkpointing == "default"

@@ -21,7 +21,8 @@ def logs(losses: Any = GOOD, norm: Any = 1.0) -> list[dict[str, Any]]:
 
 
 def row(side: str, *of_runs: list[dict[str, Any]], status: str = "ok", **more: Any) -> dict[str, Any]:
-    return {"side": side, "status": status, "reason": None, "runs": [{"logs": each} for each in of_runs], **more}
+    runs = [{"logs": each} for each in of_runs]
+    return {"side": side, "status": status, "reason": None, "runs": runs, "tokens_per_step": 16_384, **more}
 
 
 def status(*rows: dict[str, Any]) -> dict[str, str]:
@@ -58,6 +59,18 @@ def test_planted_faults(side: str, fault: list[dict[str, Any]], told: str) -> No
     rows = row(side, fault), row("trl-liger", logs())
     assert status(*rows) == {side: "invalid", "trl-liger": "ok"}
     assert told in rows[0]["reason"]
+
+
+def test_few_tokens_leave_room_for_chance() -> None:
+    slower = logs((8.0, 7.8, 7.6, 7.5, 7.45, 7.4))  # 0.55 where the reference falls by 1.1
+    assert status(row("unsloth", slower), row("trl", logs())) == {"unsloth": "invalid", "trl": "ok"}
+    # 9 * sqrt(2 * 1.5 / 4000) = 0.25 nats.
+    few = row("unsloth", slower, tokens_per_step=400), row("trl", logs(), tokens_per_step=400)
+    assert sft_verdict.judge_validity(few)["not_judged"] == [] and few[0]["status"] == "ok"
+    flat = row("unsloth", logs((8.0,) * 6), tokens_per_step=400), row("trl", logs(), tokens_per_step=400)
+    assert status(*flat) == {"unsloth": "invalid", "trl": "ok"}
+    none = row("unsloth", logs((8.0,) * 6), tokens_per_step=40), row("trl", logs(), tokens_per_step=40)
+    assert sft_verdict.judge_validity(none)["not_judged"] == ["unsloth"] and none[0]["status"] == "ok"
 
 
 def test_one_bad_repeat_is_enough() -> None:
@@ -132,7 +145,7 @@ def test_real_trainings_and_one_that_learns_nothing(trained: Any) -> None:
     assert {part["name"]: part["state"] for part in ours["report"]["parts"]}["packing"] == "on"
     assert "report" not in stock
     rows = [
-        {"side": side, "status": "ok", "reason": None, "runs": [result]}
+        {"side": side, "status": "ok", "reason": None, "runs": [result], "tokens_per_step": 1_000_000}
         for side, result in (("trl", stock), ("chronicals", ours), ("trl-liger", still))
     ]
     assert sft_verdict.judge_validity(rows)["reference"] == "trl"
@@ -150,7 +163,7 @@ def test_the_bare_loop_and_adapters(trained: Any) -> None:
     assert adapters["trained_weights"] == {"float32": SHAPES["tiny"].lora_weights}
     assert (stock["gradient_checkpointing"], adapters["gradient_checkpointing"]) == (False, True)  # as TRL comes
     rows = [
-        {"side": side, "status": "ok", "reason": None, "runs": [result]}
+        {"side": side, "status": "ok", "reason": None, "runs": [result], "tokens_per_step": 1_000_000}
         for side, result in (("trl-tuned", stock), ("torch-compile", loop))
     ]
     sft_verdict.judge_validity(rows)
@@ -210,3 +223,8 @@ def test_datasheet() -> None:
     }
     assert rates == {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0, "NVIDIA H100 PCIe": 756.0, "Foo": None}
     assert sft_run.datasheet(None) is None
+
+
+def test_a_loss_that_is_no_number_is_written_as_a_word() -> None:
+    found = sft_worker._strict({"logs": [{"loss": math.nan, "grad_norm": -math.inf}, 1.5, (2, None, "x")]})
+    assert found == {"logs": [{"loss": "nan", "grad_norm": "-inf"}, 1.5, [2, None, "x"]]}
