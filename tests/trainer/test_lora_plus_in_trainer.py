@@ -83,6 +83,26 @@ def test_a_schedule_with_a_lower_bound_keeps_the_ratio_in_training(tmp_path: Pat
     assert logged(trainer, "learning_rate_lora_b")[-1] == pytest.approx(16 * LR / 3)
 
 
+def test_groups_are_split_once(tmp_path: Path) -> None:
+    """By who makes the optimizer before training, and who trains twice: split again, B would learn faster."""
+    trainer = make(tmp_path, peft_config=lora(), config={"lora_plus_ratio": 4.0}, lr_scheduler_type="constant")
+    trainer.create_optimizer()
+    trainer.create_optimizer()
+    for _ in range(2):
+        trainer.train()
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == [LR, 4 * LR]
+    assert trainer.chronicals_report["lora_plus"].state == "on"
+
+
+def test_bounds_are_scaled_once(tmp_path: Path) -> None:
+    options = {**PLATEAU, "lr_scheduler_kwargs": {"min_lr": LR / 3}}
+    trainer = make(tmp_path, peft_config=lora(), **options)
+    trainer.create_optimizer()
+    for _ in range(2):
+        trainer.create_scheduler(4, trainer.optimizer)
+        assert trainer.lr_scheduler.min_lrs == pytest.approx([LR / 3, 16 * LR / 3])
+
+
 # -- optimizers ------------------------------------------------------------------------------------------------------
 
 
