@@ -35,6 +35,7 @@ def make(
         "max_steps": 4,
     }
     optimizer = options.pop("optimizer_cls_and_kwargs", None)
+    optimizers = options.pop("optimizers", (None, None))
     return SFTTrainer(
         model=tiny_models.build("llama") if model is None else model,
         args=SFTConfig(**{**SETTINGS, **settings, **options}),
@@ -43,6 +44,7 @@ def make(
         processing_class=tiny_data.tokenizer(),
         peft_config=peft_config,
         optimizer_cls_and_kwargs=optimizer,
+        optimizers=optimizers,
     )
 
 
@@ -101,6 +103,18 @@ def test_bounds_are_scaled_once(tmp_path: Path) -> None:
     for _ in range(2):
         trainer.create_scheduler(4, trainer.optimizer)
         assert trainer.lr_scheduler.min_lrs == pytest.approx([LR / 3, 16 * LR / 3])
+
+
+def test_bounds_of_the_user_s_own_groups_are_the_user_s(tmp_path: Path) -> None:
+    """An optimizer that was passed in is used as it is, whatever the rates of its groups: so is its schedule."""
+    model = peft.get_peft_model(tiny_models.build("llama"), lora())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD([{"params": trained[:1]}, {"params": trained[1:], "lr": 2 * LR}], lr=LR)
+    options = {**PLATEAU, "lr_scheduler_kwargs": {"min_lr": LR / 3}}
+    trainer = make(tmp_path, model=model, optimizers=(optimizer, None), **options)
+    assert trainer.chronicals_report["lora_plus"].state == "off"
+    trainer.create_scheduler(4, optimizer)
+    assert trainer.lr_scheduler.min_lrs == [LR / 3] * 2
 
 
 # -- optimizers ------------------------------------------------------------------------------------------------------
