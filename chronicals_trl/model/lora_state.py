@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,13 @@ def fits(module: nn.Module) -> str | None:
         return _other_base(base_layer)
     if type(module) is not expected:
         return f"LoRA layer is {type(module).__module__}.{type(module).__name__}"
-    return _obstacle(module, training=True)
+    adapters = active_adapters(module)
+    if not adapters:
+        active: Any = module.active_adapters
+        return f"no active adapter ({', '.join(active) or 'there is none'}) is on the layer"
+    if len(adapters) > 1:
+        return f"{len(adapters)} adapters are active on the layer (1 is fused)"
+    return _obstacle(module, adapters[0], _parts(module, adapters[0]), training=True)
 
 
 def _other_base(base_layer: Any) -> str:
@@ -60,34 +66,60 @@ def is_4bit(module: Any) -> bool:
 
 def lora_operands(layer: Any, x: Tensor) -> LoraOperands | None:
     """What ``lora_linears`` needs for this call, or None when the original path has to run."""
+    operands = unchecked_operands(layer, x)
+    return operands if operands is not None and lora_linears_supported(x, [operands]) else None
+
+
+def unchecked_operands(layer: Any, x: Tensor) -> LoraOperands | None:
+    """`lora_operands` of a layer whose dtypes the caller compares, together with those of others."""
     adapters = active_adapters(layer)
-    if not adapters:
+    if len(adapters) != 1 or type(x) not in _PLAIN_TENSORS or nn.modules.module._has_any_global_hook():
         return None
-    # The dropout module's own mode counts: users put single modules into eval mode.
-    training = layer.lora_dropout[adapters[0]].training
-    if type(x) not in _PLAIN_TENSORS or _obstacle(layer, training=training) is not None:
+    (adapter,) = adapters
+    parts = _parts(layer, adapter)
+    base, a, dropout = parts.base_layer, parts.weight_a, parts.dropout
+    training = dropout.training  # the module's own mode counts: users put single modules into eval mode
+    if _obstacle(layer, adapter, parts, training=training) is not None:
         return None
-    adapter = adapters[0]
-    base, a, b = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    casts = getattr(layer, "cast_input_dtype_enabled", True)
-    if a.dtype != x.dtype and not casts:
+    if a.dtype != x.dtype and not getattr(layer, "cast_input_dtype_enabled", True):
         return None
     quantised = type(base) is not nn.Linear
     if quantised and not _computes_in(base, x):
         return None
-    dropout = getattr(layer.lora_dropout[adapter], "p", 0.0) if training else 0.0
-    operands = LoraOperands(
-        base.weight,
+    return LoraOperands(
+        parts.weight,
         base.bias,
         a,
-        b,
+        parts.weight_b,
         float(layer.scaling[adapter]),
-        float(dropout),
+        float(getattr(dropout, "p", 0.0)) if training else 0.0,
         # PEFT casts x before the dropout, but for quantised layers under autocast.
         x.dtype if quantised and autocast_dtype(x) is not None else a.dtype,
-        functools.partial(_unpack_4bit, base.weight.quant_state) if quantised else None,
+        functools.partial(_unpack_4bit, parts.weight.quant_state) if quantised else None,
     )
-    return operands if lora_linears_supported(x, [operands]) else None
+
+
+class _Parts(NamedTuple):
+    """The modules of one adapter's path through a layer, and the weights of its linears.
+
+    Looked up once a call: reading a child or a parameter as an attribute of a module costs as much as all the rest.
+    """
+
+    base_layer: Any
+    a: Any
+    b: Any
+    dropout: Any
+    weight: Any
+    weight_a: Any
+    weight_b: Any
+
+
+def _parts(layer: Any, adapter: str) -> _Parts:
+    modules = layer._modules
+    a, b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
+    base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[adapter]
+    weights = getattr(base, "weight", None), getattr(a, "weight", None), getattr(b, "weight", None)
+    return _Parts(base, a, b, dropout, *weights)
 
 
 def _computes_in(base: Any, x: Tensor) -> bool:
@@ -109,14 +141,8 @@ def _unpack_4bit(quant_state: Any, weight: Tensor) -> Tensor:
     return unpacked
 
 
-def _obstacle(layer: Any, *, training: bool) -> str | None:
+def _obstacle(layer: Any, adapter: str, parts: _Parts, *, training: bool) -> str | None:
     """Why the layer's state keeps the original path, or None. Called on each forward: no tensor is read here."""
-    adapters = active_adapters(layer)
-    if not adapters:
-        return f"no active adapter ({', '.join(layer.active_adapters) or 'there is none'}) is on the layer"
-    if len(adapters) != 1:
-        return f"{len(adapters)} adapters are active on the layer (1 is fused)"
-    adapter = adapters[0]
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
@@ -125,27 +151,24 @@ def _obstacle(layer: Any, *, training: bool) -> str | None:
         return "DoRA"
     if adapter in layer.lora_variant:
         return f"LoRA variant {type(layer.lora_variant[adapter]).__name__}"
-    if layer.lora_bias.get(adapter) or layer.lora_B[adapter].bias is not None:
-        return "lora_bias: the adapter has a bias of its own"
-    dropout = layer.lora_dropout[adapter]
+    dropout = parts.dropout
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return f"dropout is {type(dropout).__name__}"
     if training and getattr(dropout, "p", 0.0) >= 1.0:
         return f"dropout {dropout.p:g} lets nothing through to the adapter"
     if not isinstance(layer.scaling[adapter], (int, float)):
         return "scaling is a tensor (compiled hot-swapping)"
-    if layer.base_layer.weight.requires_grad:
-        return "base weight is trainable"
-    for name, part in (
-        ("base_layer", layer.base_layer),
-        ("lora_A", layer.lora_A[adapter]),
-        ("lora_B", layer.lora_B[adapter]),
-        ("lora_dropout", dropout),
-    ):
-        reason = _part_obstacle(name, part)
-        if reason is not None:
-            return reason
-    return None
+    reason = (
+        _part_obstacle("base_layer", parts.base_layer, parts.weight)
+        or _part_obstacle("lora_A", parts.a, parts.weight_a)
+        or _part_obstacle("lora_B", parts.b, parts.weight_b)
+        or (_hooks_of("lora_dropout") if _is_hooked(dropout) else None)
+    )
+    if reason is not None:
+        return reason
+    if layer.lora_bias.get(adapter) or parts.b.bias is not None:
+        return "lora_bias: the adapter has a bias of its own"
+    return "base weight is trainable" if parts.weight.requires_grad else None
 
 
 def hooked_part(layer: Any) -> str | None:
@@ -153,25 +176,31 @@ def hooked_part(layer: Any) -> str | None:
     adapter = next(iter(active_adapters(layer)), None)
     if adapter is None:
         return None
-    parts = {"base_layer": layer.base_layer}
-    parts |= {name: getattr(layer, name)[adapter] for name in ("lora_A", "lora_B", "lora_dropout")}
+    base, a, b, dropout, *_ = _parts(layer, adapter)
+    parts = {"base_layer": base, "lora_A": a, "lora_B": b, "lora_dropout": dropout}
     return next((name for name, part in parts.items() if _is_hooked(part)), None)
 
 
-def _part_obstacle(name: str, part: Any) -> str | None:
+def _part_obstacle(name: str, part: Any, weight: Any) -> str | None:
     if _is_hooked(part):
-        return f"{name} has hooks (sharding, offloading or the user's own), which only its own call runs"
-    if name == "lora_dropout":
-        return None
-    if type(part) is not nn.Linear and not (name == "base_layer" and is_4bit(part)):
+        return _hooks_of(name)
+    if type(part) is nn.Linear:
+        plain = type(weight) in _PLAIN_TENSORS
+    elif name == "base_layer" and is_4bit(part):
+        plain = type(weight) is sys.modules["bitsandbytes"].nn.Params4bit
+    else:
         return f"{name} is {type(part).__name__}"
-    plain = _PLAIN_TENSORS if type(part) is nn.Linear else (sys.modules["bitsandbytes"].nn.Params4bit,)
-    return None if type(part.weight) in plain else f"{name}'s weight is {type(part.weight).__name__}"
+    return None if plain else f"{name}'s weight is {type(weight).__name__}"
+
+
+def _hooks_of(name: str) -> str:
+    return f"{name} has hooks (sharding, offloading or the user's own), which only its own call runs"
 
 
 def active_adapters(layer: Any) -> list[str]:
     """The active adapters that have weights on this layer: an adapter may target other layers only."""
-    return [name for name in layer.active_adapters if name in layer.lora_A]
+    on_the_layer = layer.lora_A
+    return [name for name in layer.active_adapters if name in on_the_layer]
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from chronicals_trl.kernels import LoraOperands, gated_mlp, geglu, lora_gated_mlp, rms_norm, swiglu
 from chronicals_trl.kernels._lora_linear import lora_linears_supported
-from chronicals_trl.model.lora_state import lora_operands, match_lora
+from chronicals_trl.model.lora_state import match_lora, unchecked_operands
 
 # Largest error that a replacement may show on the probe, relative to the largest value of the original's result: some
 # ten roundings in fp32, two units in the last place in half precision (the original's own error against fp64 is one).
@@ -130,12 +130,13 @@ def adapted_operands(modules: Sequence[Any], x: Tensor) -> list[LoraOperands] | 
 
     None where none of them is a LoRA layer, or one has to be called.
     """
-    if not any(match_lora(m) for m in modules):
+    adapted = [match_lora(m) for m in modules]
+    if not any(adapted):
         return None
     layers = []
-    for m in modules:
-        if match_lora(m):
-            layer = lora_operands(m, x) if own_forward(m) and unhooked(m) else None
+    for m, is_adapted in zip(modules, adapted, strict=True):
+        if is_adapted:
+            layer = unchecked_operands(m, x) if own_forward(m) and unhooked(m) else None
         else:
             layer = LoraOperands(m.weight, m.bias) if plain_linear(m) else None
         if layer is None:

@@ -68,7 +68,7 @@ def require_same(found: dict[str, Any], reference: dict[str, Any]) -> None:
         assert rates["learning_rate_lora_embedding"] == pytest.approx([3 * rate for rate in rates["learning_rate"]])
         assert mine["weights"].keys() == reference["weights"].keys()
         for name, value in reference["weights"].items():
-            assert (mine["weights"][name] - value).norm() / value.norm() < 1e-4, (part, name)
+            assert (mine["weights"][name] - value).norm() / value.norm() < 1e-6, (part, name)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])

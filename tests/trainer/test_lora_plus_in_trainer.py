@@ -35,6 +35,7 @@ def make(
         "max_steps": 4,
     }
     optimizer = options.pop("optimizer_cls_and_kwargs", None)
+    optimizers = options.pop("optimizers", (None, None))
     return SFTTrainer(
         model=tiny_models.build("llama") if model is None else model,
         args=SFTConfig(**{**SETTINGS, **settings, **options}),
@@ -43,6 +44,7 @@ def make(
         processing_class=tiny_data.tokenizer(),
         peft_config=peft_config,
         optimizer_cls_and_kwargs=optimizer,
+        optimizers=optimizers,
     )
 
 
@@ -81,6 +83,47 @@ def test_a_schedule_with_a_lower_bound_keeps_the_ratio_in_training(tmp_path: Pat
     trainer.train()
     assert logged(trainer, "learning_rate")[-1] == pytest.approx(LR / 3)
     assert logged(trainer, "learning_rate_lora_b")[-1] == pytest.approx(16 * LR / 3)
+
+
+def test_rates_that_are_tensors(tmp_path: Path) -> None:
+    """The schedule writes the next step's rate into them before the step is logged."""
+    adamw = (torch.optim.AdamW, {"lr": torch.tensor(LR), "foreach": False})
+    trainer = make(tmp_path, peft_config=lora(), optimizer_cls_and_kwargs=adamw)
+    trainer.train()
+    a = logged(trainer, "learning_rate")
+    assert len(set(a)) > 2 and logged(trainer, "learning_rate_lora_b") == pytest.approx([16 * rate for rate in a])
+
+
+def test_groups_are_split_once(tmp_path: Path) -> None:
+    """By who makes the optimizer before training, and who trains twice: split again, B would learn faster."""
+    trainer = make(tmp_path, peft_config=lora(), config={"lora_plus_ratio": 4.0}, lr_scheduler_type="constant")
+    trainer.create_optimizer()
+    trainer.create_optimizer()
+    for _ in range(2):
+        trainer.train()
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == [LR, 4 * LR]
+    assert trainer.chronicals_report["lora_plus"].state == "on"
+
+
+def test_bounds_are_scaled_once(tmp_path: Path) -> None:
+    options = {**PLATEAU, "lr_scheduler_kwargs": {"min_lr": LR / 3}}
+    trainer = make(tmp_path, peft_config=lora(), **options)
+    trainer.create_optimizer()
+    for _ in range(2):
+        trainer.create_scheduler(4, trainer.optimizer)
+        assert trainer.lr_scheduler.min_lrs == pytest.approx([LR / 3, 16 * LR / 3])
+
+
+def test_bounds_of_the_user_s_own_groups_are_the_user_s(tmp_path: Path) -> None:
+    """An optimizer that was passed in is used as it is, whatever the rates of its groups: so is its schedule."""
+    model = peft.get_peft_model(tiny_models.build("llama"), lora())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD([{"params": trained[:1]}, {"params": trained[1:], "lr": 2 * LR}], lr=LR)
+    options = {**PLATEAU, "lr_scheduler_kwargs": {"min_lr": LR / 3}}
+    trainer = make(tmp_path, model=model, optimizers=(optimizer, None), **options)
+    assert trainer.chronicals_report["lora_plus"].state == "off"
+    trainer.create_scheduler(4, optimizer)
+    assert trainer.lr_scheduler.min_lrs == [LR / 3] * 2
 
 
 # -- optimizers ------------------------------------------------------------------------------------------------------
@@ -193,3 +236,13 @@ def test_a_checkpoint_with_another_ratio_says_so(tmp_path: Path, schedule: str) 
     rates = [group["lr"] for group in resumed.optimizer.param_groups]
     assert len(rates) == 2 and rates[1] == pytest.approx(16 * rates[0])
     assert note in json.loads((tmp_path / "out" / "chronicals_report.json").read_text())["notes"]
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="a torch without Muon")
+def test_a_checkpoint_with_a_ratio_where_the_optimizer_has_turned_it_off(tmp_path: Path) -> None:
+    """What the error says of this run is what became of LoRA+, not what was asked for."""
+    options = {"save_strategy": "steps", "save_steps": 2, "peft_config": lora()}
+    make(tmp_path, **options).train()
+    resumed = make(tmp_path, optimizer_cls_and_kwargs=(torch.optim.Muon, {"lr": LR}), **options)
+    with pytest.raises(ValueError, match=r"written with LoRA\+ on, and this run has other .*\(LoRA\+ off\)"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))

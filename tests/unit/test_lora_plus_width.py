@@ -89,6 +89,25 @@ def test_figures(sweep: ModuleType) -> None:
     assert sweep.exponents(rows, "x")["seeds"] == pytest.approx([0.5, 0.5])
 
 
+def test_the_settings_are_the_rates_and_ratios_that_they_are_filed_under(
+    sweep: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, rates = sweep.train_adapters, []
+
+    def train_adapters(base, train, held_out, a_RW, rates_a, rates_b, batches):
+        rates.append(torch.stack([rates_a, rates_b]))
+        return original(base, train, held_out, a_RW, rates_a, rates_b, batches)
+
+    monkeypatch.setattr(sweep, "train_adapters", train_adapters)
+    cell = sweep.run(8, 0, 10, 5)
+    shape = len(sweep.MEAN_RATES), len(sweep.RATIOS)
+    assert cell["growth_MK"].shape == shape
+    a_MK, b_MK = torch.cat(rates, 1).unflatten(1, shape)
+    torch.testing.assert_close(b_MK / a_MK, torch.tensor(sweep.RATIOS).expand(shape))
+    torch.testing.assert_close((a_MK * b_MK).sqrt(), torch.tensor(sweep.MEAN_RATES)[:, None].expand(shape))
+    assert (cell["growth_MK"][-1, 0] > cell["growth_MK"][-1, -1]).all()  # the higher A's rate, the more it grows
+
+
 def test_a_run(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     output = tmp_path / "new" / "sweep.json"
     arguments = ["--widths", "8", "16", "--seeds", "2", "--steps", "20", "--pretrain_steps", "5", "--output", output]

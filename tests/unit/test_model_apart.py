@@ -83,10 +83,20 @@ def test_a_model_without_adapters(ending: str, blocks: int) -> None:
     assert [note.split()[0] for note in amend(report, model)] == [str(blocks)] * bool(blocks)
 
 
-def test_parts_that_are_off_have_nothing_apart() -> None:
+def test_projections_that_were_never_joined() -> None:
+    model = build()
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.k_proj.use_dora["default"] = True  # q, k and v are no node then
+    report = patch_model(model)
+    hook(model, ".q_proj")
+    assert amend(report, model) == []
+
+
+@pytest.mark.parametrize("hooked", [".base_layer", "o_proj.base_layer"])
+def test_parts_that_are_off_have_nothing_apart(hooked: str) -> None:
     model = build()
     report = patch_model(model, {"lora": "off", "qk_rope": "off", "gated_mlp": "off"})
-    hook(model, ".base_layer")
+    hook(model, hooked)
     assert amend(report, model) == []
 
 

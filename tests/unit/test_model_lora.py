@@ -247,6 +247,18 @@ def test_a_hooked_dropout_is_called(calls):
     assert len(seen) == 2
 
 
+def test_hooks_of_the_whole_process_see_every_call(calls):
+    """As torch's own module tracker has them, to count flops for one."""
+    layer, seen = bind(lora_layer()), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *args: seen.append(module))
+    try:
+        same_as_peft(layer, calls, fused_calls=0)
+    finally:
+        handle.remove()
+    assert seen.count(layer.base_layer) == 2
+    same_as_peft(layer, calls, fused_calls=1)
+
+
 def test_dora(calls):
     layer = bind(lora_layer(use_dora=True))
     assert fused.fits(layer) == "DoRA"
@@ -282,7 +294,7 @@ def test_several_adapters_and_switching(calls):
     assert fused.fits(layer) == "2 adapters are active on the layer (1 is fused)"
     same_as_peft(layer, calls, fused_calls=0)
     layer._active_adapter = "elsewhere"  # an adapter that targets other layers
-    assert fused.fits(layer) == "0 adapters are active on the layer (1 is fused)"
+    assert fused.fits(layer) == "no active adapter (elsewhere) is on the layer"
     same_as_peft(layer, calls, fused_calls=0)
 
 
