@@ -1,5 +1,5 @@
-"""Benchmarks: `chronicals-trl bench ops` times the fused ops, `chronicals-trl bench head` the head with its loss, each
-against eager torch, torch.compile and other libraries.
+"""Benchmarks: `chronicals-trl bench ops` times the fused ops, `bench head` the head with its loss, `bench lora` a
+decoder layer with LoRA, each against eager torch, torch.compile and other libraries.
 
     timing.py        one callable on a GPU, forward or backward, without the host; on the host alone; copy bandwidth
     common.py        what both benchmarks share
@@ -8,6 +8,8 @@ against eager torch, torch.compile and other libraries.
     verdict.py       the targets, met or missed
     report.py        table, JSON and plot
     head.py, head_check.py, head_run.py, head_verdict.py, head_report.py: the same for the head
+    lora.py, lora_layer.py, lora_sides.py, lora_check.py, lora_timing.py, lora_measure.py, lora_run.py, lora_worker.py,
+    lora_verdict.py, lora_report.py, lora_command.py: the same for one decoder layer with LoRA
     command.py       the command line
 
 Nothing of the rest of the package imports this one.
