@@ -1,4 +1,4 @@
-"""`chronicals-trl bench lora` on a CPU: the dry run, whether the host is ahead, wrong sides, peer's process, verdict."""
+"""`chronicals-trl bench lora` on a CPU: the dry run, whether the host is ahead, wrong sides, processes, the verdict."""
 
 from __future__ import annotations
 
