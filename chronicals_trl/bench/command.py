@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `chronicals-trl bench ops`, `bench head`, `bench attention` and `bench sft`.
+"""The command line of the benchmarks: `chronicals-trl bench ops`, `head`, `attention`, `lora` and `sft`.
 
 Without the console script: `python3 -m chronicals_trl.bench ops`.
 """
@@ -20,6 +20,8 @@ from chronicals_trl.bench import (
     head,
     head_report,
     head_run,
+    lora_command,
+    lora_report,
     report,
     sft_command,
 )
@@ -62,7 +64,7 @@ this is a dry run on the CPU with tiny sizes, for trying the command: its times 
 def main(argv: Sequence[str] | None = None, prog: str = "chronicals-trl bench") -> int:
     """Run what `argv` says; returns the exit code: 1 when one of our own ops failed or was wrong."""
     parser = argparse.ArgumentParser(prog=prog, description="Benchmarks of chronicals-trl.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", metavar="{ops,head,attention,sft}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{ops,head,attention,lora,sft}", required=True)
     ops = commands.add_parser(
         "ops", help="the fused ops against eager, torch.compile, Liger and quack", description=_OPS_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -82,8 +84,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "chronicals-trl bench") 
     )  # fmt: skip
     quick = f"{QUICK_REPEATS} samples, not {REPEATS}"
     _add_common(attend, attention.SHAPES, attention.SIDES, quick, DRY_RUN_DOCUMENT_TOKENS)
+    lora = lora_command.add_parser(commands)
     sft = sft_command.add_parser(commands)
     options = parser.parse_args(argv)
+    if options.command == "lora":
+        return _finish(*lora_command.run(lora, options), lora_report)
     if options.command == "sft":
         return sft_command.run(sft, options)
     if options.command == "ops":

@@ -10,7 +10,7 @@ from typing import Any
 from chronicals_trl.bench import report, sft_report, sft_run
 from chronicals_trl.bench.sft import MODES, PROTOCOLS, SHAPES, SIDES
 
-__all__ = ["add_parser", "default_sides", "run"]
+__all__ = ["add_parser", "default_sides", "run", "side_and_path"]
 
 STEPS, DRY_STEPS, WARM_UP, REPEATS = 50, 6, 10, 3
 TIMEOUT = 900.0
@@ -51,9 +51,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--learning-rate", type=float, metavar="X", help="default 1e-4, or 2e-4 with adapters")
     add("--seed", type=int, default=0, metavar="N", help="of weights, documents and trainers")
     add("--timeout", type=float, default=TIMEOUT, metavar="S", help=f"seconds for one process; default {TIMEOUT:g}")
-    add("--python", action="append", type=_pair, default=[], metavar="SIDE=PATH",
+    add("--python", action="append", type=side_and_path, default=[], metavar="SIDE=PATH",
         help="interpreter of a side; `unsloth=...` holds for unsloth-packing too")  # fmt: skip
-    add("--pythonpath", action="append", type=_pair, default=[], metavar="SIDE=DIR",
+    add("--pythonpath", action="append", type=side_and_path, default=[], metavar="SIDE=DIR",
         help="folder put first on the path of a side")  # fmt: skip
     add("--chronicals-config", type=_json, default={}, metavar="JSON",
         help="of our sides, as in a script; LoRA+ is off unless named here, so that all train alike")  # fmt: skip
@@ -139,7 +139,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _pair(text: str) -> tuple[str, str]:
+def side_and_path(text: str) -> tuple[str, str]:
     side, equals, value = text.partition("=")
     if not (side and equals and value):
         raise argparse.ArgumentTypeError(f"must be SIDE=PATH, not {text!r}")

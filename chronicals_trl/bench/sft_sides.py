@@ -24,7 +24,7 @@ from chronicals_trl.bench.sft import (
 from chronicals_trl.bench.sft_meter import Meter
 from chronicals_trl.bench.sft_models import make_tokenizer
 
-__all__ = ["train"]
+__all__ = ["four_bit", "train"]
 
 
 def train(task: Task, meter: Meter) -> dict[str, Any]:
@@ -85,11 +85,11 @@ def _load(task: Task, attention: str | None = None) -> Any:
     if torch.cuda.is_available():
         options["device_map"] = {"": 0}
     if task.mode == "qlora":
-        options["quantization_config"] = _four_bit()
+        options["quantization_config"] = four_bit()
     return AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.bfloat16, **options)
 
 
-def _four_bit() -> Any:
+def four_bit() -> Any:
     """nf4 with quantised scales, computing in bf16: what Unsloth loads, so that all load it."""
     from transformers import BitsAndBytesConfig
 
