@@ -15,11 +15,17 @@ from torch import Tensor
 
 
 class StandIn:
-    """Attributes: `recorded`, `replayed`, `released` count; `fails_at` is the recording that raises; `short` is said
-    when asked for memory."""
+    """What a test looks at, and what it sets.
+
+    Attributes:
+        recorded, replayed, released: how often.
+        waited: `replayed` when it was last waited.
+        fails_at: the number of the recording that raises.
+        short: whether memory is short.
+    """
 
     def __init__(self, fails_at: int | None = None) -> None:
-        self.recorded = self.replayed = self.released = 0
+        self.recorded = self.replayed = self.released = self.waited = 0
         self.fails_at = fails_at
         self.short = False
 
@@ -43,6 +49,9 @@ class StandIn:
 
     def short_of_memory(self) -> bool:
         return self.short
+
+    def wait(self) -> None:
+        self.waited = self.replayed
 
     def release(self) -> None:
         self.released += 1

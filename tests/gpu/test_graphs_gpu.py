@@ -93,9 +93,11 @@ def gradients(model: Any, batch: dict[str, Any], seed: int, autocast: bool = Fal
 def require_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], again: dict[str, Tensor]) -> None:
     """Equal where two eager passes are, and else (atomics in attention's backward pass) as near as those."""
     assert ours.keys() == theirs.keys()
+    exact = all(torch.equal(again[name], reference) for name, reference in theirs.items())
     for name, reference in theirs.items():
         noise = (again[name] - reference).float().norm()
-        assert (ours[name] - reference).float().norm() <= 4 * noise, name
+        allowed = 0.0 if exact else 4 * noise + 2e-3 * reference.float().norm()
+        assert (ours[name] - reference).float().norm() <= allowed, name
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -483,7 +483,7 @@ def test_released_graphs_are_captured_anew() -> None:
     pair = Pair()
     pair.replayed(WARM_UP + 1)
     pair.stack.release()
-    assert pair.recorder.released == 1
+    assert pair.recorder.released == 1 and pair.recorder.waited == pair.recorder.replayed
     assert pair.replayed(2) == 2 and pair.stack.captures == 2
 
 
