@@ -352,9 +352,7 @@ class GraphedStack:
         self.replays += 1
         ticket = Ticket()
         self._outstanding = weakref.ref(ticket)
-        output: Tensor = _Replay.apply(
-            kind.captured, ticket, reading.tensors, current.hidden, *self._state.trainable()
-        )
+        output: Tensor = Replay.apply(kind.captured, ticket, reading.tensors, current.hidden, *self._state.trainable())
         return output
 
     def _capture(self, kind: _Kind, tensors: list[Tensor], calls: list[Call]) -> None:
