@@ -22,12 +22,13 @@ class StandIn:
         waited: `replayed` when it was last waited.
         fails_at: the number of the recording that raises.
         short: whether memory is short.
+        loses: whether replays lose something of the work.
     """
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.recorded = self.replayed = self.released = self.waited = 0
         self.fails_at = fails_at
-        self.short = False
+        self.short = self.loses = False
 
     def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         self.recorded += 1
@@ -43,7 +44,7 @@ class StandIn:
         def replay() -> None:
             self.replayed += 1
             for static, new in zip(statics, _tensors(work()), strict=True):
-                static.copy_(new)
+                static.copy_(0.9 * new if self.loses else new)
 
         return replay, result
 

@@ -46,6 +46,7 @@ __all__ = ["GraphedStack", "decoder_layers"]
 logger = logging.getLogger(__name__)
 
 WARM_UP = 3  # eager passes before a capture: kernels are compiled and chosen in the first ones
+TOLERANCE = 0.02  # of the norm: other kernels run without gradients, and bf16 rounds after each
 MAX_GRAPHS = 4  # cu_seqlens comes in a few lengths
 MAX_STATES = 8  # states of the layers that are remembered
 MAX_KINDS = 64  # kinds of passes that are counted at a time
@@ -346,7 +347,7 @@ class GraphedStack:
             kind.seen = 0
             return self._run(current.hidden, current.calls)
         if kind.captured is None:
-            self._capture(kind, reading.tensors, current.calls)
+            self._capture(kind, reading.tensors, current)
         if kind.captured is None:
             return self._run(current.hidden, current.calls)
         self.replays += 1
@@ -355,14 +356,14 @@ class GraphedStack:
         output: Tensor = Replay.apply(kind.captured, ticket, reading.tensors, current.hidden, *self._state.trainable())
         return output
 
-    def _capture(self, kind: _Kind, tensors: list[Tensor], calls: list[Call]) -> None:
+    def _capture(self, kind: _Kind, tensors: list[Tensor], current: _Pass) -> None:
         if self._recorder is None:
             self._recorder = CudaRecorder(tensors[0].device)
         siblings = (k.captured for k in self._kinds.values() if k.state == kind.state and k.captured is not None)
 
         def run(statics: Sequence[Tensor]) -> Tensor:
             replacements = dict(zip(map(id, tensors), statics, strict=True))
-            output: Tensor = self._run(statics[0], [exchange(call, replacements) for call in calls])
+            output: Tensor = self._run(statics[0], [exchange(call, replacements) for call in current.calls])
             return output
 
         start, cause = time.perf_counter(), ""
@@ -370,6 +371,7 @@ class GraphedStack:
             kind.captured = Captured(
                 self._recorder, run, tensors, self._state.modules, self._state.trainable(), next(siblings, None)
             )
+            self._verify(kind.captured, tensors, current)
         except Exception as error:  # a model whose layers cannot be captured is trained without
             cause = _told(error)
         if cause:  # out of the handler, whose traceback would keep the memory
@@ -381,6 +383,20 @@ class GraphedStack:
             len(self.layers),
             time.perf_counter() - start,
         )
+
+    def _verify(self, captured: Captured, tensors: list[Tensor], current: _Pass) -> None:
+        """Raise RuntimeError unless a replay gives what the layers give: a kernel that was launched past the capture,
+        on a stream of its own choice, would be missing. Forward alone, and without gradients, for the memory's sake.
+        """
+        device = tensors[0].device
+        results = []
+        for run in (lambda: captured.forward(tensors), lambda: self._run(current.hidden, current.calls)):
+            # Both draw the same numbers, and leave the generator as they found it.
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+                results.append(run().float())
+        error = ((results[0] - results[1]).norm() / results[1].norm().clamp_min(1e-30)).item()
+        if not error <= TOLERANCE:
+            raise RuntimeError(f"a replay's hidden states differ from the layers' own by {error:.1e} of their norm")
 
 
 def _told(error: BaseException) -> str:
