@@ -167,8 +167,9 @@ class Captured:
     def backward(self, grad_output: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """Gradients of the hidden states and of the parameters, as memory of their own.
 
-        `.grad` becomes the very tensor that autograd is given: the static one would be overwritten by the next
-        micro-batch, and then added to itself.
+        The next micro-batch overwrites the static ones, which `torch.autograd.grad` would hand out as they are.
+        (`.grad` becomes the very tensor that autograd is given only if nobody else holds it; else it is copied, one
+        by one.)
         """
         self.grad_output.copy_(grad_output)
         self._replay_backward()
