@@ -15,13 +15,20 @@ from torch import Tensor
 
 
 class StandIn:
-    """Attributes: `recorded`, `replayed`, `released` count; `fails_at` is the recording that raises; `short` is said
-    when asked for memory."""
+    """What a test looks at, and what it sets.
+
+    Attributes:
+        recorded, replayed, released: how often.
+        waited: `replayed` when it was last waited.
+        fails_at: the number of the recording that raises.
+        short: whether memory is short.
+        loses: whether replays lose something of the work.
+    """
 
     def __init__(self, fails_at: int | None = None) -> None:
-        self.recorded = self.replayed = self.released = 0
+        self.recorded = self.replayed = self.released = self.waited = 0
         self.fails_at = fails_at
-        self.short = False
+        self.short = self.loses = False
 
     def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         self.recorded += 1
@@ -37,12 +44,15 @@ class StandIn:
         def replay() -> None:
             self.replayed += 1
             for static, new in zip(statics, _tensors(work()), strict=True):
-                static.copy_(new)
+                static.copy_(0.9 * new if self.loses else new)
 
         return replay, result
 
     def short_of_memory(self) -> bool:
         return self.short
+
+    def wait(self) -> None:
+        self.waited = self.replayed
 
     def release(self) -> None:
         self.released += 1

@@ -18,8 +18,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 T = TypeVar("T")
+
+REMEDY = "Set cuda_graphs='off' in chronicals_config."
 
 # Graphs whose capture failed. torch's allocator may go on asking them whether an allocation is theirs.
 _FAILED: list[Any] = []
@@ -33,6 +36,9 @@ class Recorder(Protocol):
 
     def short_of_memory(self) -> bool:
         """Whether an eager pass beside the recorded ones may not have the memory that it needs."""
+
+    def wait(self) -> None:
+        """Return when no replay is running any more: one that is must not be let go of."""
 
     def release(self) -> None:
         """Give back the memory of replays that are gone."""
@@ -90,8 +96,10 @@ class CudaRecorder:
         # What the pool holds is what a pass of this size keeps.
         return free + max(cached, 0) < self._pool_bytes
 
-    def release(self) -> None:
+    def wait(self) -> None:
         torch.cuda.synchronize(self._device)
+
+    def release(self) -> None:
         torch.cuda.empty_cache()
         self._pool, self._pool_bytes = None, 0
 
@@ -159,13 +167,45 @@ class Captured:
     def backward(self, grad_output: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """Gradients of the hidden states and of the parameters, as memory of their own.
 
-        `.grad` becomes the very tensor that autograd is given: the static one would be overwritten by the next
-        micro-batch, and then added to itself.
+        The next micro-batch overwrites the static ones, which `torch.autograd.grad` would hand out as they are.
+        (`.grad` becomes the very tensor that autograd is given only if nobody else holds it; else it is copied, one
+        by one.)
         """
         self.grad_output.copy_(grad_output)
         self._replay_backward()
         hidden = None if self.grad_hidden is None else self.grad_hidden.clone()
         return hidden, _copies(self.parameter_gradients)
+
+
+class Ticket:
+    """Stands for what a replayed forward pass has kept, until its backward pass has used it or nobody can."""
+
+
+class Replay(torch.autograd.Function):
+    """The recorded pass in the place of the layers: hidden states and parameters in, hidden states out.
+
+    The parameters are arguments for their gradients' sake alone: what accumulates them, DDP's and the user's hooks
+    included, then works as ever (all at the end of the layers' backward pass).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, captured: Captured, ticket: Ticket, tensors: list[Tensor], hidden: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.captured, ctx.ticket = captured, ticket
+        return captured.forward(tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        if ctx.ticket is None:
+            raise RuntimeError(
+                "The backward pass of the decoder layers ran a second time (retain_graph=True): CUDA graphs keep what "
+                f"it needs for one. {REMEDY}"
+            )
+        ctx.ticket = None
+        grad_hidden, gradients = ctx.captured.backward(grad_output)
+        return None, None, None, grad_hidden, *gradients
 
 
 def _copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from chronicals_trl.model.decoder import DecoderSpec, materialise
-from chronicals_trl.model.graph_capture import Captured, CudaRecorder, Recorder
+from chronicals_trl.model.graph_capture import REMEDY, Captured, CudaRecorder, Recorder, Replay, Ticket
 from chronicals_trl.model.graph_state import (
     Call,
     LayerState,
@@ -47,6 +46,7 @@ __all__ = ["GraphedStack", "decoder_layers"]
 logger = logging.getLogger(__name__)
 
 WARM_UP = 3  # eager passes before a capture: kernels are compiled and chosen in the first ones
+TOLERANCE = 0.02  # of the norm: other kernels run without gradients, and bf16 rounds after each
 MAX_GRAPHS = 4  # cu_seqlens comes in a few lengths
 MAX_STATES = 8  # states of the layers that are remembered
 MAX_KINDS = 64  # kinds of passes that are counted at a time
@@ -54,8 +54,6 @@ MAX_SHORTAGES = 3  # times that the graphs make room for an eager pass, before t
 
 _PLACE = "_chronicals_graph_place"
 _UNGRAPHED = "_chronicals_ungraphed_forward"
-
-_REMEDY = "Set cuda_graphs='off' in chronicals_config."
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module] | str:
@@ -120,10 +118,6 @@ class _Pass:
     calls: list[Call] = field(default_factory=list)
 
 
-class _Ticket:
-    """Stands for what a replayed forward pass has kept, until its backward pass has used it or nobody can."""
-
-
 class GraphedStack:
     """The layers of one model, in order.
 
@@ -150,7 +144,7 @@ class GraphedStack:
         self._obstacles: dict[int, str | None] = {}  # by number of the state
         self._kinds: dict[Any, _Kind] = {}
         self._pass: _Pass | None = None
-        self._outstanding: weakref.ref[_Ticket] | None = None
+        self._outstanding: weakref.ref[Ticket] | None = None
         self._shortages = 0
 
     # -- on and off --------------------------------------------------------------------------------------------------
@@ -175,13 +169,15 @@ class GraphedStack:
     def release(self) -> None:
         """Let go of the graphs and their memory; each is captured again when a pass of its kind comes."""
         if any(kind.captured is not None for kind in self._kinds.values()):
-            self._drop()
+            self._let_go(list(self._kinds.values()))
+            if self._recorder is not None:
+                self._recorder.release()
 
-    def _drop(self) -> None:
-        for kind in self._kinds.values():
-            kind.captured = None
+    def _let_go(self, kinds: list[_Kind]) -> None:
         if self._recorder is not None:
-            self._recorder.release()
+            self._recorder.wait()
+        for kind in kinds:
+            kind.captured = None
 
     @contextmanager
     def enabled(self) -> Iterator[None]:
@@ -197,14 +193,16 @@ class GraphedStack:
         if self._pass is not None and self._pass.deferred:
             raise RuntimeError(
                 f"The model called {len(self._pass.calls)} of its {len(self.layers)} decoder layers in this pass, and "
-                f"all of them before; its result is wrong. {_REMEDY}"
+                f"all of them before; its result is wrong. {REMEDY}"
             )
 
     def _give_up(self, reason: str) -> None:
         self.reason = self.obstacle = reason
         self._pass = None
-        self._drop()
+        self._let_go(list(self._kinds.values()))
         self._kinds.clear()
+        if self._recorder is not None:  # what a capture that failed has left, too
+            self._recorder.release()
 
     # -- a pass ------------------------------------------------------------------------------------------------------
 
@@ -220,7 +218,7 @@ class GraphedStack:
             if not in_order or hidden is not current.hidden:
                 raise RuntimeError(
                     f"Decoder layer {index} is called in another way than in earlier passes (out of order, or the "
-                    f"model changes the hidden states between layers), which cannot be replayed. {_REMEDY}"
+                    f"model changes the hidden states between layers), which cannot be replayed. {REMEDY}"
                 )
             current.calls.append(call)
             return self._finish(current) if index == len(self.layers) - 1 else hidden
@@ -304,8 +302,8 @@ class GraphedStack:
         if len(captured) < MAX_GRAPHS:
             return True
         bygone = [kind for kind in captured if kind.state != state]
-        for kind in bygone:
-            kind.captured = None
+        if bygone:
+            self._let_go(bygone)
         return bool(bygone)
 
     def _make_room(self) -> None:
@@ -345,28 +343,27 @@ class GraphedStack:
         self._pass = None
         reading, kind = self._read(current), current.kind
         if reading is None or reading.key != kind.key:  # as the first layer is called, but not as the others are
-            kind.seen, kind.captured = 0, None
+            self._let_go([kind])
+            kind.seen = 0
             return self._run(current.hidden, current.calls)
         if kind.captured is None:
-            self._capture(kind, reading.tensors, current.calls)
+            self._capture(kind, reading.tensors, current)
         if kind.captured is None:
             return self._run(current.hidden, current.calls)
         self.replays += 1
-        ticket = _Ticket()
+        ticket = Ticket()
         self._outstanding = weakref.ref(ticket)
-        output: Tensor = _Replay.apply(
-            kind.captured, ticket, reading.tensors, current.hidden, *self._state.trainable()
-        )
+        output: Tensor = Replay.apply(kind.captured, ticket, reading.tensors, current.hidden, *self._state.trainable())
         return output
 
-    def _capture(self, kind: _Kind, tensors: list[Tensor], calls: list[Call]) -> None:
+    def _capture(self, kind: _Kind, tensors: list[Tensor], current: _Pass) -> None:
         if self._recorder is None:
             self._recorder = CudaRecorder(tensors[0].device)
         siblings = (k.captured for k in self._kinds.values() if k.state == kind.state and k.captured is not None)
 
         def run(statics: Sequence[Tensor]) -> Tensor:
             replacements = dict(zip(map(id, tensors), statics, strict=True))
-            output: Tensor = self._run(statics[0], [exchange(call, replacements) for call in calls])
+            output: Tensor = self._run(statics[0], [exchange(call, replacements) for call in current.calls])
             return output
 
         start, cause = time.perf_counter(), ""
@@ -374,6 +371,7 @@ class GraphedStack:
             kind.captured = Captured(
                 self._recorder, run, tensors, self._state.modules, self._state.trainable(), next(siblings, None)
             )
+            self._verify(kind.captured, tensors, current)
         except Exception as error:  # a model whose layers cannot be captured is trained without
             cause = _told(error)
         if cause:  # out of the handler, whose traceback would keep the memory
@@ -386,32 +384,19 @@ class GraphedStack:
             time.perf_counter() - start,
         )
 
-
-class _Replay(torch.autograd.Function):
-    """The recorded pass in the place of the layers: hidden states and parameters in, hidden states out.
-
-    The parameters are arguments for their gradients' sake alone: what accumulates them, DDP's and the user's hooks
-    included, then works as ever (all at the end of the layers' backward pass).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, captured: Captured, ticket: _Ticket, tensors: list[Tensor], hidden: Tensor, *parameters: Tensor
-    ) -> Tensor:
-        ctx.captured, ctx.ticket = captured, ticket
-        return captured.forward(tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        if ctx.ticket is None:
-            raise RuntimeError(
-                "The backward pass of the decoder layers ran a second time (retain_graph=True): CUDA graphs keep what "
-                f"it needs for one. {_REMEDY}"
-            )
-        ctx.ticket = None
-        grad_hidden, gradients = ctx.captured.backward(grad_output)
-        return None, None, None, grad_hidden, *gradients
+    def _verify(self, captured: Captured, tensors: list[Tensor], current: _Pass) -> None:
+        """Raise RuntimeError unless a replay gives what the layers give: a kernel that was launched past the capture,
+        on a stream of its own choice, would be missing. Forward alone, and without gradients, for the memory's sake.
+        """
+        device = tensors[0].device
+        results = []
+        for run in (lambda: captured.forward(tensors), lambda: self._run(current.hidden, current.calls)):
+            # Both draw the same numbers, and leave the generator as they found it.
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+                results.append(run().float())
+        error = ((results[0] - results[1]).norm() / results[1].norm().clamp_min(1e-30)).item()
+        if not error <= TOLERANCE:
+            raise RuntimeError(f"a replay's hidden states differ from the layers' own by {error:.1e} of their norm")
 
 
 def _told(error: BaseException) -> str:

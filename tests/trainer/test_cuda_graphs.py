@@ -199,8 +199,9 @@ def test_on(tmp_path: Path, recorder: StandIn) -> None:
 
 
 def test_a_step_outside_of_train_is_eager(tmp_path: Path, recorder: StandIn) -> None:
-    trainer = make(tmp_path)
+    trainer = make(tmp_path, logging_nan_inf_filter=False)
     trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # as `train` does
     batch = next(iter(trainer.get_train_dataloader()))
     for _ in range(5):
         trainer.training_step(trainer.model, dict(batch))

@@ -84,14 +84,15 @@ def test_full_finetune(monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_pat
         "--output_dir", tmp_path / "out")  # fmt: skip
     assert weights_moved(model_dir, tmp_path / "out")
     on = states(tmp_path / "out")
-    assert [name for name, state in on.items() if state == "off"] == ["lora", "lora_plus"], on
+    assert [name for name, state in on.items() if state == "off"] == ["lora", "lora_plus", "cuda_graphs"], on
 
 
 def test_lora(monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path) -> None:
     data = jsonl(tiny_data.text(60), tmp_path / "train.jsonl")
     trainer = run(monkeypatch, "lora", "--model", model_dir, "--data", data, "--max_steps", 2, "--max_length", 64,
                   "--output_dir", tmp_path / "out")["trainer"]  # fmt: skip
-    assert set(states(tmp_path / "out").values()) == {"on"}, states(tmp_path / "out")
+    on = states(tmp_path / "out")
+    assert [name for name, state in on.items() if state == "off"] == ["cuda_graphs"], on  # there is no GPU
     adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert all(value.abs().max() > 0 for name, value in adapter.items() if "lora_B" in name)  # B starts at zero
     rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}

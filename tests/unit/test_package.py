@@ -118,6 +118,7 @@ def test_doctor_shows_what_would_be_on(tmp_path: Path, capsys: pytest.CaptureFix
     assert parts["rms_norm"]["modules"] == 5  # two in each of two layers, one at the end
     assert parts["gated_mlp"]["modules"] == 2
     assert parts["packing"]["reason"] == "not looked at: it takes packing=True, in a run"
+    assert parts["cuda_graphs"]["reason"] == "not looked at: it takes packing=True and a GPU, in a run"
     assert (
         parts["lora"]["reason"] == parts["lora_plus"]["reason"] == "not looked at: it takes a LoRA adapter, in a run"
     )
