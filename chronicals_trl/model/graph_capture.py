@@ -133,7 +133,7 @@ class Captured:
         traced: list[Tensor] = []
 
         def forward() -> Tensor:
-            # Casts that autocast has cached would be those of this step in every replay.
+            # Autocast's cache would keep the casts of all weights until the caller leaves it, over the backward pass.
             with torch.enable_grad(), _in_place_of(owners, leaves), _autocast_uncached(device_type):
                 traced[:] = [run(self.inputs)]
             return traced[0].detach()

@@ -160,9 +160,17 @@ def test_the_output_is_not_the_graphs_own_memory() -> None:
     assert torch.equal(kept[0], first)
 
 
-def test_autocast() -> None:
-    """The casts of weights are part of what is replayed: autocast's cache would hold those of an earlier step."""
+def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The casts of weights are part of what is replayed, and autocast's cache does not keep them."""
     pair = Pair()
+    cached: list[bool] = []
+
+    def look(value: Any) -> Any:
+        if torch.is_grad_enabled():
+            cached.append(torch.is_autocast_cache_enabled())
+        return decoder.materialise(value)
+
+    monkeypatch.setattr(graphs, "materialise", look)
     plain = pair.loss
 
     def loss(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -171,6 +179,7 @@ def test_autocast() -> None:
 
     pair.loss = loss  # type: ignore[method-assign]
     assert pair.replayed(WARM_UP + 3) == 3
+    assert cached and not any(cached)
     pair.loss = plain  # type: ignore[method-assign]
     assert pair.replayed(1) == 0  # another kind of pass
     pair.loss = loss  # type: ignore[method-assign]
