@@ -94,3 +94,20 @@ def test_a_run_of_the_attention(tmp_path):
     assert ours["of_direct"]["both"] == pytest.approx(1.0, abs=0.2)
     assert dense["both_us"] > theirs["both_us"]  # a mask of 4096 x 4096, and no tile of it skipped
     assert 1 < ours["host_us"] < 1000
+
+
+def test_a_run_of_the_lora_layer(tmp_path):
+    """PEFT's layer and ours: the host was ahead, and the GPU's time is that of its own work."""
+    assert main(["lora", "--quick", "--sides", "peft", "ours", "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("bench_lora_*.json")
+    result = json.loads(path.read_text())
+    assert len(result["verdict"]) == 3
+    peft, ours = result["rows"]
+    for row in (peft, ours):
+        assert row["status"] == "ok" and row["queued"] is True, row
+        assert row["issue_ms"] < row["sleep_ms"]
+        # From idle to idle a pass takes no less than the GPU's work (but for clocks), nor less than the host's.
+        assert 0.9 * row["gpu_ms"] < row["step_ms"] and 0.5 < row["gpu_ms"] < 100
+        # The output alone is 28 MiB, gate, up and their product are 456.
+        assert 28 < row["saved_mib"] < row["peak_mib"] < 20_000
+    assert ours["saved_mib"] < peft["saved_mib"] and ours["gpu_ms"] < peft["gpu_ms"]
