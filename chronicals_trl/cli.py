@@ -1,5 +1,5 @@
 """`chronicals-trl sft`: what `trl sft` does, with the flag on; `chronicals-trl doctor`: what this machine can do;
-`chronicals-trl bench`: how fast the fused ops, the head, attention and whole training runs are on it.
+`chronicals-trl bench`: how fast the fused ops, the head, attention, a layer with LoRA and whole runs are on it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument("--model", help="a model's folder or hub id; only its config is read, never its weights")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     commands.add_parser(
-        "bench", help="time the fused ops, the head, attention or whole runs against other libraries", add_help=False
+        "bench",
+        help="time the fused ops, the head, attention, a LoRA layer or whole runs against others",
+        add_help=False,
     )
     namespace = parser.parse_args(arguments)
     if namespace.command is None:

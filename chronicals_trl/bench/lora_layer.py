@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 MIB = 2**20
+X_SCALE = 0.1
 
 #: What the layer is called with beside the hidden states, for rows of a shape (rows, tokens).
 Arguments = Callable[[Tensor], dict[str, Any]]
@@ -48,13 +49,16 @@ class Inputs:
 
 
 def make_inputs(layer: Layer, tokens: int, row: int, device: torch.device) -> Inputs:
-    """Normal numbers of one seed."""
+    """Normal numbers of one seed.
+
+    Hidden states are as small as in a model's first layers: at 1, what the residual path hands through would be nearly
+    all of x's gradient, and an error in the layer's own part would hide behind its rounding.
+    """
     generator = torch.Generator(device).manual_seed(tokens)
     x, grad = (
-        torch.randn(tokens // row, row, layer.shape.hidden, generator=generator, device=device).bfloat16()
-        for _ in range(2)
+        torch.randn(tokens // row, row, layer.shape.hidden, generator=generator, device=device) for _ in range(2)
     )
-    return Inputs(x, grad)
+    return Inputs((X_SCALE * x).bfloat16(), grad.bfloat16())
 
 
 def write_model(layer: Layer, folder: Path) -> None:

@@ -52,8 +52,7 @@ def write_plot(result: dict[str, Any], path: Path) -> str | None:
             axis.annotate(f"  {_time(row)} / {row['step_ms']:.2f}", (end, at), va="center", fontsize=7)
         axis.set_yticks(range(len(bars)), [f"{row['setting']}: {row['side']}" for row in bars], fontsize=7)
         axis.invert_yaxis()
-        axis.set_xlim(left=0)
-        axis.margins(x=0.25)
+        axis.set_xlim(0, 1.3 * axis.get_xlim()[1])  # room for the figures
         axis.set_xlabel("ms, forward + backward: GPU (bar) / with the host (mark)", fontsize=8)
         axis.set_title(f"{layer['layer']}: {layer['tokens']:,} tokens", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""`chronicals-trl bench lora` on a CPU: the dry run, whether the host is ahead, wrong sides, processes, the verdict."""
+"""`chronicals-trl bench lora` on a CPU: the dry run, whether the host is ahead, wrong sides, the verdict."""
 
 from __future__ import annotations
 
@@ -355,6 +355,37 @@ def test_every_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     text = capsys.readouterr().out
     assert "unsloth: not offered (its loader makes adapters in fp32" in text
     assert "qwen2.5-0.5b bf16, qwen2.5-0.5b bf16 dropout" in text
+
+
+def test_fp64_has_the_weights_that_the_model_computes_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dequantised ones in 4 bits; adapters as rounded to their dtype; no dropout."""
+    import peft.utils.integrations
+
+    lora_layer.write_model(TINY, tmp_path)
+    inputs = lora_layer.make_inputs(TINY, 64, 64, CPU)
+
+    def exact(model: Any, name: str) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = lora_layer.exact_gradients(tmp_path, model, SETTINGS[name], values, inputs)
+        assert all(gradient.dtype == torch.float64 for gradient in found.values())
+        return found
+
+    model = lora_layer.load(tmp_path, SETTINGS["autocast"])
+    values = lora_layer.make_adapters(model)
+    plain = exact(model, "autocast")
+    assert set(plain) == {"x", *values}
+    dropped = exact(model, "autocast dropout")
+    assert all(torch.equal(gradient, plain[name]) for name, gradient in dropped.items())
+    rounded = lora_check.deviations(exact(model, "bf16"), plain)
+    assert all(1e-5 < off < 0.02 for off in rounded.values()), rounded
+    for module in lora_layer.only_layer(model).modules():
+        if hasattr(module, "base_layer"):
+            module.base_layer.weight.data *= 0.5  # as if this were what 4 bits had left
+    monkeypatch.setattr(peft.utils.integrations, "dequantize_module_weight", lambda module: module.weight)
+    lora_layer.set_adapters(model, values)
+    halved = exact(model, "nf4")
+    runner = lora_sides.stock(model, SETTINGS["autocast"])
+    assert max(lora_check.deviations(runner.gradients(inputs), halved).values()) < 0.03
+    assert min(lora_check.deviations(runner.gradients(inputs), plain).values()) > 0.1
 
 
 def test_ours_without_fused_lora_is_no_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
