@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 WARM_UP = 3  # eager passes before a capture: kernels are compiled and chosen in the first ones
 TOLERANCE = 0.02  # of the norm: other kernels run without gradients, and bf16 rounds after each
-MAX_GRAPHS = 4  # cu_seqlens comes in a few lengths
+MAX_GRAPHS = 8  # cu_seqlens comes in a few lengths, and so do padded rows
 MAX_STATES = 8  # states of the layers that are remembered
 MAX_KINDS = 64  # kinds of passes that are counted at a time
 MAX_SHORTAGES = 3  # times that the graphs make room for an eager pass, before they do so for good

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from transformers import Trainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from chronicals_trl.config import ChronicalsConfig
 from chronicals_trl.model import graphs
@@ -20,6 +23,12 @@ PART = "cuda_graphs"
 # Device types that capture.
 DEVICES = ("cuda",)
 
+# Padded rows get one of at most so many lengths, so that shapes recur; multiples of 8, for the GEMMs' sake.
+PADDED_LENGTHS = graphs.MAX_GRAPHS
+# More padding pays while the GPU waits for Python. Launching a layer's kernels, forward and backward, takes 3 to 6 ms;
+# an H100 computes at some 4e14 FLOP/s (docs/results/profile_step_h100.json, and the step without graphs beside it).
+HOST_SECONDS_PER_LAYER, FLOP_RATE = 3e-3, 4e14
+
 # Passes without a single replay after which the user is told why.
 PATIENCE = 16
 
@@ -30,6 +39,7 @@ class CudaGraphsMixin(Trainer):
     # Of the trainer that mixes this in.
     _chronicals: ChronicalsConfig | None
     _packing: PartReport
+    data_collator: Any
     chronicals_report: ActivationReport
     _save_report: Callable[[], None]
 
@@ -57,10 +67,42 @@ class CudaGraphsMixin(Trainer):
         if args.device.type not in DEVICES:
             return f"no CUDA GPU: on {args.device.type} there is nothing to capture"
         if self._packing.state == "off" or not args.packing:
-            return "batches are not packed here: their shapes differ from step to step"
+            reason = self._padding_obstacle()
+            if reason is not None:
+                return f"batches are not packed here, so their shapes differ from step to step, and {reason}"
         if args.gradient_checkpointing:
             return "gradient_checkpointing=True, the default of SFTConfig: what a layer computes again is not captured"
         return None
+
+    def _padding_obstacle(self) -> str | None:
+        """Why padded rows cannot be given lengths that recur, or are better off as they are."""
+        args: Any = self.args
+        collator = self.data_collator
+        if type(collator) is not DataCollatorForLanguageModeling or collator.padding_free:
+            return "it is not TRL's collator that pads them"
+        if not args.max_length:
+            return "max_length=None leaves their lengths open"
+        if args.max_length / (collator.pad_to_multiple_of or args.max_length) > PADDED_LENGTHS:
+            return f"pad_to_multiple_of={collator.pad_to_multiple_of} gives them more than {PADDED_LENGTHS} lengths"
+        assert self._chronicals is not None
+        layers = graphs.decoder_layers(self.model)
+        if collator.pad_to_multiple_of or self._chronicals.cuda_graphs == "on" or isinstance(layers, str):
+            return None
+        parameters = sum(p.numel() for layer in layers for p in layer.parameters())
+        gpu_seconds = 6 * parameters * args.per_device_train_batch_size * args.max_length / FLOP_RATE
+        if gpu_seconds > HOST_SECONDS_PER_LAYER * len(layers):
+            return "they are too large for more padding to pay (cuda_graphs='on' insists; packing=True is better)"
+        return None
+
+    def _round_lengths_up(self) -> list[str]:
+        """Let the lengths of padded rows recur, if graphs are to be captured of them; a note for the report."""
+        collator = self.data_collator
+        if self.chronicals_report[PART].state == "off" or collator.pad_to_multiple_of:
+            return []
+        length: Any = self.args.max_length
+        multiple = 8 * math.ceil(length / (8 * PADDED_LENGTHS))
+        self.data_collator = dataclasses.replace(collator, pad_to_multiple_of=multiple)
+        return [f"CUDA graphs: rows are padded to multiples of {multiple} tokens, so that their shapes recur"]
 
     def _graphs_ruled_out(self) -> str | None:
         args: Any = self.args

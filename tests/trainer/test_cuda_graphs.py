@@ -169,9 +169,11 @@ def test_a_hook_from_outside_is_told(tmp_path: Path, recorder: StandIn, caplog: 
     "options, reason, omitted",
     [
         ({"chronicals_config": {"cuda_graphs": "off"}}, "in the configuration", False),
-        ({"packing": False}, "not packed", False),
-        ({"packing": False, "eval_packing": True}, "not packed", False),
-        ({"chronicals_config": {"packing": "off"}}, "not packed", False),
+        ({"packing": False, "max_length": None}, "max_length=None leaves their lengths open", False),
+        ({"packing": False, "pad_to_multiple_of": 2}, "pad_to_multiple_of=2 gives them more than 8", False),
+        ({"packing": False, "padding_free": True, "max_length": None}, "not TRL's collator", False),
+        ({"chronicals_config": {"packing": "off"}}, "not TRL's collator", False),  # but its packing
+        ({"packing": False, "per_device_train_batch_size": 10**9}, "too large for more padding", False),
         ({"gradient_checkpointing": True}, "gradient_checkpointing=True", False),
         ({"chronicals_config": {"rms_norm": "off"}}, "not patched", True),
         ({"torch_compile": True}, "torch_compile=True", True),
@@ -181,6 +183,31 @@ def test_a_hook_from_outside_is_told(tmp_path: Path, recorder: StandIn, caplog: 
 def test_off_and_why(tmp_path: Path, recorder: StandIn, options: dict[str, Any], reason: str, omitted: bool) -> None:
     part = make(tmp_path, **options).chronicals_report["cuda_graphs"]
     assert part.state == "off" and part.omitted is omitted and reason in str(part.reason)
+
+
+def test_padded_rows_get_lengths_that_recur(tmp_path: Path, recorder: StandIn) -> None:
+    """And the same training, up to the order of sums that the longer padding changes."""
+    options = {"packing": False, "max_steps": 16, "max_length": 64, "per_device_train_batch_size": 3}
+    ours, theirs = (trained(tmp_path, setting, **options)[0] for setting in ("auto", "off"))
+    assert recorder.replayed > 0
+    assert "CUDA graphs: rows are padded to multiples of 8 tokens, so that their shapes recur" in (
+        ours.chronicals_report.notes
+    )
+    for key in ("loss", "grad_norm", "num_tokens"):
+        assert logged(ours, key) == pytest.approx(logged(theirs, key), rel=1e-4), key
+    lengths = {batch["input_ids"].shape[1] for batch in ours.get_train_dataloader()}
+    assert all(length % 8 == 0 for length in lengths)
+    assert any(batch["input_ids"].shape[1] % 8 for batch in theirs.get_train_dataloader())
+
+
+def test_the_users_own_multiple_and_insistence_count(tmp_path: Path, recorder: StandIn) -> None:
+    huge = {"packing": False, "per_device_train_batch_size": 10**9}
+    for options in ({"pad_to_multiple_of": 32}, {"chronicals_config": {"cuda_graphs": "on"}}):
+        trainer = make(tmp_path, **huge, **options)
+        assert trainer.chronicals_report["cuda_graphs"].state == "on"
+        assert trainer.data_collator.pad_to_multiple_of == (
+            options.get("pad_to_multiple_of") or 16
+        )  # 96 / 8, up to 16
 
 
 def test_off_without_a_gpu(tmp_path: Path) -> None:
