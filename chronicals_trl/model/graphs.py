@@ -46,6 +46,7 @@ __all__ = ["GraphedStack", "decoder_layers"]
 logger = logging.getLogger(__name__)
 
 WARM_UP = 3  # eager passes before a capture: kernels are compiled and chosen in the first ones
+WARM_UP_OF_A_SHAPE = 1  # where passes of other shapes have been captured
 TOLERANCE = 0.02  # of the norm: other kernels run without gradients, and bf16 rounds after each
 MAX_GRAPHS = 8  # cu_seqlens comes in a few lengths, and so do padded rows
 MAX_STATES = 8  # states of the layers that are remembered
@@ -252,11 +253,16 @@ class GraphedStack:
         self.passes += 1
         kind = self._kind_of(hidden, call)
         busy = self._outstanding is not None and self._outstanding() is not None
-        if not busy and (kind is None or kind.seen < WARM_UP):
+        warm = kind is not None and kind.seen >= self._warm_up(kind)
+        if not busy and not warm:
             self._make_room()
         if kind is None or busy or self.reason is not None:
             return
-        self._pass = _Pass(kind, deferred=kind.seen >= WARM_UP, hidden=hidden, output=hidden)
+        self._pass = _Pass(kind, deferred=warm, hidden=hidden, output=hidden)
+
+    def _warm_up(self, kind: _Kind) -> int:
+        others = any(other.state == kind.state and other.captured is not None for other in self._kinds.values())
+        return WARM_UP_OF_A_SHAPE if others else WARM_UP
 
     def _kind_of(self, hidden: Any, call: Call) -> _Kind | None:
         """The kind of this pass by what its first layer is given; None, and `obstacle`, if it has to run eagerly."""

@@ -193,7 +193,7 @@ def test_shapes_are_captured_one_by_one_and_share_their_gradients_memory() -> No
     pair = Pair()
     other = (16, 8, 8)
     assert pair.replayed(WARM_UP + 1) == 1
-    assert pair.replayed(WARM_UP, lengths=other) == 0
+    assert pair.replayed(graphs.WARM_UP_OF_A_SHAPE, lengths=other) == 0
     for _ in range(2):
         assert pair.replayed(1, lengths=other) == pair.replayed(1) == 1
     assert pair.stack.captures == 2
