@@ -293,6 +293,16 @@ def test_a_merged_adapter() -> None:
     assert state != pair.stack._state.read()
 
 
+def test_another_attention_is_another_state() -> None:
+    """(A batch shows it too, by its mask, if the two take different ones.)"""
+    model = patched()
+    state = LayerState(list(model.base_model.layers))
+    before = state.read()
+    assert state.read() == before
+    model.base_model.layers[0].self_attn.config._attn_implementation_internal = "eager"
+    assert state.read() != before
+
+
 def test_a_hook_sees_every_pass() -> None:
     pair = Pair()
     pair.replayed(WARM_UP + 1)
