@@ -503,8 +503,8 @@ def test_short_of_memory_the_graphs_make_room() -> None:
     pair.step(lengths=(16, 16))
     assert pair.recorder.released == 1
     assert pair.replayed(1) == 1  # captured anew, without further eager passes
-    for _ in range(graphs.MAX_SHORTAGES):
-        pair.step(lengths=(16, 8, 8))
+    for others in range(graphs.MAX_SHORTAGES):
+        pair.step(lengths=(24 - others, 8 + others))
         pair.step()
     assert "no memory" in str(pair.stack.reason)
     pair.step()
