@@ -236,6 +236,14 @@ def test_a_queue_with_room_for_one_pass(fake: Any) -> None:
     assert samples.sleep_ms == pytest.approx(5.0)
 
 
+def test_samples_of_another_number_of_passes_are_dropped(fake: Any) -> None:
+    gpu, samples = fake(2.0, 1.0), Samples(host=[1.0])
+    take_queued(gpu.call, gpu, samples, 3)
+    gpu.holds = 1
+    take_queued(gpu.call, gpu, samples, 2)
+    assert (samples.passes, samples.queued, len(samples.gpu)) == (1, True, 2)
+
+
 def test_a_side_that_waits_is_marked(fake: Any) -> None:
     gpu, samples = fake(2.0, 3.0, waits=True), Samples(host=[3.0])
     take_queued(gpu.call, gpu, samples, 3)
@@ -279,7 +287,7 @@ def test_deviations() -> None:
     exact = {name: torch.ones(4, dtype=torch.float64) for name in ("x", "q.lora_A.w", "k.lora_A.w", "q.lora_B.w")}
     found: dict[str, torch.Tensor | None] = {name: value.float() for name, value in exact.items()}
     assert lora_check.deviations(found, exact) == {"x": 0.0, "A": 0.0, "B": 0.0}
-    found["k.lora_A.w"] = 1.5 * torch.ones(4)  # the worst of the A's counts
+    found["q.lora_A.w"] = 1.5 * torch.ones(4)  # the worst of the A's counts
     assert lora_check.deviations(found, exact) == {"x": 0.0, "A": 0.5, "B": 0.0}
     for broken in (None, torch.full((4,), math.nan), torch.ones(1)):
         assert lora_check.deviations({**found, "q.lora_B.w": broken}, exact)["B"] == math.inf
