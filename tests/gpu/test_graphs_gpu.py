@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from training_runs import logged, run
 from waits import refused
 
-from chronicals_trl import SFTConfig, SFTTrainer, patch_model
+from chronicals_trl import SFTConfig, SFTTrainer, patch_model, unpatch_model
 from chronicals_trl.model.graphs import WARM_UP, GraphedStack, decoder_layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -90,14 +91,23 @@ def gradients(model: Any, batch: dict[str, Any], seed: int, autocast: bool = Fal
     return {"loss": loss.detach(), **found}
 
 
-def require_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], again: dict[str, Tensor]) -> None:
-    """Equal where two eager passes are, and else (atomics in attention's backward pass) as near as those."""
-    assert ours.keys() == theirs.keys()
-    exact = all(torch.equal(again[name], reference) for name, reference in theirs.items())
-    for name, reference in theirs.items():
-        noise = (again[name] - reference).float().norm()
-        allowed = 0.0 if exact else 4 * noise + 2e-3 * reference.float().norm()
-        assert (ours[name] - reference).float().norm() <= allowed, name
+def exact_copy(model: Any) -> Any:
+    """The model in float32, by its own code."""
+    copied = copy.deepcopy(model)
+    unpatch_model(copied)
+    return copied.float()
+
+
+def require_as_good(ours: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """As far from float32's gradients as an eager pass is; and, where dropout makes float32's masks others, near it.
+
+    Not the same bits: attention's backward pass adds with atomics, and where a product is split along its inner
+    dimension cuBLAS may choose otherwise for memory in another place.
+    """
+    assert ours.keys() == eager.keys()
+    for name, reference in (exact or eager).items():
+        error, of_eager = ((found[name].float() - reference.float()).norm() for found in (ours, eager))
+        assert error <= 1.25 * of_eager + 1e-2 * reference.float().norm(), (name, error, of_eager)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -110,7 +120,8 @@ def test_the_numbers_are_those_of_eager_code(lora: float | None, autocast: bool)
         batch = batch_of(step)
         with stack.enabled():
             ours = gradients(model, batch, step, autocast)
-        require_same(ours, gradients(model, batch, step, autocast), gradients(model, batch, step, autocast))
+        exact = {} if lora else gradients(exact_copy(model), batch, step)
+        require_as_good(ours, gradients(model, batch, step, autocast), exact)
         with torch.no_grad():  # the weights move on
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -126,8 +137,7 @@ def test_shapes_share_a_pool_and_gradients_add_up() -> None:
         batches = [batch_of(2 * step, documents=5), batch_of(2 * step + 1, documents=9)]
         with stack.enabled():
             ours = added(model, batches)
-        eager, again = added(model, batches), added(model, batches)
-        require_same(ours, eager, again)
+        require_as_good(ours, added(model, batches), added(exact_copy(model), batches))
     assert stack.captures == 2 and stack.replays == 2 * 3 * WARM_UP
     stack.remove()
 
@@ -230,7 +240,7 @@ def test_a_failing_capture_leaves_the_process_as_it_was() -> None:
         batch = batch_of(step)
         with stack.enabled():
             ours = gradients(model, batch, step)
-        require_same(ours, gradients(model, batch, step), gradients(model, batch, step))
+        require_as_good(ours, gradients(model, batch, step), {})
     assert stack.replays == stack.captures == 0 and "captured" in str(stack.reason)
     print(stack.reason)
     assert torch.cuda.current_stream() == stream
