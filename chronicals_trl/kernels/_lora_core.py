@@ -34,7 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import autocast_dtype
+from . import _lora_dropout
+from ._common import autocast_dtype, use_triton
+from ._low_rank import Dropped, supported
 from ._shared_linear import column_sums
 from ._wide_products import add_masked_mm_, add_mm_, mm, transposed_mm
 
@@ -72,7 +74,12 @@ class Kept(NamedTuple):
     """What the backward pass needs of one set of adapters that read the same tensor."""
 
     h_NR: Tensor  # D x A^T of all of them, side by side
-    mask_NI: Tensor | None  # which elements of x the dropout let pass
+    mask_NI: Tensor | None  # which elements of x the dropout let pass; as bytes where the kernels read it
+
+
+def for_kernels(kept: Kept) -> bool:
+    """Whether `_lora_dropout.py` read the input, and makes its part of dx together with dA."""
+    return kept.mask_NI is not None and kept.mask_NI.dtype == torch.uint8
 
 
 def compute_dtypes(x: Tensor, layers: Sequence[LoraOperands]) -> tuple[torch.dtype, torch.dtype] | None:
@@ -116,17 +123,74 @@ def base(x_NI: Tensor, layer: LoraOperands) -> Tensor:
     return x_NI @ weight_IO if layer.bias is None else torch.addmm(layer.bias.to(x_NI.dtype), x_NI, weight_IO)
 
 
-def read_input(x: Tensor, x_NI: Tensor, layers: Sequence[LoraOperands], adapter_dtype: torch.dtype) -> list[Kept]:
+def read_input(
+    x: Tensor, x_NI: Tensor, layers: Sequence[LoraOperands], adapter_dtype: torch.dtype, by_kernels: bool = True
+) -> list[Kept]:
     """D x A^T of each of `input_sets`, and the mask."""
+    sets = input_sets(layers)
+    together = _read_through_dropout(x, x_NI, layers, adapter_dtype) if by_kernels else []
     kept = []
-    for members in input_sets(layers):
+    for members in sets if not together else sets[: len(sets) - len(together)]:
         first = layers[members[0]]
         read_NI, mask_NI, missing = x_NI, None, 1.0
         if first.dropout and x.numel():
             read_NI, mask_NI, missing = _drop(x, x_NI, first)
         kept.append(Kept(mm(read_NI, _stack_a(layers, members, adapter_dtype).t(), missing), mask_NI))
         del read_NI
-    return kept
+    return kept + together
+
+
+def _read_through_dropout(
+    x: Tensor, x_NI: Tensor, layers: Sequence[LoraOperands], adapter_dtype: torch.dtype
+) -> list[Kept]:
+    """What `read_input` gives for the layers with dropout, which come last there, by one kernel; or nothing."""
+    behind = behind_dropout(layers)
+    if not kernels_take(x_NI, layers, adapter_dtype) or not behind:
+        return []
+    dropped = []
+    for layer in (layers[i] for i in behind):
+        mask = draw_mask(torch.empty_like(x, dtype=layer.dropout_dtype or x.dtype), layer)
+        dropped.append(Dropped(mask.reshape(x_NI.shape), missing_factor(layer)))
+    a = [_stack_a(layers, [i], adapter_dtype).contiguous() for i in behind]
+    hs_NR = [h for at in _groups(len(behind)) for h in _lora_dropout.read(x_NI, dropped[at], a[at])]
+    return [Kept(h_NR, d.mask) for h_NR, d in zip(hs_NR, dropped, strict=True)]
+
+
+def _groups(count: int) -> list[slice]:
+    """As many adapters at a time as the kernels take."""
+    return [slice(i, i + _lora_dropout.MAX_ADAPTERS) for i in range(0, count, _lora_dropout.MAX_ADAPTERS)]
+
+
+def behind_dropout(layers: Sequence[LoraOperands]) -> list[int]:
+    """Indices of the layers whose adapter reads its input through dropout."""
+    return [i for i, layer in enumerate(layers) if layer.a is not None and layer.dropout]
+
+
+def kernels_take(x_NI: Tensor, layers: Sequence[LoraOperands], adapter_dtype: torch.dtype) -> bool:
+    """Whether the kernels with rank-sized products inside take the adapters of `layers`, which read x."""
+    ranks = [layer.a.shape[0] for layer in layers if layer.a is not None]
+    return (
+        supported(x_NI.dtype, adapter_dtype, ranks)
+        and not torch.compiler.is_compiling()
+        and use_triton(x_NI)
+        and x_NI.numel() > 0
+        and x_NI.stride(1) == 1
+    )
+
+
+def draw_mask(drawn_on: Tensor, layer: LoraOperands) -> Tensor:
+    """What dropout lets through, as bytes, drawn as nn.Dropout draws on a tensor of this dtype and layout.
+
+    The values of `drawn_on` do not matter, and are lost.
+    """
+    if drawn_on.is_cuda:
+        return torch.native_dropout(drawn_on, layer.dropout, True)[1].view(torch.uint8)
+    return (F.dropout(drawn_on.fill_(1), layer.dropout, training=True) != 0).view(torch.uint8)
+
+
+def missing_factor(layer: LoraOperands) -> float:
+    """1 / (1 - p)."""
+    return 1.0 / (1.0 - layer.dropout)
 
 
 def add_adapters_(
@@ -189,7 +253,7 @@ def _drop(x: Tensor, x_NI: Tensor, layer: LoraOperands) -> tuple[Tensor, Tensor,
             return dropped.reshape(x_NI.shape), mask_NI, 1.0
     else:
         mask_NI = (F.dropout(torch.ones_like(drawn_on), p, training=True) != 0).reshape(x_NI.shape)
-    return x_NI * mask_NI, mask_NI, 1.0 / (1.0 - p)
+    return x_NI * mask_NI, mask_NI, missing_factor(layer)
 
 
 # -- backward --------------------------------------------------------------------------------------------------------
@@ -243,10 +307,9 @@ def _in_one_pass(
     for the reading to count (gate and up). dx is a view into rows that are R longer.
     """
     grads = [grad for grad in grads_NO if grad is not None and grad.dtype == adapter_dtype]
-    members = list(range(len(layers)))
-    if len(grads) < len(layers) or input_sets(layers) != [members] or layers[0].dropout:
+    if len(grads) < len(layers) or any(layer.a is None for layer in layers):
         return None
-    ranks, width = _ranks(layers, members), layers[0].a.shape[1]  # type: ignore[union-attr]
+    ranks, width = _ranks(layers, list(range(len(layers)))), layers[0].a.shape[1]  # type: ignore[union-attr]
     pays = min(grads[0].shape[0], sum(map(out_features, layers))) >= _MANY * width
     if not pays or (width + sum(ranks)) % 8:  # rows that the GEMMs cannot read 16 bytes at a time
         return None
@@ -258,13 +321,12 @@ def _in_one_pass(
         right = torch.cat([weight_OI, *columns], 1)
         joint = grad_NO @ right if joint is None else joint.addmm_(grad_NO, right)
     assert joint is not None
+    gs_NR = joint[:, width:].split(ranks, 1)
     scales = [layer.scale for layer in layers]
-    g_NR = joint[:, width:]
-    if len(set(scales)) == 1:
-        g_NR = g_NR * scales[0]
-    else:
-        g_NR = torch.cat([g * scale for g, scale in zip(g_NR.split(ranks, 1), scales, strict=True)], 1)
-    return joint[:, :width], [g_NR]
+    parts = [[gs_NR[i] * scales[i] for i in members] for members in input_sets(layers)]
+    if len(parts) == 1 and len(set(scales)) == 1:
+        parts = [[joint[:, width:] * scales[0]]]
+    return joint[:, :width], [part[0] if len(part) == 1 else torch.cat(part, 1) for part in parts]
 
 
 def _output_gradients(
@@ -297,14 +359,15 @@ def _add_input_gradients_(
     adapter_dtype: torch.dtype,
 ) -> None:
     """Add D (g A) of each of `input_sets` to dx."""
-    for members, (_, mask_NI), g_NR in zip(input_sets(layers), kept, gs_NR, strict=True):
-        if all(grads_NO[i] is None for i in members):
+    for members, of_set, g_NR in zip(input_sets(layers), kept, gs_NR, strict=True):
+        if for_kernels(of_set) or all(grads_NO[i] is None for i in members):
             continue
+        mask_NI = of_set.mask_NI
         a_RI = _stack_a(layers, members, adapter_dtype)
         if mask_NI is None:
             add_mm_(d_x, g_NR, a_RI, 1.0)
         else:
-            add_masked_mm_(d_x, g_NR, a_RI, mask_NI, 1.0 / (1.0 - layers[members[0]].dropout))
+            add_masked_mm_(d_x, g_NR, a_RI, mask_NI, missing_factor(layers[members[0]]))
 
 
 def a_gradients(
@@ -314,18 +377,34 @@ def a_gradients(
     gs_NR: Sequence[Tensor],
     grads_NO: Sequence[Tensor | None],
     need_a: Sequence[bool],
+    d_x: Tensor | None,
+    adapter_dtype: torch.dtype,
 ) -> list[Tensor | None]:
-    """dA of each layer, in A's dtype; None where it is not needed or the layer's output was not used."""
+    """dA of each layer, in A's dtype; None where it is not needed or the layer's output was not used.
+
+    Completes `d_x`, which comes from `input_and_b_gradients` without the part that the kernels make here.
+    """
     d_a: list[Tensor | None] = [None] * len(layers)
-    for members, (_, mask_NI), g_NR in zip(input_sets(layers), kept, gs_NR, strict=True):
+    for members, of_set, g_NR in zip(input_sets(layers), kept, gs_NR, strict=True):
         wanted = [need_a[i] and grads_NO[i] is not None for i in members]
-        if not any(wanted):
+        if not any(wanted) or for_kernels(of_set):
             continue
-        missing = 1.0 if mask_NI is None else 1.0 / (1.0 - layers[members[0]].dropout)
-        joint_RI = transposed_mm(g_NR, x_NI if mask_NI is None else x_NI * mask_NI, missing)
+        missing = 1.0 if of_set.mask_NI is None else missing_factor(layers[members[0]])
+        joint_RI = transposed_mm(g_NR, x_NI if of_set.mask_NI is None else x_NI * of_set.mask_NI, missing)
         for i, want, d in zip(members, wanted, joint_RI.split(_ranks(layers, members)), strict=True):
             if want:
                 d_a[i] = d.to(layers[i].a.dtype)  # type: ignore[union-attr]
+    sets = [
+        (layers[i], i, of_set, g_NR)
+        for (i, *_), of_set, g_NR in zip(input_sets(layers), kept, gs_NR, strict=True)
+        if for_kernels(of_set) and grads_NO[i] is not None
+    ]
+    for at in _groups(len(sets)):
+        dropped = [Dropped(k.mask_NI, missing_factor(layer)) for layer, _, k, _ in sets[at]]  # type: ignore[arg-type]
+        a = [_stack_a([layer], [0], adapter_dtype).contiguous() for layer, *_ in sets[at]]
+        found = _lora_dropout.gradients(x_NI, d_x, dropped, [g_NR for *_, g_NR in sets[at]], a)
+        for (layer, i, *_), d in zip(sets[at], found, strict=True):
+            d_a[i] = d.to(layer.a.dtype) if need_a[i] else None  # type: ignore[union-attr]
     return d_a
 
 

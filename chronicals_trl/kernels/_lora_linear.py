@@ -128,7 +128,7 @@ class _LoraLinears(torch.autograd.Function):
             d_x, d_b, gs_NR = core.input_and_b_gradients(
                 layers, kept, grads_NO, ctx.needs_input_grad[0], need_b, ctx.adapter_dtype
             )
-            d_a = core.a_gradients(x_NI, layers, kept, gs_NR, grads_NO, need_a)
+            d_a = core.a_gradients(x_NI, layers, kept, gs_NR, grads_NO, need_a, d_x, ctx.adapter_dtype)
             d_bias = core.bias_gradients(layers, grads_NO, need_bias)
             if d_x is not None:
                 d_x = d_x.view(ctx.x_shape).to(ctx.x_dtype)

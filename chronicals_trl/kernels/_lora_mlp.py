@@ -21,8 +21,8 @@ from . import _lora_gated
 from ._common import autocast_off, use_triton
 from ._gated_mlp import _halves, _launch_backward, _launch_forward, geglu, swiglu
 from ._lora_core import LoraOperands
-from ._lora_gated import Factors
 from ._lora_linear import check_operands, gradients_of, lora_linears, needs, pairs, restore, save, unflatten
+from ._low_rank import Dropped, Factors
 
 _OPS = {"swiglu": swiglu, "geglu": geglu}
 
@@ -86,28 +86,28 @@ class _LoraGatedMLP(torch.autograd.Function):
         *flat: Any,
     ) -> Tensor:
         *inner, down = layers = unflatten(flat)
-        inside = _products_inside(layers, dtype, adapter_dtype)
         x_MH = x.to(dtype).reshape(-1, x.shape[-1])
+        inside = core.kernels_take(x_MH, layers, adapter_dtype)
         outputs = [core.base(x_MH, layer) for layer in inner]
         kept = core.read_input(x, x_MH, inner, adapter_dtype)
         gate_MI, up_MI = outputs[0], outputs[1] if len(outputs) == 2 else None
-        h_down_MR = None
         if inside:
-            a_down = down.a.to(dtype) if _reads_product(down) else None  # type: ignore[union-attr]
+            a_down, dropped = None, None
+            if down.a is not None:
+                a_down = down.a.to(dtype).contiguous()
+                dropped = _drop_product(gate_MI, up_MI, down)
             factors = _inner_factors(inner, kept, adapter_dtype)
-            product_MI, h_down_MR = _lora_gated.forward(*_halves(gate_MI, up_MI), factors, a_down, gelu)
+            product_MI, h_down_MR = _lora_gated.forward(*_halves(gate_MI, up_MI), factors, a_down, gelu, dropped)
+            kept_down = [] if h_down_MR is None else [core.Kept(h_down_MR, dropped and dropped.mask)]
         else:
             core.add_adapters_(outputs, inner, kept, adapter_dtype)
             product_MI = _launch_forward(gate_MI, up_MI, gelu)
-        if h_down_MR is None:
-            kept_down = core.read_input(product_MI, product_MI, [down], adapter_dtype)
-        else:
-            kept_down = [core.Kept(h_down_MR, None)]
+            kept_down = core.read_input(product_MI, product_MI, [down], adapter_dtype, by_kernels=False)
         y_MH = core.base(product_MI, down)
         core.add_adapters_([y_MH], [down], kept_down, adapter_dtype)
 
         # Where the kernels read the product on its way, they make dA of down with it too.
-        needed = needs(ctx.needs_input_grad[5:])[1][-1] and h_down_MR is None
+        needed = needs(ctx.needs_input_grad[5:])[1][-1] and not inside
         kept_MI = product_MI if needed and not recompute else None
         save(ctx, [x_MH, gate_MI, up_MI, kept_MI, *(t for pair in (*kept, *kept_down) for t in pair)], layers)
         ctx.x_shape, ctx.x_dtype, ctx.adapter_dtype, ctx.gelu = x.shape, x.dtype, adapter_dtype, gelu
@@ -127,31 +127,28 @@ class _LoraGatedMLP(torch.autograd.Function):
         kept, dtype = pairs(kept_flat), ctx.adapter_dtype
         sets = len(core.input_sets(inner))
         kept, kept_down = kept[:sets], kept[sets:]
-        down_inside = ctx.inside and _reads_product(down)
-
         d_product_MI, d_b_down, gs_down = core.input_and_b_gradients(
-            [down], kept_down, [grad_MH], True, need_b[-1:], dtype, through_adapters=not down_inside
+            [down], kept_down, [grad_MH], True, need_b[-1:], dtype, through_adapters=not ctx.inside
         )
         assert d_product_MI is not None
-        again = d_product_MI if need_a[-1] and product_MI is None and not down_inside else None
         if ctx.inside:
-            g_down_MR = gs_down[0] if down_inside else None
             grads, d_b, d_a_down = _gradients_inside(
-                d_product_MI, gate_MI, up_MI, inner, kept, down, g_down_MR, dtype, ctx.gelu, again
+                d_product_MI, gate_MI, up_MI, inner, kept, down, kept_down, gs_down, dtype, ctx.gelu
             )
         else:
+            again = d_product_MI if need_a[-1] and product_MI is None else None
             d_gate_MI, d_up_MI = _launch_backward(d_product_MI, gate_MI, up_MI, ctx.gelu, out=again)
-            grads, d_b, d_a_down = [d_gate_MI] if up_MI is None else [d_gate_MI, d_up_MI], [], None
-        if not down_inside:
+            grads, d_b = [d_gate_MI] if up_MI is None else [d_gate_MI, d_up_MI], []
             product_MI = again if product_MI is None else product_MI
-            (d_a_down,) = core.a_gradients(product_MI, [down], kept_down, gs_down, [grad_MH], need_a[-1:])
-        del d_product_MI, product_MI, again
+            (d_a_down,) = core.a_gradients(product_MI, [down], kept_down, gs_down, [grad_MH], need_a[-1:], None, dtype)
+            del again
+        del d_product_MI, product_MI
 
         need_b_apart = [need and not ctx.inside for need in need_b[:-1]]
         d_x, d_b_apart, gs = core.input_and_b_gradients(
             inner, kept, grads, ctx.needs_input_grad[0], need_b_apart, dtype
         )
-        d_a = core.a_gradients(x_MH, inner, kept, gs, grads, need_a[:-1])
+        d_a = core.a_gradients(x_MH, inner, kept, gs, grads, need_a[:-1], d_x, dtype)
         d_bias = core.bias_gradients([*inner, down], [*grads, grad_MH], need_bias)
         if d_x is not None:
             d_x = d_x.view(ctx.x_shape).to(ctx.x_dtype)
@@ -162,15 +159,14 @@ class _LoraGatedMLP(torch.autograd.Function):
 # -- the adapters' products inside the activation's kernels ----------------------------------------------------------
 
 
-def _products_inside(layers: Sequence[LoraOperands], dtype: torch.dtype, adapter_dtype: torch.dtype) -> bool:
-    """Whether `_lora_gated.py` makes the adapters' products."""
-    ranks = [layer.a.shape[0] for layer in layers if layer.a is not None]
-    return _lora_gated.supported(dtype, adapter_dtype, ranks)
-
-
-def _reads_product(down: LoraOperands) -> bool:
-    """Whether the adapter of `down` reads the product itself, without dropout."""
-    return down.a is not None and not down.dropout
+def _drop_product(gate_MI: Tensor, up_MI: Tensor | None, down: LoraOperands) -> Dropped | None:
+    """What dropout lets through of the product, which is yet to be made; None without dropout."""
+    if not down.dropout:
+        return None
+    drawn_on = torch.empty_like(
+        _halves(gate_MI, up_MI)[0], dtype=down.dropout_dtype, memory_format=torch.contiguous_format
+    )
+    return Dropped(core.draw_mask(drawn_on, down), core.missing_factor(down))
 
 
 def _inner_factors(
@@ -198,20 +194,22 @@ def _gradients_inside(
     inner: Sequence[LoraOperands],
     kept: Sequence[core.Kept],
     down: LoraOperands,
-    g_down_MR: Tensor | None,
+    kept_down: Sequence[core.Kept],
+    gs_down: Sequence[Tensor],
     dtype: torch.dtype,
     gelu: bool,
-    again: Tensor | None,
 ) -> tuple[list[Tensor], list[Tensor | None], Tensor | None]:
-    """Gradients of the inner outputs, of the inner B's, and of down's A if `g_down_MR` is given."""
-    below = None
-    if g_down_MR is not None:
-        assert down.a is not None
-        below = Factors(g_down_MR, down.a.to(dtype).contiguous())
-    grads = [torch.empty_like(t) for t in (gate_MI, up_MI) if t is not None]
-    halves = _halves(grads[0], grads[1] if up_MI is not None else None)
+    """Gradients of the inner outputs, of the inner B's, and of down's A. Overwrites `d_product_MI`."""
+    below, dropped = None, None
+    if down.a is not None:
+        below = Factors(gs_down[0], down.a.to(dtype).contiguous())
+        mask = kept_down[0].mask_NI
+        dropped = None if mask is None else Dropped(mask, core.missing_factor(down))
+    # Every element of it is read before that of gate's gradient is written.
+    grads = [torch.empty_like(gate_MI)] if up_MI is None else [d_product_MI, torch.empty_like(up_MI)]
+    halves = _halves(grads[0], None if up_MI is None else grads[1])
     factors = _inner_factors(inner, kept, dtype)
-    d_bs, d_a = _lora_gated.backward(d_product_MI, *_halves(gate_MI, up_MI), factors, below, gelu, *halves, out=again)
+    d_bs, d_a = _lora_gated.backward(d_product_MI, *_halves(gate_MI, up_MI), factors, below, gelu, *halves, dropped)
     found = [d for d in d_bs if d is not None]
     by_layer = list(d_bs) if up_MI is not None else [torch.cat(found) if found else None]
     d_b = [None if d is None else d.to(layer.b.dtype) for d, layer in zip(by_layer, inner, strict=True)]  # type: ignore[union-attr]

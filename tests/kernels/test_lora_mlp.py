@@ -10,7 +10,15 @@ from kernels.test_lora_linears import leaves, make, reference, run, saved_sizes
 from torch.nn import functional as F
 
 from chronicals_trl import kernels
-from chronicals_trl.kernels import LoraOperands, _common, _lora_gated, _lora_mlp, lora_gated_mlp
+from chronicals_trl.kernels import (
+    LoraOperands,
+    _common,
+    _lora_dropout,
+    _lora_gated,
+    _lora_mlp,
+    _low_rank,
+    lora_gated_mlp,
+)
 
 NODE = _common.INTERPRET  # without kernels the same formula runs as separate nodes
 INNER = 40
@@ -26,17 +34,21 @@ def launches():
 def inside(request, monkeypatch):
     """Where the adapters' products are made; with tiles so small that there are several, and several shares."""
     if not request.param:
-        monkeypatch.setattr(_lora_gated, "MAX_RANK", -1)
+        monkeypatch.setattr(_low_rank, "MAX_RANK", -1)
         yield False
         return
-    for options in (_lora_gated._FORWARD, _lora_gated._BACKWARD):
+    for options in (_lora_gated._FORWARD, _lora_gated._BACKWARD, _lora_dropout._READ, _lora_dropout._GRADIENTS):
         monkeypatch.setitem(options, "BLOCK_M", 16)
         monkeypatch.setitem(options, "BLOCK_N", 16)
-    _lora_gated._forward_launch.cache_clear()
-    _lora_gated._backward_launch.cache_clear()
+    launches = (
+        _lora_gated._forward_launch, _lora_gated._backward_launch,
+        _lora_dropout._read_launch, _lora_dropout._gradients_launch,
+    )  # fmt: skip
+    for launch in launches:
+        launch.cache_clear()
     yield True
-    _lora_gated._forward_launch.cache_clear()
-    _lora_gated._backward_launch.cache_clear()
+    for launch in launches:
+        launch.cache_clear()
 
 
 def mlp(joint=False, dropout=0.0, ranks=(4, 3, 5), dtype=torch.float32, adapter_dtype=None, lead=(7, 5), bias=False):
