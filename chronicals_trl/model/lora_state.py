@@ -177,7 +177,7 @@ def _stored_in_8bit(base: Any, x: Tensor) -> _Stored | None:
 
 def _unpack_8bit(scales_O: Tensor, dtype: torch.dtype, weight_OI: Tensor) -> Tensor:
     """As ``MatMul8bitLt.backward``: the scales are fp32, and each element is rounded to `dtype` once."""
-    return weight_OI.to(dtype, copy=True).mul_(scales_O[:, None] * (1.0 / 127.0))
+    return weight_OI.to(dtype).mul_(scales_O[:, None] * (1.0 / 127.0))
 
 
 def _obstacle(layer: Any, adapter: str, parts: _Parts, *, training: bool) -> str | None:

@@ -254,6 +254,15 @@ def test_a_layer_under_autocast(dropout, int8):
     assert_same(ours, theirs, 2e-2)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_dtype_in_which_dropout_draws(autocast):
+    """PEFT casts x to A's dtype before it, but not under autocast. On a GPU the mask depends on it."""
+    layer, x = layer_of(), torch.randn(3, 40).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        operands = lora_state.lora_operands(layer, x)
+    assert operands.dropout_dtype == (torch.bfloat16 if autocast else torch.float32)
+
+
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
 def test_outlier_columns(threshold):
     layer, x = layer_of(threshold=threshold), torch.randn(3, 7, 40, requires_grad=True)
@@ -337,9 +346,10 @@ def test_disabled_and_enabled(plain_state):
     assert lora_state.lora_operands(layer, x) is not None
 
 
-def test_a_state_without_a_quantised_weight(plain_state):
+@pytest.mark.parametrize("missing", ["CB", "SCB"])
+def test_a_state_without_a_quantised_weight(plain_state, missing):
     layer, x = plain_state
-    layer.base_layer.state.SCB = None
+    setattr(layer.base_layer.state, missing, None)
     assert lora_state.lora_operands(layer, x) is None
 
 
