@@ -58,6 +58,9 @@ class LoraOperands(NamedTuple):
         dropout_dtype: the dtype in which the dropout draws; None takes x's.
         unpack: makes the weight of what is stored (a quantised weight), in the forward pass and again in the backward
             pass.
+        call: the layer without its adapter, of (N, I) to (N, O) in the same dtype, bias included, into a tensor of its
+            own. For a layer whose forward is no product with the weight that `unpack` makes, which is then the
+            backward pass's alone. Called without gradients.
     """
 
     weight: Tensor
@@ -68,6 +71,7 @@ class LoraOperands(NamedTuple):
     dropout: float = 0.0
     dropout_dtype: torch.dtype | None = None
     unpack: Callable[[Tensor], Tensor] | None = None
+    call: Callable[[Tensor], Tensor] | None = None
 
 
 class Kept(NamedTuple):
@@ -119,6 +123,8 @@ def forward(
 
 def base(x_NI: Tensor, layer: LoraOperands) -> Tensor:
     """The layer without its adapter."""
+    if layer.call is not None:
+        return layer.call(x_NI)
     weight_IO = _weight(layer, x_NI.dtype).t()
     return x_NI @ weight_IO if layer.bias is None else torch.addmm(layer.bias.to(x_NI.dtype), x_NI, weight_IO)
 

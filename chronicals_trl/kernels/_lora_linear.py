@@ -44,7 +44,7 @@ def lora_linear(
         b: (O, R), LoRA's B.
         scale: LoRA's scaling, ``alpha / r`` (``alpha / sqrt(r)`` for rsLoRA).
         bias: (O,), may be trainable.
-        **options: ``dropout``, ``dropout_dtype`` and ``unpack`` of `LoraOperands`.
+        **options: ``dropout``, ``dropout_dtype``, ``unpack`` and ``call`` of `LoraOperands`.
 
     Dtypes, chosen so that the numbers are those of PEFT's layer:
         - under autocast everything is computed in the autocast dtype, whatever the dtypes of the arguments;

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from chronicals_trl.kernels._lora_linear import lora_linear
-from chronicals_trl.model.lora_state import active_adapters, fits, is_4bit, lora_operands, match_lora
+from chronicals_trl.model.lora_state import active_adapters, fits, is_8bit, lora_operands, match_lora
 from chronicals_trl.model.match import DEPUTIES, probing
 
 __all__ = ["fits", "lora_forward", "match_lora", "verify"]
 
 PROBE_TOLERANCE = 1e-5
 PROBE_TOLERANCE_FP32 = 1e-4  # of layers whose base has no fp64
+_IN, _OUT = 32, 16  # of the twin: multiples of 16, which int8 products on a GPU may ask for
 
 
 def lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -54,9 +55,11 @@ def verify(module: nn.Module, device: torch.device | str) -> str | None:
 
     The twin shares the class and the state of ``module`` (active adapter, scaling, flags, whether it has dropout) but
     has small random weights of its own: the module's may be sharded or without values yet. Output and gradients of x,
-    A, B and bias have to agree within ``PROBE_TOLERANCE``, relative to the largest element, in fp64 (4-bit weights are
-    dequantised to fp32 at best). With dropout both draw from the same seed: another mask would show. The global random
-    generators are not advanced and grad mode, autocast and inference mode of the caller do not matter.
+    A, B and bias have to agree within ``PROBE_TOLERANCE``, relative to the largest element, in fp64. For quantised
+    weights it is fp32: 4-bit ones are dequantised to that at best, and the base output of an 8-bit layer, which is
+    coarse, comes from its own forward on both sides. With dropout both draw from the same seed: another mask would
+    show. The global random generators are not advanced and grad mode, autocast and inference mode of the caller do not
+    matter.
 
     Returns:
         None when they agree, else the reason for the report.
@@ -64,7 +67,7 @@ def verify(module: nn.Module, device: torch.device | str) -> str | None:
     device = torch.device(device)
     if device.type == "meta":  # no values there
         device = torch.device("cpu")
-    exact = device.type != "mps" and not is_4bit(module.base_layer)
+    exact = device.type != "mps" and type(module.base_layer) is nn.Linear
     dtype, tolerance = (torch.float64, PROBE_TOLERANCE) if exact else (torch.float32, PROBE_TOLERANCE_FP32)
 
     with (
@@ -79,7 +82,7 @@ def verify(module: nn.Module, device: torch.device | str) -> str | None:
 
         try:
             twin = _twin(module, draw)
-            x, grad_y = draw(2, 3, 8).requires_grad_(), draw(2, 3, 6)
+            x, grad_y = draw(2, 3, _IN).requires_grad_(), draw(2, 3, _OUT)
             if lora_operands(twin, x) is None:
                 type(module).forward(twin, x)  # a quantised layer settles some of its state in its first call
             if lora_operands(twin, x) is None:
@@ -107,36 +110,41 @@ def verify(module: nn.Module, device: torch.device | str) -> str | None:
 def _twin(module: Any, draw: Callable[..., Tensor]) -> Any:
     """A copy of the layer with state of its own wherever the probe writes, and tiny weights drawn by ``draw``."""
     adapter = active_adapters(module)[0]
-    bias = None if module.base_layer.bias is None else draw(6)
+    bias = None if module.base_layer.bias is None else draw(_OUT)
     twin = copy.copy(module)
     # copy.copy shares the containers of nn.Module: assigning a submodule would reach into the original.
     twin._modules = {}
     twin._parameters = {}
     twin._buffers = {}
-    twin.base_layer = _base_twin(module.base_layer, draw(6, 8), bias)
+    twin.base_layer = _base_twin(module.base_layer, draw(_OUT, _IN), bias)
     if bias is not None:
         twin.base_layer.bias.requires_grad_(module.base_layer.bias.requires_grad)
-    twin.lora_A = nn.ModuleDict({adapter: _linear(draw(4, 8))})
-    twin.lora_B = nn.ModuleDict({adapter: _linear(draw(6, 4))})
+    twin.lora_A = nn.ModuleDict({adapter: _linear(draw(4, _IN))})
+    twin.lora_B = nn.ModuleDict({adapter: _linear(draw(_OUT, 4))})
     drops = getattr(module.lora_dropout[adapter], "p", 0.0) > 0.0
     twin.lora_dropout = nn.ModuleDict({adapter: nn.Dropout(0.4) if drops else nn.Identity()})
     return twin
 
 
 def _base_twin(base: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    if not is_4bit(base):
+    if type(base) is nn.Linear:
         return _linear(weight, bias, trainable=False)
     bnb = sys.modules["bitsandbytes"]
     out_features, in_features = weight.shape
+    eight = {"has_fp16_weights": False, "threshold": base.state.threshold} if is_8bit(base) else {}
     with torch.device("meta"):  # bitsandbytes' initialisation too would advance the user's generator
-        twin = type(base)(in_features, out_features, bias=bias is not None)
-    twin.weight = bnb.nn.Params4bit(
-        weight.cpu(),
-        requires_grad=False,
-        compress_statistics=base.weight.compress_statistics,
-        quant_type=base.weight.quant_type,
-        module=twin,
-    )
+        twin = type(base)(in_features, out_features, bias=bias is not None, **eight)
+    if eight:
+        twin.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+    else:
+        twin.weight = bnb.nn.Params4bit(
+            weight.cpu(),
+            requires_grad=False,
+            compress_statistics=base.weight.compress_statistics,
+            quant_type=base.weight.quant_type,
+            module=twin,
+        )
+    twin.train(base.training)  # on a CPU the mode decides what an 8-bit linear computes
     if bias is not None:
         twin.bias = nn.Parameter(bias)
     return twin.to(weight.device)

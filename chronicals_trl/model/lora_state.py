@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +37,10 @@ def fits(module: nn.Module) -> str | None:
         expected = sys.modules["peft.tuners.lora.layer"].Linear
     elif is_4bit(base_layer):
         expected = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)
+    elif is_8bit(base_layer):
+        expected = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear8bitLt", None)
     else:
-        return _other_base(base_layer)
+        return f"base layer is {type(base_layer).__name__}"
     if type(module) is not expected:
         return f"LoRA layer is {type(module).__module__}.{type(module).__name__}"
     adapters = active_adapters(module)
@@ -49,19 +52,16 @@ def fits(module: nn.Module) -> str | None:
     return _obstacle(module, adapters[0], _parts(module, adapters[0]), training=True)
 
 
-def _other_base(base_layer: Any) -> str:
-    bnb = sys.modules.get("bitsandbytes")
-    if bnb is not None and isinstance(base_layer, bnb.nn.Linear8bitLt):
-        # On a GPU, and in eval mode anywhere, it rounds each row of x to 127 levels and multiplies int8 by int8
-        # (LLM.int8(), Dettmers et al. 2022), which is 0.8% from a product with the dequantised weight (x normal).
-        return f"base layer is {type(base_layer).__name__}, which quantises x too: no product of floats is its result"
-    return f"base layer is {type(base_layer).__name__}"
-
-
 def is_4bit(module: Any) -> bool:
     """Whether the module is a 4-bit linear of bitsandbytes."""
     bnb = sys.modules.get("bitsandbytes")
     return bnb is not None and type(module) is bnb.nn.Linear4bit
+
+
+def is_8bit(module: Any) -> bool:
+    """Whether the module is an 8-bit linear of bitsandbytes."""
+    bnb = sys.modules.get("bitsandbytes")
+    return bnb is not None and type(module) is bnb.nn.Linear8bitLt
 
 
 def lora_operands(layer: Any, x: Tensor) -> LoraOperands | None:
@@ -84,10 +84,13 @@ def unchecked_operands(layer: Any, x: Tensor) -> LoraOperands | None:
     if a.dtype != x.dtype and not getattr(layer, "cast_input_dtype_enabled", True):
         return None
     quantised = type(base) is not nn.Linear
-    if quantised and not _computes_in(base, x):
+    stored: _Stored | None = _Stored(parts.weight)
+    if quantised:
+        stored = _stored_in_4bit(base, x) if is_4bit(base) else _stored_in_8bit(base, x)
+    if stored is None:
         return None
     return LoraOperands(
-        parts.weight,
+        stored.weight,
         base.bias,
         a,
         parts.weight_b,
@@ -95,7 +98,8 @@ def unchecked_operands(layer: Any, x: Tensor) -> LoraOperands | None:
         float(getattr(dropout, "p", 0.0)) if training else 0.0,
         # PEFT casts x before the dropout, but for quantised layers under autocast.
         x.dtype if quantised and autocast_dtype(x) is not None else a.dtype,
-        functools.partial(_unpack_4bit, parts.weight.quant_state) if quantised else None,
+        stored.unpack,
+        stored.call,
     )
 
 
@@ -122,10 +126,18 @@ def _parts(layer: Any, adapter: str) -> _Parts:
     return _Parts(base, a, b, dropout, *weights)
 
 
-def _computes_in(base: Any, x: Tensor) -> bool:
-    """Whether a 4-bit linear computes on x in x's own dtype, from a weight that is laid out as (O, I)."""
+class _Stored(NamedTuple):
+    """A base weight as `LoraOperands` takes it."""
+
+    weight: Tensor
+    unpack: Callable[[Tensor], Tensor] | None = None
+    call: Callable[[Tensor], Tensor] | None = None
+
+
+def _stored_in_4bit(base: Any, x: Tensor) -> _Stored | None:
+    """The weight of a 4-bit linear if it computes on x in x's own dtype, from a weight that is laid out as (O, I)."""
     state = getattr(base.weight, "quant_state", None)
-    return (
+    fits_x = (
         state is not None
         and not torch.compiler.is_compiling()  # which cannot trace what PEFT's own path leaves to bitsandbytes' ops
         and not getattr(state, "packing_format_for_cpu", False)
@@ -133,12 +145,39 @@ def _computes_in(base: Any, x: Tensor) -> bool:
         and base.compute_type_is_set  # by the first call of the layer, which is then bitsandbytes' own
         and (base.compute_dtype or x.dtype) == x.dtype == (autocast_dtype(x) or x.dtype)
     )
+    return _Stored(base.weight, functools.partial(_unpack_4bit, state)) if fits_x else None
 
 
 def _unpack_4bit(quant_state: Any, weight: Tensor) -> Tensor:
     functional = sys.modules["bitsandbytes"].functional
     unpacked: Tensor = functional.dequantize_4bit(weight.detach().view(-1, 1), quant_state)
     return unpacked
+
+
+def _stored_in_8bit(base: Any, x: Tensor) -> _Stored | None:
+    """The weight of an 8-bit linear if its result has x's dtype under autocast too.
+
+    On a GPU, and in eval mode anywhere, its forward rounds each row of x to 127 levels and multiplies int8 by int8
+    (LLM.int8(), Dettmers et al. 2022), which is 0.8% from a product with the dequantised weight (x normal). So the
+    forward has to be its own; its backward is a product with the dequantised weight.
+    """
+    if torch.compiler.is_compiling() or x.dtype != (autocast_dtype(x) or x.dtype):
+        return None
+    # What its forward does first. It has to be done by now: a first call that went another way than the same call
+    # made again in the backward pass would be an error of gradient checkpointing.
+    if getattr(base.weight, "CB", None) is not None:
+        base.init_8bit_state()
+    if base.bias is not None and base.bias.dtype != x.dtype:
+        base.bias.data = base.bias.data.to(x.dtype)
+    state = base.state
+    if state.CB is None or state.SCB is None:  # not quantised yet
+        return None
+    return _Stored(state.CB, functools.partial(_unpack_8bit, state.SCB, x.dtype), base)
+
+
+def _unpack_8bit(scales_O: Tensor, dtype: torch.dtype, weight_OI: Tensor) -> Tensor:
+    """As ``MatMul8bitLt.backward``: the scales are fp32, and each element is rounded to `dtype` once."""
+    return weight_OI.to(dtype).mul_(scales_O[:, None] * (1.0 / 127.0))
 
 
 def _obstacle(layer: Any, adapter: str, parts: _Parts, *, training: bool) -> str | None:
@@ -188,6 +227,10 @@ def _part_obstacle(name: str, part: Any, weight: Any) -> str | None:
         plain = type(weight) in _PLAIN_TENSORS
     elif name == "base_layer" and is_4bit(part):
         plain = type(weight) is sys.modules["bitsandbytes"].nn.Params4bit
+    elif name == "base_layer" and is_8bit(part):
+        if part.state.has_fp16_weights:
+            return "base_layer keeps its weight in 16 bits (has_fp16_weights) and quantises it in its calls"
+        plain = type(weight) is sys.modules["bitsandbytes"].nn.Int8Params
     else:
         return f"{name} is {type(part).__name__}"
     return None if plain else f"{name}'s weight is {type(weight).__name__}"

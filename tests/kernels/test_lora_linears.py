@@ -347,6 +347,47 @@ def test_a_packed_weight_is_unpacked_in_each_pass_and_not_kept():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
 
 
+def own_forwards(layers):
+    """The layers with a forward of their own, which is not the product with the weight of their backward pass."""
+
+    def give(layer):
+        other = layer.weight * 1.5 + 0.1
+
+        def call(x_NI):
+            assert x_NI.dim() == 2 and not torch.is_grad_enabled()
+            return own(x_NI)
+
+        def own(x):
+            bias = None if layer.bias is None else layer.bias.to(x.dtype)
+            return torch.nn.functional.linear(x, other.to(x.dtype), bias)
+
+        call.own = own
+        return layer._replace(call=call, unpack=lambda weight: weight.clone())
+
+    return [give(layer) for layer in layers]
+
+
+def own_forward_reference(x, layers):
+    """`reference` with the values of the layers' own forwards, and its derivatives."""
+    return tuple(
+        y + (layer.call.own(x) - torch.nn.functional.linear(x, layer.weight, layer.bias)).detach()
+        for y, layer in zip(reference(x, layers), layers, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lead", [(3, 7), (5,), (2, 0)], ids=str)
+def test_a_layer_with_a_forward_of_its_own(lead, bias, dropout):
+    x, layers = make((4, 0, 3), lead, bias=bias, dropout=dropout)
+    layers = [*own_forwards(layers[:2]), layers[2]]  # and an ordinary one beside it
+
+    def expected(x, layers):
+        return *own_forward_reference(x, layers[:2]), *reference(x, layers[2:])
+
+    assert_same(run(lora_linears, x, layers)[0], run(expected, x, layers)[0])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -6,7 +6,15 @@ from collections import Counter
 
 import pytest
 import torch
-from kernels.test_lora_linears import leaves, make, reference, run, saved_sizes
+from kernels.test_lora_linears import (
+    leaves,
+    make,
+    own_forward_reference,
+    own_forwards,
+    reference,
+    run,
+    saved_sizes,
+)
 from torch.nn import functional as F
 
 from chronicals_trl import kernels
@@ -60,12 +68,12 @@ def mlp(joint=False, dropout=0.0, ranks=(4, 3, 5), dtype=torch.float32, adapter_
     return x, [*layers, down]
 
 
-def separately(activation):
+def separately(activation, linears=reference):
     def function(x, layers):
-        halves = reference(x, layers[:-1])
+        halves = linears(x, layers[:-1])
         gate, up = halves if len(halves) == 2 else halves[0].chunk(2, dim=-1)
         gate = F.silu(gate) if activation == "swiglu" else F.gelu(gate, approximate="tanh")
-        return reference(gate * up, layers[-1:])
+        return linears(gate * up, layers[-1:])
 
     return function
 
@@ -104,6 +112,18 @@ def test_against_fp64(launches, inside, activation, joint, recompute, bias):
         name = "lora_gated" if inside else "gated_mlp"
         assert launches - Counter(column_sums=9) == {name: 1, f"{name}_backward": 1}
     assert_close(actual, run(separately(activation), *doubled(x, layers))[0])
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["apart", "joint"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_with_a_forward_of_their_own(launches, inside, joint, recompute, bias):
+    """8-bit linears: what the kernels complete is the layer's own result."""
+    x, layers = mlp(joint, bias=bias)
+    layers = own_forwards(layers)
+    actual, _ = run(ours("swiglu", recompute), x, layers)
+    assert not NODE or launches["lora_gated" if inside else "gated_mlp"] == 1
+    assert_close(actual, run(separately("swiglu", own_forward_reference), *doubled(x, layers))[0])
 
 
 @pytest.mark.parametrize("dropout", [0.3, (0.3, 0.0), (0.0, 0.3)], ids=str)
