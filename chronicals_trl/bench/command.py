@@ -13,20 +13,18 @@ from typing import Any
 
 import torch
 
-from chronicals_trl.bench import (
-    attention,
-    attention_report,
-    attention_run,
-    head,
-    head_report,
-    head_run,
-    lora_command,
-    lora_report,
-    report,
-    sft_command,
-)
-from chronicals_trl.bench.ops import OPS, SHAPES, SIDES
-from chronicals_trl.bench.run import Settings, run
+from chronicals_trl.bench import report
+from chronicals_trl.bench.attention import cases as attention
+from chronicals_trl.bench.attention import report as attention_report
+from chronicals_trl.bench.attention import run as attention_run
+from chronicals_trl.bench.head import cases as head
+from chronicals_trl.bench.head import report as head_report
+from chronicals_trl.bench.head import run as head_run
+from chronicals_trl.bench.lora import command as lora_command
+from chronicals_trl.bench.lora import report as lora_report
+from chronicals_trl.bench.ops.cases import OPS, SHAPES, SIDES
+from chronicals_trl.bench.ops.run import Settings, run
+from chronicals_trl.bench.sft import command as sft_command
 
 __all__ = ["main"]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chronicals_trl.bench.verdict import beyond
+from chronicals_trl.bench.ops.verdict import beyond
 
 __all__ = [
     "COLORS",

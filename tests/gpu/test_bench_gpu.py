@@ -9,7 +9,7 @@ import torch
 
 from chronicals_trl.bench import timing
 from chronicals_trl.bench.command import main
-from chronicals_trl.bench.ops import OPS, SHAPES, make_buffers
+from chronicals_trl.bench.ops.cases import OPS, SHAPES, make_buffers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -13,10 +13,10 @@ import torch
 from test_package import in_fresh_python
 
 from chronicals_trl import cli, kernels
-from chronicals_trl.bench import ops as ops_module
 from chronicals_trl.bench import report, timing
-from chronicals_trl.bench.ops import OPS, SHAPES, Op, Shape, make_buffers
-from chronicals_trl.bench.run import Settings, run
+from chronicals_trl.bench.ops import cases as ops_module
+from chronicals_trl.bench.ops.cases import OPS, SHAPES, Op, Shape, make_buffers
+from chronicals_trl.bench.ops.run import Settings, run
 from chronicals_trl.bench.timing import BufferSet
 
 CPU = torch.device("cpu")

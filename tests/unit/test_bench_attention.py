@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from chronicals_trl import cli
-from chronicals_trl.bench import attention, attention_report, attention_run, report, timing
-from chronicals_trl.bench.attention import DIRECT, Shape, make_buffers, make_documents
-from chronicals_trl.bench.attention_run import Case, Row, Settings, judge
+from chronicals_trl.bench import report, timing
+from chronicals_trl.bench.attention import cases as attention
+from chronicals_trl.bench.attention import report as attention_report
+from chronicals_trl.bench.attention import run as attention_run
+from chronicals_trl.bench.attention.cases import DIRECT, Shape, make_buffers, make_documents
+from chronicals_trl.bench.attention.run import Case, Row, Settings, judge
 from chronicals_trl.bench.timing import Timing
 
 CPU = torch.device("cpu")

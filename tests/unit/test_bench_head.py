@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from chronicals_trl import cli
-from chronicals_trl.bench import head, head_run, report
-from chronicals_trl.bench.head import Problem, Shape, make_problem
-from chronicals_trl.bench.head_check import Reference
-from chronicals_trl.bench.head_run import Settings
+from chronicals_trl.bench import report
+from chronicals_trl.bench.head import cases as head
+from chronicals_trl.bench.head import run as head_run
+from chronicals_trl.bench.head.cases import Problem, Shape, make_problem
+from chronicals_trl.bench.head.check import Reference
+from chronicals_trl.bench.head.run import Settings
 
 CPU = torch.device("cpu")
 TINY = Shape("tiny", tokens=24, hidden=16, vocab=300)
@@ -203,7 +205,7 @@ def test_every_side_goes_through_in_each_round_from_another_start(monkeypatch: p
 
 def test_reference_is_autograd_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks and on samples as on the whole at once."""
-    from chronicals_trl.bench import head_check
+    from chronicals_trl.bench.head import check as head_check
 
     monkeypatch.setattr(head_check, "CHUNK_BYTES", 8 * TINY.vocab * 5)
     monkeypatch.setattr(head_check, "SAMPLED_TOKENS", 9)

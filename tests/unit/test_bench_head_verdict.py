@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from chronicals_trl.bench import head_report, head_run, head_verdict, report
-from chronicals_trl.bench.head_check import Errors
-from chronicals_trl.bench.head_run import Case, Row
+from chronicals_trl.bench import report
+from chronicals_trl.bench.head import report as head_report
+from chronicals_trl.bench.head import run as head_run
+from chronicals_trl.bench.head import verdict as head_verdict
+from chronicals_trl.bench.head.check import Errors
+from chronicals_trl.bench.head.run import Case, Row
 
 SIZES = {"qwen2.5-0.5b": (16384, 896, 151_936), "llama-3-8b": (8192, 4096, 128_256), "paper": (8192, 896, 151_936)}
 ACCURATE = Errors(1e-5, 2e-3, 1e-2, 2e-3, 1e-2)

@@ -15,21 +15,19 @@ import pytest
 import torch
 
 from chronicals_trl import cli
-from chronicals_trl.bench import (
-    lora,
-    lora_check,
-    lora_layer,
-    lora_measure,
-    lora_report,
-    lora_run,
-    lora_sides,
-    lora_timing,
-    lora_verdict,
-    lora_worker,
-    report,
-)
-from chronicals_trl.bench.lora import LAYERS, SETTINGS, tiny
-from chronicals_trl.bench.lora_timing import Samples, take_queued, take_stepped
+from chronicals_trl.bench import report
+from chronicals_trl.bench.lora import cases as lora
+from chronicals_trl.bench.lora import check as lora_check
+from chronicals_trl.bench.lora import layer as lora_layer
+from chronicals_trl.bench.lora import measure as lora_measure
+from chronicals_trl.bench.lora import report as lora_report
+from chronicals_trl.bench.lora import run as lora_run
+from chronicals_trl.bench.lora import sides as lora_sides
+from chronicals_trl.bench.lora import timing as lora_timing
+from chronicals_trl.bench.lora import verdict as lora_verdict
+from chronicals_trl.bench.lora import worker as lora_worker
+from chronicals_trl.bench.lora.cases import LAYERS, SETTINGS, tiny
+from chronicals_trl.bench.lora.timing import Samples, take_queued, take_stepped
 
 pytest.importorskip("peft")
 

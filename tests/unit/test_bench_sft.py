@@ -14,9 +14,21 @@ import torch
 from torch import Tensor
 
 from chronicals_trl import cli
-from chronicals_trl.bench import sft_attention, sft_command, sft_compile, sft_models, sft_run
-from chronicals_trl.bench.sft import PROTOCOLS, SHAPES, SIDES, Documents, batch_rows, make_documents, training_flops
-from chronicals_trl.bench.sft_count import Counted, document_lengths
+from chronicals_trl.bench.sft import attention as sft_attention
+from chronicals_trl.bench.sft import command as sft_command
+from chronicals_trl.bench.sft import compile as sft_compile
+from chronicals_trl.bench.sft import models as sft_models
+from chronicals_trl.bench.sft import run as sft_run
+from chronicals_trl.bench.sft.cases import (
+    PROTOCOLS,
+    SHAPES,
+    SIDES,
+    Documents,
+    batch_rows,
+    make_documents,
+    training_flops,
+)
+from chronicals_trl.bench.sft.count import Counted, document_lengths
 
 TINY = SHAPES["tiny"]
 
@@ -104,7 +116,7 @@ def test_every_side_has_its_place() -> None:
 def test_the_worker_imports_no_trainer() -> None:
     """A peer's process may hold another TRL, and Unsloth has to be imported before it."""
     code = (
-        "import sys, chronicals_trl.bench.sft_worker, chronicals_trl.bench.sft_sides\n"
+        "import sys, chronicals_trl.bench.sft.worker, chronicals_trl.bench.sft.sides\n"
         "print({'trl', 'transformers', 'datasets', 'peft'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=sft_run.environment())
@@ -178,7 +190,7 @@ def test_operations_are_those_that_torch_counts(mode: str) -> None:
     expected = training_flops(TINY, mode, length, 2.0 * length**2)  # eager computes what causal attention leaves out
     if mode == "lora":
         peft = pytest.importorskip("peft")
-        from chronicals_trl.bench.sft_sides import _lora
+        from chronicals_trl.bench.sft.sides import _lora
 
         model = peft.get_peft_model(model, _lora())
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == TINY.lora_weights

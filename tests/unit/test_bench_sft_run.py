@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from chronicals_trl.bench import report, sft_report, sft_run
-from chronicals_trl.bench.sft import Task
-from chronicals_trl.bench.sft_count import Counted
-from chronicals_trl.bench.sft_meter import Meter
+from chronicals_trl.bench import report
+from chronicals_trl.bench.sft import report as sft_report
+from chronicals_trl.bench.sft import run as sft_run
+from chronicals_trl.bench.sft.cases import Task
+from chronicals_trl.bench.sft.count import Counted
+from chronicals_trl.bench.sft.meter import Meter
 
 STAND_IN = """#!{python} -S
 import json, os, sys, time
 _, module, what, given, result = sys.argv[1:]
-assert module == "chronicals_trl.bench.sft_worker"
+assert module == "chronicals_trl.bench.sft.worker"
 task = json.load(open(given))
 print("hello from", task.get("side", what), "in", os.getcwd())
 with open({calls!r}, "a") as calls:

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from chronicals_trl.bench import sft_models, sft_run, sft_verdict, sft_worker
-from chronicals_trl.bench.sft import PROTOCOLS, SHAPES, make_documents
+from chronicals_trl.bench.sft import models as sft_models
+from chronicals_trl.bench.sft import run as sft_run
+from chronicals_trl.bench.sft import verdict as sft_verdict
+from chronicals_trl.bench.sft import worker as sft_worker
+from chronicals_trl.bench.sft.cases import PROTOCOLS, SHAPES, make_documents
 
 GOOD = (8.0, 7.6, 7.3, 7.0, 6.9, 6.8)
 

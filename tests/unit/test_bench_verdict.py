@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from chronicals_trl.bench import report, timing, verdict
-from chronicals_trl.bench.run import Row
+from chronicals_trl.bench import report, timing
+from chronicals_trl.bench.ops import verdict
+from chronicals_trl.bench.ops.run import Row
 from chronicals_trl.bench.timing import Timing
 
 

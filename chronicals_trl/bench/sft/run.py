@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chronicals_trl.bench import sft_verdict
 from chronicals_trl.bench.common import versions
-from chronicals_trl.bench.sft import (
+from chronicals_trl.bench.sft import verdict as sft_verdict
+from chronicals_trl.bench.sft.cases import (
     PROTOCOLS,
     SHAPES,
     SIDES,
@@ -42,7 +42,7 @@ DATASHEET_TFLOPS = {
     "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "H20": 148.0, "B200": 2250.0, "A100": 312.0,
     "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.0,
 }  # fmt: skip
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[3]
 _TOLD_LINES = 400
 
 
@@ -207,7 +207,7 @@ def _process(what: str, given: dict[str, Any], name: str, settings: Settings, wo
     task, found = folder / "task.json", folder / "result.json"
     task.write_text(json.dumps(given))
     python = _of_side(settings.python, name) or sys.executable
-    command = [python, "-m", "chronicals_trl.bench.sft_worker", what, str(task), str(found)]
+    command = [python, "-m", "chronicals_trl.bench.sft.worker", what, str(task), str(found)]
     log = settings.logs / f"{name}.log"
     with log.open("a") as told:
         # A session of its own, so that whatever it starts can be ended with it.

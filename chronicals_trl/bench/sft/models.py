@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from chronicals_trl.bench.sft import BOS, EOS, PAD, Shape
+from chronicals_trl.bench.sft.cases import BOS, EOS, PAD, Shape
 
 __all__ = ["gemm_tflops", "make_model", "make_tokenizer", "write_model"]
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chronicals_trl.bench.lora import Layer, Setting
-from chronicals_trl.bench.sft import LORA_ALPHA, LORA_RANK, LORA_TARGETS
-from chronicals_trl.bench.sft_models import make_model, make_tokenizer
+from chronicals_trl.bench.lora.cases import Layer, Setting
+from chronicals_trl.bench.sft.cases import LORA_ALPHA, LORA_RANK, LORA_TARGETS
+from chronicals_trl.bench.sft.models import make_model, make_tokenizer
 
 __all__ = [
     "Inputs",
@@ -81,7 +81,7 @@ def load(folder: Path, setting: Setting) -> Any:
 
     options: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
     if setting.four_bit:
-        from chronicals_trl.bench.sft_sides import four_bit
+        from chronicals_trl.bench.sft.sides import four_bit
 
         options["quantization_config"] = four_bit()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa", **options)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from chronicals_trl.bench.common import NotOffered
-from chronicals_trl.bench.sft import (
+from chronicals_trl.bench.sft.cases import (
     LORA_ALPHA,
     LORA_RANK,
     LORA_TARGETS,
@@ -21,8 +21,8 @@ from chronicals_trl.bench.sft import (
     Documents,
     Task,
 )
-from chronicals_trl.bench.sft_meter import Meter
-from chronicals_trl.bench.sft_models import make_tokenizer
+from chronicals_trl.bench.sft.meter import Meter
+from chronicals_trl.bench.sft.models import make_tokenizer
 
 __all__ = ["four_bit", "train"]
 
@@ -69,7 +69,7 @@ def _trl_tuned(task: Task, meter: Meter) -> dict[str, Any]:
 def _trl_liger(task: Task, meter: Meter) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
-    from chronicals_trl.bench.sft_attention import register
+    from chronicals_trl.bench.sft.attention import register
 
     if importlib.util.find_spec("liger_kernel") is None:
         raise ModuleNotFoundError("No module named 'liger_kernel'")
@@ -241,7 +241,7 @@ def _unsloth(task: Task, meter: Meter) -> dict[str, Any]:
 
 
 def _torch_compile(task: Task, meter: Meter) -> dict[str, Any]:
-    from chronicals_trl.bench import sft_compile
+    from chronicals_trl.bench.sft import compile as sft_compile
 
     model = _load(task, sft_compile.attention())
     if task.mode != "full":

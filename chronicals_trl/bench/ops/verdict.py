@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from chronicals_trl.bench.run import Row
+    from chronicals_trl.bench.ops.run import Row
 
 __all__ = ["NOISE", "TARGETS", "Judged", "Target", "beyond", "conclude", "judge"]
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from chronicals_trl.bench.sft import SHAPES, Shape
+from chronicals_trl.bench.sft.cases import SHAPES, Shape
 
 __all__ = ["LAYERS", "SETTINGS", "SIDES", "Layer", "Setting", "not_offered", "tiny"]
 

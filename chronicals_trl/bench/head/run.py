@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from chronicals_trl.bench import head_verdict
 from chronicals_trl.bench.common import explain, versions
-from chronicals_trl.bench.head import Problem, Shape, floor_calls, load_side, make_problem
-from chronicals_trl.bench.head_check import Errors, Reference
+from chronicals_trl.bench.head import verdict as head_verdict
+from chronicals_trl.bench.head.cases import Problem, Shape, floor_calls, load_side, make_problem
+from chronicals_trl.bench.head.check import Errors, Reference
 from chronicals_trl.bench.timing import quantile, replay_ms, sample_ms
 
 __all__ = ["Case", "Row", "Settings", "run"]

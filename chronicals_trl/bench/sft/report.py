@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from chronicals_trl.bench.report import DRY_RUN, print_table, print_verdict, pyplot
-from chronicals_trl.bench.sft_verdict import fall
+from chronicals_trl.bench.sft.verdict import fall
 
 __all__ = ["print_tables", "write_plot"]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from chronicals_trl.bench.sft import PAD, Documents, Task
-from chronicals_trl.bench.sft_count import IGNORED, Counted
-from chronicals_trl.bench.sft_meter import Meter
+from chronicals_trl.bench.sft.cases import PAD, Documents, Task
+from chronicals_trl.bench.sft.count import IGNORED, Counted
+from chronicals_trl.bench.sft.meter import Meter
 
 __all__ = ["attention", "fill_rows", "loop"]
 
@@ -27,7 +27,7 @@ def attention() -> str:
     """torch's varlen attention on a GPU, SDPA elsewhere."""
     if not torch.cuda.is_available():
         return "sdpa"
-    from chronicals_trl.bench.sft_attention import register
+    from chronicals_trl.bench.sft.attention import register
 
     return register()
 

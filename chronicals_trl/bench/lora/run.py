@@ -19,13 +19,16 @@ from typing import Any
 import torch
 
 from chronicals_trl._versions import installed
-from chronicals_trl.bench import lora_layer, lora_measure, lora_sides, lora_verdict
 from chronicals_trl.bench.common import explain, finite, versions
-from chronicals_trl.bench.lora import LAYERS, Layer, Setting, not_offered, tiny
-from chronicals_trl.bench.lora_timing import STEP_PASSES
-from chronicals_trl.bench.sft import LORA_ALPHA, LORA_RANK
-from chronicals_trl.bench.sft_models import gemm_tflops
-from chronicals_trl.bench.sft_run import environment
+from chronicals_trl.bench.lora import layer as lora_layer
+from chronicals_trl.bench.lora import measure as lora_measure
+from chronicals_trl.bench.lora import sides as lora_sides
+from chronicals_trl.bench.lora import verdict as lora_verdict
+from chronicals_trl.bench.lora.cases import LAYERS, Layer, Setting, not_offered, tiny
+from chronicals_trl.bench.lora.timing import STEP_PASSES
+from chronicals_trl.bench.sft.cases import LORA_ALPHA, LORA_RANK
+from chronicals_trl.bench.sft.models import gemm_tflops
+from chronicals_trl.bench.sft.run import environment
 
 __all__ = ["Settings", "run"]
 
@@ -218,7 +221,7 @@ def _run_apart(
     )
     settings.logs.mkdir(parents=True, exist_ok=True)
     log = settings.logs / f"{side}_{layer.name}.log"
-    command = [settings.python.get(side, sys.executable), "-m", "chronicals_trl.bench.lora_worker"]
+    command = [settings.python.get(side, sys.executable), "-m", "chronicals_trl.bench.lora.worker"]
     work = folder / side  # it leaves files where it runs
     work.mkdir()
     with log.open("w") as told:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from chronicals_trl.bench.common import finite
-from chronicals_trl.bench.head import Problem
+from chronicals_trl.bench.head.cases import Problem
 
 __all__ = ["Errors", "Reference"]
 

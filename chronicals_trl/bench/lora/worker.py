@@ -1,6 +1,6 @@
 """Unsloth's side of one layer, in a process of its own:
 
-    python -m chronicals_trl.bench.lora_worker TASK.json RESULT.json
+    python -m chronicals_trl.bench.lora.worker TASK.json RESULT.json
 
 The task has the layer's name and folder, and the cases with their inputs, adapters and fp64 gradients in files. What
 is found is written after each case, so that a crash in one costs that one and those after it.
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         found["cases"][case["setting"]] = _case(task, case)
         keep()
     from chronicals_trl.bench.common import versions
-    from chronicals_trl.bench.sft_models import gemm_tflops
+    from chronicals_trl.bench.sft.models import gemm_tflops
 
     found |= {"versions": versions(*_VERSIONS), "gemm_tflops": gemm_tflops()}
     keep()
@@ -55,8 +55,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _case(task: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     """Status, reason and figures of one setting."""
-    from chronicals_trl.bench import lora_measure
     from chronicals_trl.bench.common import explain
+    from chronicals_trl.bench.lora import measure as lora_measure
 
     try:
         return _measured(task, case)
@@ -71,8 +71,10 @@ def _case(task: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
 def _measured(task: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from chronicals_trl.bench import lora, lora_measure, lora_sides
-    from chronicals_trl.bench.lora_layer import Inputs, Pass, make_inputs
+    from chronicals_trl.bench.lora import cases as lora
+    from chronicals_trl.bench.lora import measure as lora_measure
+    from chronicals_trl.bench.lora import sides as lora_sides
+    from chronicals_trl.bench.lora.layer import Inputs, Pass, make_inputs
 
     layer = lora.LAYERS[task["layer"]]
     layer = lora.tiny(layer) if task["tiny"] else layer

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch._functorch import config as functorch_config
 
 from chronicals_trl.bench import timing
-from chronicals_trl.bench.attention import (
+from chronicals_trl.bench.attention.cases import (
     DIRECT,
     WITHOUT_OFFSETS,
     Call,
@@ -25,8 +25,8 @@ from chronicals_trl.bench.attention import (
     make_documents,
 )
 from chronicals_trl.bench.common import explain, finite, versions
+from chronicals_trl.bench.ops.verdict import Judged, conclude
 from chronicals_trl.bench.timing import BufferSet, Timing
-from chronicals_trl.bench.verdict import Judged, conclude
 
 __all__ = ["Case", "Row", "Settings", "judge", "run"]
 

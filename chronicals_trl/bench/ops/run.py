@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 
-from chronicals_trl.bench import timing, verdict
+from chronicals_trl.bench import timing
 from chronicals_trl.bench.common import explain, finite, versions
-from chronicals_trl.bench.ops import Op, Shape, load_side, make_buffers
+from chronicals_trl.bench.ops import verdict
+from chronicals_trl.bench.ops.cases import Op, Shape, load_side, make_buffers
 from chronicals_trl.bench.timing import BufferSet, Timing
 
 __all__ = ["DIRECTIONS", "Row", "Settings", "deviation", "run"]

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from chronicals_trl.bench.sft import Task
-from chronicals_trl.bench.sft_count import Counted
+from chronicals_trl.bench.sft.cases import Task
+from chronicals_trl.bench.sft.count import Counted
 
 __all__ = ["Meter", "gpu_state"]
 

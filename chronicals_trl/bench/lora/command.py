@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from chronicals_trl.bench import lora_run, report
-from chronicals_trl.bench.lora import LAYERS, SETTINGS, SIDES, tiny
-from chronicals_trl.bench.sft_command import side_and_path
+from chronicals_trl.bench import report
+from chronicals_trl.bench.lora import run as lora_run
+from chronicals_trl.bench.lora.cases import LAYERS, SETTINGS, SIDES, tiny
+from chronicals_trl.bench.sft.command import side_and_path
 
 __all__ = ["add_parser", "run"]
 

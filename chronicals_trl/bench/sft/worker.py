@@ -1,4 +1,4 @@
-"""One side in a process of its own: `python -m chronicals_trl.bench.sft_worker train TASK.json RESULT.json`.
+"""One side in a process of its own: `python -m chronicals_trl.bench.sft.worker train TASK.json RESULT.json`.
 
 `prepare` in place of `train` writes the model's folder and measures the GPU's rate of matrix products. Importing this
 module imports no trainer: a peer may need another TRL than ours.
@@ -38,8 +38,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _train(given: dict[str, Any]) -> dict[str, Any]:
-    from chronicals_trl.bench import sft_meter, sft_sides
-    from chronicals_trl.bench.sft import Task
+    from chronicals_trl.bench.sft import meter as sft_meter
+    from chronicals_trl.bench.sft import sides as sft_sides
+    from chronicals_trl.bench.sft.cases import Task
 
     task = Task(**given)
     meter = sft_meter.Meter(task)
@@ -50,8 +51,8 @@ def _train(given: dict[str, Any]) -> dict[str, Any]:
 def _prepare(given: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from chronicals_trl.bench import sft_models
-    from chronicals_trl.bench.sft import SHAPES
+    from chronicals_trl.bench.sft import models as sft_models
+    from chronicals_trl.bench.sft.cases import SHAPES
 
     sft_models.write_model(SHAPES[given["shape"]], given["seed"], Path(given["folder"]))
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None

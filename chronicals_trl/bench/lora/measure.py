@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chronicals_trl.bench import lora_check
 from chronicals_trl.bench.common import explain, finite
-from chronicals_trl.bench.lora import Setting
-from chronicals_trl.bench.lora_layer import Inputs, Pass, Runner, memory
-from chronicals_trl.bench.lora_timing import CudaQueue, Queue, Samples, take_queued, take_stepped, warm_up
+from chronicals_trl.bench.lora import check as lora_check
+from chronicals_trl.bench.lora.cases import Setting
+from chronicals_trl.bench.lora.layer import Inputs, Pass, Runner, memory
+from chronicals_trl.bench.lora.timing import CudaQueue, Queue, Samples, take_queued, take_stepped, warm_up
 from chronicals_trl.bench.timing import quantile
 
 __all__ = ["Measured", "check", "errors_of", "queue_of", "release", "time_by_turns"]

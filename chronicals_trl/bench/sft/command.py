@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from chronicals_trl.bench import report, sft_report, sft_run
-from chronicals_trl.bench.sft import MODES, PROTOCOLS, SHAPES, SIDES
+from chronicals_trl.bench import report
+from chronicals_trl.bench.sft import report as sft_report
+from chronicals_trl.bench.sft import run as sft_run
+from chronicals_trl.bench.sft.cases import MODES, PROTOCOLS, SHAPES, SIDES
 
 __all__ = ["add_parser", "default_sides", "run", "side_and_path"]
 

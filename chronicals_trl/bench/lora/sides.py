@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from chronicals_trl.bench.common import NotOffered
-from chronicals_trl.bench.lora import Layer, Setting
-from chronicals_trl.bench.lora_layer import (
+from chronicals_trl.bench.lora.cases import Layer, Setting
+from chronicals_trl.bench.lora.layer import (
     Arguments,
     Runner,
     adapters_of,
@@ -20,7 +20,7 @@ from chronicals_trl.bench.lora_layer import (
     set_adapters,
     stock_arguments,
 )
-from chronicals_trl.bench.sft import LORA_ALPHA, LORA_RANK, LORA_TARGETS
+from chronicals_trl.bench.sft.cases import LORA_ALPHA, LORA_RANK, LORA_TARGETS
 
 __all__ = ["compiled", "ours", "stock", "unsloth"]
 

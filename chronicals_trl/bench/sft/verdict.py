@@ -21,10 +21,10 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from chronicals_trl.bench.verdict import NOISE, Judged, conclude
+from chronicals_trl.bench.ops.verdict import NOISE, Judged, conclude
 
 if TYPE_CHECKING:
-    from chronicals_trl.bench.sft_run import Settings
+    from chronicals_trl.bench.sft.run import Settings
 
 __all__ = ["REFERENCES", "fall", "judge", "judge_validity"]
 

@@ -1,0 +1,1 @@
+"""The fused ops against eager torch, torch.compile and other libraries: what is timed, how, and the targets."""
