@@ -150,6 +150,7 @@ SIDES = {
     for side in (
         Side("chronicals", "ours, flag on, the script as it is"),
         Side("chronicals-packing", "ours, flag on, packing=True", packs=True),
+        Side("chronicals-offload", "ours, flag on, activation_offloading=True"),
         Side("trl", "stock TRL as it comes, padded", packs=False),
         Side("trl-tuned", "stock TRL, packing, no checkpointing, flash-attn or else SDPA", True, False),
         Side("trl-liger", "TRL + Liger, packing, torch varlen attention", True, False),

@@ -66,7 +66,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def default_sides(protocol: str) -> list[str]:
     """In the short protocol our strict row and one that packs; in the packed one they would be the same."""
-    left_out = {"packed": ("chronicals-packing", "trl", "unsloth"), "short": ("trl-tuned", "torch-compile")}[protocol]
+    left_out = {
+        "packed": ("chronicals-packing", "chronicals-offload", "trl", "unsloth"),
+        "short": ("chronicals-offload", "trl-tuned", "torch-compile"),
+    }[protocol]
     return [side for side in SIDES if side not in left_out]
 
 

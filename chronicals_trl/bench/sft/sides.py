@@ -32,6 +32,7 @@ def train(task: Task, meter: Meter) -> dict[str, Any]:
     functions = {
         "chronicals": _chronicals,
         "chronicals-packing": _chronicals,
+        "chronicals-offload": _chronicals,
         "trl": _trl,
         "trl-tuned": _trl_tuned,
         "trl-liger": _trl_liger,
@@ -49,6 +50,8 @@ def _chronicals(task: Task, meter: Meter) -> dict[str, Any]:
     from chronicals_trl import SFTConfig, SFTTrainer
 
     extra = {"use_chronicals": True, "chronicals_config": task.chronicals}
+    if task.side == "chronicals-offload":
+        extra["activation_offloading"] = True
     trainer, ran = _run_trainer(task, meter, SFTTrainer, SFTConfig, _load(task), extra)
     return {**ran, "report": trainer.chronicals_report.to_dict()}
 
