@@ -110,7 +110,7 @@ def test_wrong_arguments(
 
 def test_every_side_has_its_place() -> None:
     every = {*sft_command.default_sides("packed"), *sft_command.default_sides("short")}
-    assert every == set(SIDES)
+    assert every == set(SIDES) - {"chronicals-offload"}  # which has to be named
 
 
 def test_the_worker_imports_no_trainer() -> None:

@@ -51,6 +51,8 @@ def _chronicals(task: Task, meter: Meter) -> dict[str, Any]:
 
     extra = {"use_chronicals": True, "chronicals_config": task.chronicals}
     if task.side == "chronicals-offload":
+        if not torch.cuda.is_available():
+            raise NotOffered("offloading needs a GPU to offload from")
         extra["activation_offloading"] = True
     trainer, ran = _run_trainer(task, meter, SFTTrainer, SFTConfig, _load(task), extra)
     return {**ran, "report": trainer.chronicals_report.to_dict()}
