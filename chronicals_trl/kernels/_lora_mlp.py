@@ -64,10 +64,13 @@ def lora_gated_mlp(
     if torch.compiler.is_compiling() or not use_triton(x, *plain) or x.numel() == 0:
         (y,) = lora_linears(_OPS[activation](*lora_linears(x, inner)), [down])
         return y
-    dtypes = check_operands(x, inner)
+    dtype, _ = check_operands(x, inner)
     # `down` reads what `inner` gives: checked on its shape and dtype, without the values.
     width = core.out_features(inner[0]) // (3 - len(inner))
-    if check_operands(x.new_empty((0, width), dtype=dtypes[0]), [down]) != dtypes:
+    check_operands(x.new_empty((0, width), dtype=dtype), [down])
+    # Of all together: a layer without an adapter goes with whatever the others have.
+    dtypes = core.compute_dtypes(x, layers)
+    if dtypes is None:
         raise TypeError("lora_gated_mlp: down and the inner projections have adapters of different dtypes: cast them")
     flat = [value for layer in layers for value in layer]
     y = _LoraGatedMLP.apply(x, *dtypes, activation == "geglu", recompute, *flat)

@@ -21,6 +21,7 @@ from chronicals_trl import kernels
 from chronicals_trl.kernels import (
     LoraOperands,
     _common,
+    _lora_core,
     _lora_dropout,
     _lora_gated,
     _lora_mlp,
@@ -170,6 +171,44 @@ def test_wide_adapters_in_half_precision():
     assert_close(actual, run(separately("swiglu"), *doubled(x, layers))[0], 3e-3)
 
 
+@pytest.mark.parametrize("ranks", [(4, 3, 0), (0, 0, 5), (0, 3, 5)], ids=str)
+def test_wide_adapters_on_some_of_them(ranks):
+    """A layer without an adapter says nothing about the adapters' dtype."""
+    x, layers = mlp(dtype=torch.float16, adapter_dtype=torch.float32, ranks=ranks)
+    assert_close(run(ours(), x, layers)[0], run(separately("swiglu"), *doubled(x, layers))[0], 3e-3)
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["apart", "joint"])
+def test_adapters_that_lie_in_memory_as_their_transpose(joint):
+    """As after an initialisation by `weight.data = u.t()`."""
+    x, layers = mlp(joint=joint)
+    expected = run(separately("swiglu"), *doubled(x, layers))[0]
+    turned = [
+        layer._replace(**{n: getattr(layer, n).detach().t().contiguous().t().requires_grad_() for n in ("a", "b")})
+        for layer in layers
+    ]
+    assert turned[-1].a.stride(-1) > 1
+    assert_close(run(ours(), x, turned)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "lead", "width", "inner"),
+    [((2, 2, 5), (60,), 12, 40), ((4, 4, 4), (7, 5), 60, 4)],
+    ids=["into gate and up", "into down"],
+)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_gradients_that_are_views_of_longer_rows(monkeypatch, inside, ranks, lead, width, inner, recompute):
+    """`_in_one_pass` has the rank-sized products beside the input gradient."""
+    taken, one_pass = [], _lora_core._in_one_pass
+    monkeypatch.setattr(_lora_core, "_in_one_pass", lambda *a: taken.append(one_pass(*a)) or taken[-1])
+    x, layers = make(ranks[:2], lead, width, (inner, inner), dtype=torch.float32)
+    layers += make(ranks[2:], lead, inner, (width,), dtype=torch.float32)[1]
+    actual = run(ours(recompute=recompute), x, layers)[0]
+    if inner > width or not (inside and NODE):  # the kernels take the gradient without the part through the adapter
+        assert any(way is not None for way in taken)
+    assert_close(actual, run(separately("swiglu"), *doubled(x, layers))[0])
+
+
 @pytest.mark.skipif(not NODE, reason="the node is made of kernels")
 @pytest.mark.parametrize(("recompute", "trained", "products"), [(False, True, 1), (True, True, 0), (False, False, 0)])
 def test_the_product_is_kept_once_where_it_is_needed(inside, recompute, trained, products):
@@ -211,3 +250,11 @@ def test_bad_arguments():
         lora_gated_mlp(x, layers, layers[-1])
     with pytest.raises(ValueError, match="last dimension"):
         lora_gated_mlp(x, layers[:-1], mlp(joint=True)[1][0])
+
+
+@pytest.mark.skipif(not NODE, reason="the node is made of kernels")
+def test_adapters_of_two_dtypes_are_refused():
+    x, layers = mlp(dtype=torch.float16, adapter_dtype=torch.float32)
+    down = layers[-1]._replace(a=layers[-1].a.detach().half(), b=layers[-1].b.detach().half())
+    with pytest.raises(TypeError, match="different dtypes"):
+        lora_gated_mlp(x, layers[:-1], down)
