@@ -291,6 +291,11 @@ def _difference(
         tokens = torch.randint(vocabulary, shape, generator=generator).to(device)
         try:
             model.eval()
+            for module in training:
+                # Without gradients and in eval mode, on a CPU, its 4-bit layers repack their weights for good, in a form
+                # that is for inference alone.
+                if type(module).__module__.startswith("bitsandbytes"):
+                    module.training = True
             with torch.set_grad_enabled(gradients):
                 logits = model(input_ids=tokens, use_cache=False, **batch).logits.detach()
             # From the end: virtual tokens, where PEFT adds some, come first.

@@ -3,6 +3,7 @@ of other layouts or rates explained, the rates logged."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +73,12 @@ class LoraPlusMixin(Trainer):
                     f"{_listed(loaded)}; configured: {_listed(configured)}). For the configured ones remove "
                     f"{OPTIMIZER_NAME} and {SCHEDULER_NAME} from the checkpoint"
                 )
-                self.chronicals_report.notes.append(note)
+                report = self.chronicals_report
+                rates = f"rates of {checkpoint}, not {self._lora_plus_rates}"
+                report.set(dataclasses.replace(report["lora_plus"], backend=rates))
+                # What was said of the configured rates is not so.
+                report.notes[:] = [n for n in report.notes if not n.startswith("LoRA+: B learns")]
+                report.notes.append(note)
                 self._save_report()
                 logger.warning("chronicals-trl: %s", note)
 

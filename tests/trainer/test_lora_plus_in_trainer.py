@@ -232,6 +232,8 @@ def test_a_checkpoint_with_another_ratio_says_so(tmp_path: Path, schedule: str) 
     resumed = make(tmp_path, config={"lora_plus_ratio": 4.0}, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     (note,) = (note for note in resumed.chronicals_report.notes if "other rates" in note)
+    assert "not ratio" in str(resumed.chronicals_report["lora_plus"].backend)
+    assert not any(note.startswith("LoRA+: B learns") for note in resumed.chronicals_report.notes)
     assert "to the first: 1, 16; configured: 1, 4)" in note and "remove optimizer.pt and scheduler.pt" in note
     rates = [group["lr"] for group in resumed.optimizer.param_groups]
     assert len(rates) == 2 and rates[1] == pytest.approx(16 * rates[0])

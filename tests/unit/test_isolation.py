@@ -49,3 +49,24 @@ def test_prompt_tuning_is_seen_through_its_wrapper() -> None:
     assert verify_isolation(model, CPU) is not None
     assert verify_isolation(model.get_base_model(), CPU) is None
     assert model.training
+
+
+def test_layers_of_bitsandbytes_are_not_repacked_for_inference() -> None:
+    """On a CPU its 4-bit layers do that in eval mode without gradients, for good, and train on wrong gradients then."""
+
+    class Quantised(nn.Linear):
+        __module__ = "bitsandbytes.nn.modules"
+        modes: tuple[bool, ...] = ()
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            self.modes = (*self.modes, self.training)
+            return super().forward(input)
+
+    model = tiny_models.build("llama").train()
+    layer = model.model.layers[0].self_attn.o_proj
+    layer.__class__ = Quantised
+    assert verify_isolation(model, CPU) is None
+    assert layer.modes and all(layer.modes)
+    model.eval()
+    assert verify_isolation(model, CPU) is None
+    assert not layer.training

@@ -20,7 +20,7 @@ def print_tables(result: dict[str, Any]) -> None:
     print("off: from fp64 by norm, the worst gradient. *: the host was not ahead, so the time has the host in it.")
     for layer in result["layers"]:
         of_layer = [row for row in result["rows"] if row["layer"] == layer["layer"] and row["status"] == "ok"]
-        print_table(_title(layer), _TIMES, [_times(row) for row in of_layer], 2)
+        print_table(_title(layer), _TIMES, [_times(row, result["dry_run"]) for row in of_layer], 2)
         print_table("Memory above what was there before, and gradients", _REST, [_rest(row) for row in of_layer], 2)
     for line in _not_measured(result["rows"]):
         print(line)
@@ -70,17 +70,17 @@ def _title(layer: dict[str, Any]) -> str:
     return title + (f"; GEMM TFLOP/s: {told}" if told else "")
 
 
-def _times(row: dict[str, Any]) -> list[str]:
-    is_ours = row["side"] == "ours"
+def _times(row: dict[str, Any], dry_run: bool) -> list[str]:
+    no_ratio = dry_run or row["side"] == "ours"
     return [
         row["setting"],
         row["side"],
         _time(row),
         _spread(row, "gpu_ms"),
-        "" if is_ours else _number(row["ours_is_faster_by"], ".2f", "x"),
+        "" if no_ratio else _number(row["ours_is_faster_by"], ".2f", "x"),
         _number(row["step_ms"], ".2f"),
         _spread(row, "step_ms"),
-        "" if is_ours else _number(row["ours_step_is_faster_by"], ".2f", "x"),
+        "" if no_ratio else _number(row["ours_step_is_faster_by"], ".2f", "x"),
         _number(row["host_ms"], ".2f"),
     ]
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from chronicals_trl._versions import installed
-from chronicals_trl.bench.common import explain, finite, versions
+from chronicals_trl.bench.common import NotOffered, explain, finite, versions
 from chronicals_trl.bench.lora import layer as lora_layer
 from chronicals_trl.bench.lora import measure as lora_measure
 from chronicals_trl.bench.lora import sides as lora_sides
@@ -151,7 +151,7 @@ def _run_case(
     task = None
     try:
         if setting.four_bit and (installed("bitsandbytes") is None or settings.device.type != "cuda"):
-            raise ModuleNotFoundError("4-bit weights need bitsandbytes and a GPU")
+            raise NotOffered("4-bit weights need bitsandbytes and a GPU")
         task = _measure_here(case, here, layer, setting, folder, settings)
     except Exception as error:
         status, reason = explain(error)

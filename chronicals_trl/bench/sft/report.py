@@ -22,7 +22,7 @@ def print_tables(result: dict[str, Any]) -> None:
     title = f"{told['shape']}, {told['mode']}, {told['protocol']}, checkpointing {told['checkpointing']}"
     if result["gemm_tflops"] is not None:
         title += f"; GEMM {result['gemm_tflops']:,.0f} TFLOP/s"
-    print_table(title, _COLUMNS, [_cells(row) for row in result["rows"]], 2)
+    print_table(title, _COLUMNS, [_cells(row, result["dry_run"]) for row in result["rows"]], 2)
     trained = [row for row in result["rows"] if row["tokens_per_second"] is not None]
     print_table("What was trained", _TRAINING, [_training_cells(row) for row in trained], 1)
     for row in result["rows"]:
@@ -73,7 +73,7 @@ def _label(row: dict[str, Any]) -> str:
     return f"{row['tokens_per_second']:,.0f}{memory}" + ("" if row["status"] == "ok" else f", {row['status']}")
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], dry_run: bool) -> list[str]:
     between = "" if row["step_ms"] is None else f"{row['step_ms_p20']:.1f}-{row['step_ms_p80']:.1f}"
     return [
         row["side"],
@@ -85,7 +85,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _number(row["peak_memory_gib"], ".2f"),
         _number(row["mfu"], ".1%"),
         _number(row["of_gemm"], ".1%"),
-        "" if row["side"] == "chronicals" else _number(row["ours_is_faster_by"], ".2f", "x"),
+        "" if dry_run or row["side"] == "chronicals" else _number(row["ours_is_faster_by"], ".2f", "x"),
     ]
 
 
