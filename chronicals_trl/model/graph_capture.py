@@ -136,6 +136,7 @@ class Captured:
             # Autocast's cache would keep the casts of all weights until the caller leaves it, over the backward pass.
             with torch.enable_grad(), _in_place_of(owners, leaves), _autocast_uncached(device_type):
                 traced[:] = [run(self.inputs)]
+            _require_known_leaves(traced[0], wanted)
             return traced[0].detach()
 
         def backward() -> list[Tensor | None]:
@@ -221,6 +222,26 @@ def _copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         for (place, _), copy in zip(placed, made, strict=True):
             copies[place] = copy
     return copies
+
+
+def _require_known_leaves(output: Tensor, wanted: Sequence[Tensor]) -> None:
+    """Raise RuntimeError where `output` depends on a tensor that is trained, but not among the layers' parameters.
+
+    One that a closure or a plain attribute holds: its gradient would be missing, and nobody would see it.
+    """
+    known = set(map(id, wanted))
+    seen: set[Any] = set()
+    to_visit: list[Any] = [output.grad_fn]
+    while to_visit:
+        node = to_visit.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            shape = tuple(leaf.shape)
+            raise RuntimeError(f"the layers read a trained tensor of shape {shape} that none of them holds")
+        to_visit += [function for function, _ in node.next_functions]
 
 
 @contextlib.contextmanager

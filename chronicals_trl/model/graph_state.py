@@ -7,6 +7,7 @@ they are given, `surroundings` at the process.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -55,11 +56,14 @@ class LayerState:
         self._settings: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
         self._containers: list[tuple[dict[str, Any], str]] = []
         for d in self._dicts:
-            names = [n for n in d if (n[:1] != "_" or n in _PRIVATE_SETTINGS) and isinstance(d[n], _SCALARS)]
+            names = [n for n in d if (n[:1] != "_" or n in _PRIVATE_SETTINGS) and _is_setting(d[n])]
             if names:
                 self._settings.append((itemgetter(*names), d))
             self._containers += [(d, n) for n in _CONTAINERS if n in d]
-        self._configs = _distinct(d.get("config") for d in self._dicts)
+            # Tensors that are neither parameters nor buffers: the kernels have their addresses too.
+            self._containers += [(d, n) for n in d if isinstance(d[n], Tensor)]
+        # Of the configuration the layers may read anything while they run.
+        self._configs = [vars(c) for c in _distinct(d.get("config") for d in self._dicts) if hasattr(c, "__dict__")]
         self._structure = self._look_at_structure()
 
     def _look_at_structure(self) -> tuple[list[int], list[int]]:
@@ -77,8 +81,9 @@ class LayerState:
             [_copied(d[name]) for d, name in self._containers],
             any(self._hooks),
             list(map(Tensor.data_ptr, self.tensors)),
-            list(map(attrgetter("requires_grad", "dtype"), self.tensors)),
-            [getattr(config, "_attn_implementation", None) for config in self._configs],
+            list(map(attrgetter("requires_grad", "dtype", "shape"), self.tensors)),
+            list(map(Tensor.stride, self.tensors)),
+            [[value for value in config.values() if isinstance(value, _VALUES)] for config in self._configs],
         )
 
     def trainable(self) -> list[nn.Parameter]:
@@ -105,9 +110,18 @@ def _distinct(values: Any) -> list[Any]:
     return list({id(value): value for value in values if value is not None}.values())
 
 
+def _is_setting(value: Any) -> bool:
+    """Whether two of them can be compared, and neither can be changed in place."""
+    if isinstance(value, tuple):
+        return all(map(_is_setting, value))
+    return isinstance(value, (*_VALUES, types.FunctionType, types.BuiltinFunctionType))
+
+
 def _copied(value: Any) -> Any:
     if isinstance(value, dict):
-        return tuple(value.items())
+        return tuple((name, _copied(item)) for name, item in value.items())
+    if isinstance(value, Tensor):  # its values may change: a replay reads them
+        return value.data_ptr(), value.shape, value.stride(), value.dtype, value.requires_grad
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -198,10 +212,19 @@ def exchange(value: Any, replacements: dict[int, Tensor]) -> Any:
 def surroundings(device: torch.device) -> tuple[Any, ...]:
     """Settings of the process that decide which kernels run."""
     autocast = torch.is_autocast_enabled(device.type)
+    cuda = torch.backends.cuda
     return (
         torch.get_autocast_dtype(device.type) if autocast else None,
+        torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cuda.matmul.fp32_precision,
+        cuda.matmul.fp32_precision,
+        cuda.matmul.allow_fp16_accumulation,
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        cuda.math_sdp_enabled(),
     )
 
 

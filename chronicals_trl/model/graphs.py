@@ -297,6 +297,7 @@ class GraphedStack:
         if len(self._known_states) >= MAX_STATES:
             oldest = next(iter(self._known_states))
             del self._known_states[oldest], self._obstacles[oldest]
+            self._let_go([kind for kind in self._kinds.values() if kind.state == oldest])
             self._kinds = {key: kind for key, kind in self._kinds.items() if kind.state != oldest}
         self._states += 1
         self._known_states[self._states] = state

@@ -410,3 +410,9 @@ def test_adapters_of_two_dtypes_are_refused():
     layers[1] = make(dtype=torch.bfloat16, adapter_dtype=torch.float32)[1][1]
     with pytest.raises(TypeError, match=r"a torch.bfloat16.*a torch.float32"):
         lora_linears(x, layers)
+
+
+def test_one_reading_of_the_gradient_is_not_for_adapters_of_a_wider_dtype():
+    x, layers = make((8,), (4, 10), 8, (40,), dtype=torch.float16, adapter_dtype=torch.float32)
+    ours, theirs = (run(function, x, layers)[0] for function in (lora_linears, reference))
+    torch.testing.assert_close(ours["grad_x"], theirs["grad_x"], rtol=5e-3, atol=5e-3)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from chronicals_trl import patch_model, unpatch_model
 from chronicals_trl.model import decoder, graphs
-from chronicals_trl.model.graph_state import LayerState, Unreadable, read_call
+from chronicals_trl.model.graph_state import LayerState, Unreadable, read_call, surroundings
 from chronicals_trl.model.graphs import WARM_UP, GraphedStack, decoder_layers
 
 # The families whose layers are written out in model/decoder.py; Gemma's layers get masks and tables by their kind.
@@ -283,6 +283,103 @@ def test_a_change_is_seen_and_captured_anew(change: str) -> None:
     assert pair.replayed(2) == 2
 
 
+STATE_CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a setting of the configuration": lambda layer: setattr(layer.self_attn.config, "attention_bias", "changed"),
+    "a dtype": lambda layer: setattr(layer.mlp, "compute_dtype", torch.bfloat16),
+    "a tuple": lambda layer: setattr(layer.mlp, "window", (4, 0)),
+    "a function": lambda layer: setattr(layer.mlp, "function", torch.tanh),
+    "a tensor in an attribute": lambda layer: setattr(layer.mlp, "table", layer.mlp.table.clone()),
+    "a scaling that is another tensor": lambda layer: layer.mlp.scaling.update(x=layer.mlp.scaling["x"].clone()),
+    "a scaling that is a number now": lambda layer: layer.mlp.scaling.update(x=2.0),
+    "a weight laid out otherwise": lambda layer: setattr(
+        layer.mlp.square.weight, "data", layer.mlp.square.weight.data.t()
+    ),
+}
+
+
+@pytest.mark.parametrize("change", STATE_CHANGES)
+def test_what_else_belongs_to_the_state(change: str) -> None:
+    layers = list(patched().base_model.layers)
+    mlp = layers[1].mlp
+    mlp.compute_dtype, mlp.window, mlp.function, mlp.table = None, (8, 0), torch.relu, torch.ones(3)
+    mlp.scaling = {"x": torch.tensor(2.0)}
+    mlp.square = nn.Linear(4, 4)
+    state = LayerState(layers)
+    before = state.read()
+    mlp.table += 1.0  # a value, which replays read
+    assert state.read() == before
+    STATE_CHANGES[change](layers[1])
+    assert state.read() != before
+
+
+FLAGS = {
+    "allow_fp16_accumulation": torch.backends.cuda.matmul,
+    "allow_fp16_reduced_precision_reduction": torch.backends.cuda.matmul,
+    "allow_bf16_reduced_precision_reduction": torch.backends.cuda.matmul,
+}
+SDP = ("flash", "mem_efficient", "math", "cudnn")
+
+
+@pytest.mark.parametrize("flag", [*FLAGS, *SDP, "default dtype"])
+def test_a_setting_of_the_process_is_another_kind_of_pass(flag: str) -> None:
+    def turn() -> Callable[[], Any]:
+        """Change it; what changes it back."""
+        if flag == "default dtype":
+            torch.set_default_dtype(torch.float64)
+            return lambda: torch.set_default_dtype(torch.float32)
+        if flag in SDP:
+            value = getattr(torch.backends.cuda, f"{flag}_sdp_enabled")()
+            enable = getattr(torch.backends.cuda, f"enable_{flag}_sdp")
+            enable(not value)
+            return lambda: enable(value)
+        value = getattr(FLAGS[flag], flag)
+        setattr(FLAGS[flag], flag, not value)
+        return lambda: setattr(FLAGS[flag], flag, value)
+
+    before = surroundings(torch.device("cpu"))
+    turn_back = turn()
+    try:
+        assert surroundings(torch.device("cpu")) != before
+    finally:
+        turn_back()
+    assert surroundings(torch.device("cpu")) == before
+
+
+def test_a_trained_tensor_that_no_layer_holds() -> None:
+    """Its gradient would be lost: no argument of the replay, and no parameter of the layers."""
+    pair = Pair()
+    for model in (pair.ours, pair.theirs):
+        model.register_parameter("gain", nn.Parameter(torch.tensor(1.5)))
+        mlp = model.get_decoder().layers[1].mlp
+        plain = mlp.down_proj
+
+        class Scaled(nn.Module):
+            def __init__(self, inside: nn.Module, gain: nn.Parameter) -> None:
+                super().__init__()
+                self.inside, self.closure = inside, lambda: gain
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.inside(x) * self.closure()
+
+        mlp.down_proj = Scaled(plain, model.gain)
+    assert pair.replayed(WARM_UP + 2) == 0
+    assert pair.ours.gain.grad is not None
+    assert "that none of them holds" in str(pair.stack.reason)
+
+
+def test_states_that_are_forgotten_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph whose replay is still running must not be let go of."""
+    monkeypatch.setattr(graphs, "MAX_STATES", 1)
+    pair = Pair(lora=0.0)
+    pair.replayed(WARM_UP + 1)
+    waited, replayed = pair.recorder.waited, pair.recorder.replayed
+    assert waited < replayed
+    pair.both(scaled)
+    pair.replayed(1)
+    assert pair.recorder.waited == replayed
+    assert pair.replayed(WARM_UP) == 1
+
+
 def test_a_merged_adapter() -> None:
     pair = Pair(lora=0.0)
     pair.replayed(WARM_UP + 1)
@@ -463,7 +560,7 @@ def test_a_model_that_leaves_layers_out() -> None:
 def test_one_that_begins_to_leave_layers_out_is_told() -> None:
     pair = Pair()
     pair.replayed(WARM_UP + 1)
-    pair.ours.base_model.config.num_hidden_layers = 2
+    pair.ours.base_model.layers = pair.ours.base_model.layers[:2]
     with pytest.raises(RuntimeError, match=r"2 of its 3 decoder layers"):
         pair.step()
 
