@@ -292,7 +292,7 @@ def _difference(
         try:
             model.eval()
             for module in training:
-                # Without gradients and in eval mode, on a CPU, its 4-bit layers repack their weights for good, in a form
+                # In eval mode without gradients, on a CPU, its 4-bit layers repack their weights, for good, in a form
                 # that is for inference alone.
                 if type(module).__module__.startswith("bitsandbytes"):
                     module.training = True

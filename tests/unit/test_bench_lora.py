@@ -352,7 +352,7 @@ def test_every_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     rows = run(tmp_path, ["unsloth", "ours"], list(SETTINGS)[1:], keep=lambda result: kept.append(copy.copy(result)),
                python={"unsloth": "/bin/false"})  # fmt: skip
     statuses = {name: rows[name, "ours"]["status"] for name in list(SETTINGS)[1:]}
-    assert statuses == {**dict.fromkeys(statuses, "ok"), "nf4": "not installed"}, rows
+    assert statuses == {**dict.fromkeys(statuses, "ok"), "nf4": "not offered"}, rows
     assert rows["bf16", "unsloth"]["status"] == "not offered"
     assert rows["nf4", "unsloth"]["status"] == "not installed"
     assert rows["autocast dropout", "unsloth"]["status"] == "failed"

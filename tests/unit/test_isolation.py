@@ -52,7 +52,7 @@ def test_prompt_tuning_is_seen_through_its_wrapper() -> None:
 
 
 def test_layers_of_bitsandbytes_are_not_repacked_for_inference() -> None:
-    """On a CPU its 4-bit layers do that in eval mode without gradients, for good, and train on wrong gradients then."""
+    """On a CPU its 4-bit layers do so in eval mode without gradients, for good, and then train on wrong gradients."""
 
     class Quantised(nn.Linear):
         __module__ = "bitsandbytes.nn.modules"
