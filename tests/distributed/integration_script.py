@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import tiny_data
 import tiny_models
@@ -20,6 +21,7 @@ import torch
 from datasets import Dataset
 from head_script import _cpus_as_accelerators
 from ranks import leave
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from chronicals_trl import SFTConfig, SFTTrainer
 
@@ -51,7 +53,7 @@ def in_force(trainer: SFTTrainer) -> dict[str, Any]:
         plugin = state.fsdp_plugin
         found |= {
             "version": plugin.fsdp_version,
-            "offload": bool(plugin.cpu_offload),
+            "offload": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
             "reshard": plugin.reshard_after_forward,
             "sharded": all(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
         }
@@ -68,7 +70,9 @@ def main(model: str, output: str, deepspeed: str | None = None) -> None:
     sharded = deepspeed is not None or any(os.environ.get(kind) == "true" for kind in kinds)
     # Accelerate shards on accelerators alone: CPUs pass for such. DDP takes them as they are.
     stand_in = _cpus_as_accelerators(SimpleNamespace(mode="sharded")) if sharded else contextlib.nullcontext()
-    with stand_in:
+    # FSDP2 pins what it offloads, for which torch wants an accelerator.
+    pinned = mock.patch.object(torch.Tensor, "pin_memory", lambda tensor, *args: tensor)
+    with stand_in, pinned if sharded else contextlib.nullcontext():
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(
