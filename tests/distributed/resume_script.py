@@ -1,8 +1,9 @@
 """Started by test_resume_ranks.py under torchrun: packed runs that stop and go on, on this number of ranks or another.
 
-Arguments: a folder for all checkpoints, a file for what was found, and runs NAME=LAYOUT[+lora][+balance][@CHECKPOINT]:
-the folder that the checkpoints go to, how the run is sharded, LoRA with dropout in place of the whole model, rows that
-`balance_ranks` deals, and the checkpoint (below the first folder) that it goes on from.
+Arguments: a folder for all checkpoints, a file for what was found, and runs NAME=LAYOUT[+OPTION ...][@CHECKPOINT]: the
+folder that the checkpoints go to, how the run is sharded, and the checkpoint (below the first folder) that it goes on
+from. Options: lora, with dropout, in place of the whole model; balance, rows that `balance_ranks` deals; epoch, one
+epoch of an odd number of rows.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ STEPS, ROWS, ACCUMULATION, CAPACITY = 6, 4, 2, 64  # rows of a micro-batch, over
 # 56 rows, a multiple of ROWS: else two ranks have empty rows appended and one has not, and another number of rows is
 # shuffled into another order.
 DOCUMENTS = 253
+# 9 rows: of two ranks with a row each, the second one's last is empty.
+UNEVEN_DOCUMENTS = 30
 RANKS = int(os.environ["WORLD_SIZE"])
 
 
@@ -62,18 +65,27 @@ def train(folder: Path, name: str, layout: str, options: list[str], checkpoint: 
                 "zero_optimization": {"stage": int(layout[-1]), "stage3_gather_16bit_weights_on_model_save": True},
             }
         }  # fmt: skip
+    steps: dict[str, Any] = {
+        "max_steps": STEPS, "save_strategy": "steps", "save_steps": STEPS // 2,
+        "per_device_train_batch_size": ROWS // RANKS, "gradient_accumulation_steps": ACCUMULATION,
+    }  # fmt: skip
+    if "epoch" in options:
+        steps = {
+            "num_train_epochs": 1, "save_strategy": "no", "per_device_train_batch_size": 2 // RANKS,
+            "train_sampling_strategy": "sequential",
+        }  # fmt: skip
     with _cpus_as_accelerators(SimpleNamespace(mode=layout)):
         trainer = Recording(
             model=tiny_models.build("llama"),
             args=SFTConfig(
-                output_dir=str(folder / name), use_chronicals=True, packing=True, max_length=CAPACITY, max_steps=STEPS,
+                output_dir=str(folder / name), use_chronicals=True, packing=True, max_length=CAPACITY,
                 chronicals_config={"balance_ranks": "balance" in options}, learning_rate=1e-2, weight_decay=0.1,
                 lr_scheduler_type="cosine", warmup_steps=2, optim="adamw_torch", logging_steps=1, report_to="none",
-                per_device_train_batch_size=ROWS // RANKS, gradient_accumulation_steps=ACCUMULATION, seed=11,
-                save_strategy="steps", save_steps=STEPS // 2, bf16=False, gradient_checkpointing=False,
-                disable_tqdm=True, use_cpu=not layout.startswith("zero"), **sharding,
+                seed=11,
+                bf16=False, gradient_checkpointing=False,
+                disable_tqdm=True, use_cpu=not layout.startswith("zero"), **sharding, **steps,
             ),
-            train_dataset=documents().select(range(DOCUMENTS)),
+            train_dataset=documents().select(range(UNEVEN_DOCUMENTS if "epoch" in options else DOCUMENTS)),
             processing_class=tiny_data.tokenizer(),
             peft_config=peft.LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
             if lora
