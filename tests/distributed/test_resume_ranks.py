@@ -1,0 +1,121 @@
+"""A packed run that stopped goes on as if it had not: on the same number of ranks, and on another.
+
+The same rows in each optimizer step, the scheduler's rates, the losses and, at the end, the weights; with dropout too,
+whose generators a checkpoint holds for each rank.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow
+
+Found = dict[str, dict[str, Any]]
+MIDDLE = "checkpoint-3"
+UNEVEN = ["ddp+epoch", "fsdp2+epoch"]
+
+
+def run(folder: Path, ranks: int, name: str, *runs: str) -> Found:
+    output = folder / f"{name}.pt"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, str(TESTS / "distributed" / "resume_script.py"), str(folder), str(output), *runs],
+        capture_output=True, text=True, timeout=280,
+        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = torch.load(output)
+    assert all(each["ranks"] == ranks for each in found.values())
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Found:
+    runs = [
+        f"{layout}{end}={layout}{options}{checkpoint}"
+        for layout, options in (("ddp", "+balance"), ("ddp", "+balance+lora"), ("fsdp2", "+balance"))
+        for end, checkpoint in ((options, ""), (f"{options} resumed", f"@{layout}{options}/{MIDDLE}"))
+    ]
+    return run(folder, 2, "two", *runs, "ddp plain=ddp", "fsdp2 plain=fsdp2", *(f"{each}={each}" for each in UNEVEN))
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path, two: Found) -> Found:
+    resumed = [f"{layout} to one={layout}@{layout} plain/{MIDDLE}" for layout in ("ddp", "fsdp2")]
+    return run(folder, 1, "one", "ddp of one=ddp", "fsdp2 of one=fsdp2", *resumed, "epoch=ddp+epoch")
+
+
+@pytest.fixture(scope="module")
+def two_after_one(folder: Path, one: Found) -> Found:
+    return run(
+        folder, 2, "after", *[f"{layout} to two={layout}@{layout} of one/{MIDDLE}" for layout in ("ddp", "fsdp2")]
+    )
+
+
+def require_same(resumed: dict[str, Any], whole: dict[str, Any]) -> None:
+    """Steps 4 to 6 are those of the whole run, and so is what came of them."""
+    assert list(resumed["rows"]) == [4, 5, 6] and list(whole["rows"]) == [1, 2, 3, 4, 5, 6]
+    rows = [row for step in whole["rows"].values() for row in step]
+    assert len(set(rows)) == len(rows), "the steps must have different rows"
+    for step in (4, 5, 6):
+        assert resumed["rows"][step] == whole["rows"][step]
+        assert resumed["rates"][step] == pytest.approx(whole["rates"][step], rel=1e-9)
+        assert resumed["losses"][step] == pytest.approx(whole["losses"][step], rel=1e-5)
+    assert resumed["weights"].keys() == whole["weights"].keys()
+    for name, value in whole["weights"].items():
+        assert (resumed["weights"][name] - value).norm() / value.norm() < 1e-4, name
+
+
+def require_same_epoch(two: dict[str, Any], one: dict[str, Any]) -> None:
+    """Where one rank has a row less, and nothing to learn in its last batch, nobody waits and nothing is lost."""
+    assert any("1 empty bins appended" in note for note in two["notes"])
+    assert len(one["losses"]) == 5 and len({row for step in one["rows"].values() for row in step}) == 9
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    for name, value in one["weights"].items():
+        assert (two["weights"][name] - value).norm() / value.norm() < 1e-4, name
+
+
+@pytest.mark.parametrize("name", ["ddp+balance", "ddp+balance+lora", "fsdp2+balance"])
+def test_on_the_same_ranks(two: Found, name: str) -> None:
+    require_same(two[f"{name} resumed"], two[name])
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_from_two_ranks_on_one(two: Found, one: Found, layout: str) -> None:
+    require_same(one[f"{layout} to one"], two[f"{layout} plain"])
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_from_one_rank_on_two(one: Found, two_after_one: Found, layout: str) -> None:
+    require_same(two_after_one[f"{layout} to two"], one[f"{layout} of one"])
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_an_odd_number_of_rows(two: Found, one: Found, name: str) -> None:
+    require_same_epoch(two[name], one["epoch"])
+
+
+@pytest.mark.parametrize("layout", ["zero2", "zero3"])
+def test_zero_on_the_same_ranks(folder: Path, one: Found, layout: str) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    resumed = f"{layout} resumed={layout}+balance@{layout}/{MIDDLE}"
+    found = run(folder, 2, layout, f"{layout}={layout}+balance", resumed, f"epoch={layout}+epoch")
+    require_same(found[f"{layout} resumed"], found[layout])
+    require_same_epoch(found["epoch"], one["epoch"])
