@@ -208,7 +208,7 @@ def collect(
             time.sleep(0.3)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the group that start_new_session made; all ranks are in it
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher; its ranks end with it
         process.wait()
 
 
