@@ -8,10 +8,12 @@ and a new one takes the cells that are left.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -279,6 +281,8 @@ def everywhere(value: Any) -> list[Any]:
 
 def main(cells: list[Cell], small_model: str, references: Path, output: Path) -> None:
     logging.disable(logging.WARNING)
+    # torchrun gives each rank a session of its own: a rank ends with the launcher that started it (PR_SET_PDEATHSIG).
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if "WORLD_SIZE" in os.environ:
         if CUDA:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -208,7 +208,7 @@ def collect(
             time.sleep(0.3)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the group that start_new_session made; all ranks are in it
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher; its ranks end with it
         process.wait()
 
 
@@ -248,6 +248,7 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, default=570, help="seconds, after which no cell is begun")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *args: sys.exit(143))  # so that the group of the ranks is ended too
     layouts = [each for each in LAYOUTS for name in options.layouts if each.replace(" ", "").startswith(name)]
     unknown = [name for name in options.layouts if not any(each.replace(" ", "").startswith(name) for each in LAYOUTS)]
     if unknown:
