@@ -184,7 +184,9 @@ def test_demo_from_end_to_end_and_once_more(
     assert metrics["cpu"] == demo.cpu_name() != "" and metrics["platform"]
     assert metrics["precision"] in ("bf16", "fp32") and "ms in bf16" in metrics["precision_reason"]
     assert {part["name"]: part["state"] for part in metrics["report"]["parts"]} == states(output / "training")
-    assert set(states(output / "training").values()) == {"on"}
+    parts = states(output / "training")
+    assert parts.pop("cuda_graphs") == "off"  # without a GPU there is nothing to capture
+    assert set(parts.values()) == {"on"}
     assert (output / "training" / "adapter_model.safetensors").is_file()
     assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
     printed = capfd.readouterr().out
