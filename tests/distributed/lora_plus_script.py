@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from head_script import _cpus_as_accelerators
+from ranks import leave
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -137,4 +138,4 @@ if __name__ == "__main__":
     results = {mode: run(mode) for mode in sys.argv[2:]}
     if int(os.environ["RANK"]) == 0:
         torch.save(results, sys.argv[1])
-    dist.destroy_process_group()
+    leave()
