@@ -150,14 +150,12 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
         self._lora_plus = report["lora_plus"].state == "on"
         self._lora_plus_rates = report["lora_plus"].backend or ""
         self._head = report["head"].state == "on"
-        self.chronicals_report = report
         if self._packing.state == "on":
             self.data_collator = self._packed_collator(base_model(self.model).config.get_text_config())
             self._check_isolation()
         else:
             report.notes += self._use_padded_attention()
-        if report["cuda_graphs"].state == "on" and not (self._packing.state == "on" and self.args.packing):
-            report.notes += self._round_lengths_up()
+        report.notes += self._round_lengths_up(report)
         report.notes += self._notes(config)
         report.notes += [*self._balance_notes(), *filter(None, [_inputs.copies_note(self.args)])]
         report.raise_for_omissions(config)

@@ -18,7 +18,8 @@ Backward, with dy_i (N, O_i):
     dB_i = scale_i dy_i^T (D_i x A_i^T)
 
 What is kept between the two: x as the GEMMs read it, once for all layers; D_i x A_i^T, which is rank-sized; and the
-dropout's mask, a byte an element, from which D_i x is made again.
+dropout's mask, a byte an element, from which D_i x is made again; for adapters in the GEMMs' own narrow dtype inside
+kernels that read x and the masks once (`_lora_dropout.py`).
 
 Dropout is torch's own call on a tensor of the dtype and layout that PEFT's layer hands it, so that the mask and what
 is consumed of the random generator are PEFT's. (On a GPU the mask depends on the dtype: it decides how many elements
@@ -136,7 +137,7 @@ def read_input(
     sets = input_sets(layers)
     together = _read_through_dropout(x, x_NI, layers, adapter_dtype) if by_kernels else []
     kept = []
-    for members in sets if not together else sets[: len(sets) - len(together)]:
+    for members in sets[: len(sets) - len(together)]:
         first = layers[members[0]]
         read_NI, mask_NI, missing = x_NI, None, 1.0
         if first.dropout and x.numel():
@@ -258,7 +259,7 @@ def _drop(x: Tensor, x_NI: Tensor, layer: LoraOperands) -> tuple[Tensor, Tensor,
         if dropped.dtype == x_NI.dtype:
             return dropped.reshape(x_NI.shape), mask_NI, 1.0
     else:
-        mask_NI = (F.dropout(torch.ones_like(drawn_on), p, training=True) != 0).reshape(x_NI.shape)
+        mask_NI = draw_mask(torch.empty_like(drawn_on), layer).view(torch.bool).reshape(x_NI.shape)
     return x_NI * mask_NI, mask_NI, missing_factor(layer)
 
 
@@ -400,17 +401,17 @@ def a_gradients(
         for i, want, d in zip(members, wanted, joint_RI.split(_ranks(layers, members)), strict=True):
             if want:
                 d_a[i] = d.to(layers[i].a.dtype)  # type: ignore[union-attr]
-    sets = [
-        (layers[i], i, of_set, g_NR)
+    used = [
+        (i, of_set, g_NR)
         for (i, *_), of_set, g_NR in zip(input_sets(layers), kept, gs_NR, strict=True)
         if for_kernels(of_set) and grads_NO[i] is not None
     ]
-    for at in _groups(len(sets)):
-        dropped = [Dropped(k.mask_NI, missing_factor(layer)) for layer, _, k, _ in sets[at]]  # type: ignore[arg-type]
-        a = [_stack_a([layer], [0], adapter_dtype).contiguous() for layer, *_ in sets[at]]
-        found = _lora_dropout.gradients(x_NI, d_x, dropped, [g_NR for *_, g_NR in sets[at]], a)
-        for (layer, i, *_), d in zip(sets[at], found, strict=True):
-            d_a[i] = d.to(layer.a.dtype) if need_a[i] else None  # type: ignore[union-attr]
+    for at in _groups(len(used)):
+        dropped = [Dropped(k.mask_NI, missing_factor(layers[i])) for i, k, _ in used[at]]  # type: ignore[arg-type]
+        a = [_stack_a(layers, [i], adapter_dtype).contiguous() for i, *_ in used[at]]
+        found = _lora_dropout.gradients(x_NI, d_x, dropped, [g_NR for *_, g_NR in used[at]], a)
+        for (i, *_), d in zip(used[at], found, strict=True):
+            d_a[i] = d.to(layers[i].a.dtype) if need_a[i] else None  # type: ignore[union-attr]
     return d_a
 
 

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common import LAUNCHES, MAX_LAUNCHES, Launch, jit, multiprocessors, tl, triton
-from ._low_rank import Dropped, dot, factor, padded_rank, sum_shares, tiled_launch, wide_factor
+from ._common import LAUNCHES, MAX_LAUNCHES, Launch, jit, tl
+from ._low_rank import Dropped, add_up, dot, factor, padded_rank, split_columns, split_rows, tiled_launch, wide_factor
 
 MAX_ADAPTERS = 3
 
-# Rows and columns of a tile, warps and pipeline stages; programs for each multiprocessor.
+# Rows and columns of a tile, warps and pipeline stages; programs for each multiprocessor. As in `_lora_gated.py`, and
+# not tuned on a GPU yet.
 _READ = {"BLOCK_M": 64, "BLOCK_N": 64, "STAGES": 3, "num_warps": 4}
 _GRADIENTS = {"BLOCK_M": 32, "BLOCK_N": 64, "STAGES": 3, "num_warps": 8}
 _READ_PROGRAMS, _GRADIENTS_PROGRAMS = 2, 4
@@ -146,14 +147,9 @@ def _gradients_kernel(
 def _read_launch(
     shape: torch.Size, strides: tuple[int, ...], ranks: tuple[int, ...], count: int, device: torch.device, dtype: Any
 ) -> tuple[Launch, int]:
-    (n_rows, n_cols), options = shape, dict(_READ)
-    blocks = triton.cdiv(n_rows, options["BLOCK_M"])
-    tiles = triton.cdiv(n_cols, options["BLOCK_N"])
-    n_shares = max(1, min(tiles, _READ_PROGRAMS * multiprocessors(device) // blocks))
-    share_cols = triton.cdiv(tiles, n_shares) * options["BLOCK_N"]
-    n_shares = triton.cdiv(n_cols, share_cols)  # none without columns
-    fixed = (n_rows, n_cols, *strides, *ranks, n_shares, share_cols, count, padded_rank(ranks))
-    return tiled_launch(_read_kernel, blocks * n_shares, fixed, options), n_shares
+    grid, n_shares, share_cols = split_rows(shape, _READ, _READ_PROGRAMS, device)
+    fixed = (*shape, *strides, *ranks, n_shares, share_cols, count, padded_rank(ranks))
+    return tiled_launch(_read_kernel, grid, fixed, _READ), n_shares
 
 
 @lru_cache(MAX_LAUNCHES)
@@ -161,12 +157,9 @@ def _gradients_launch(
     shape: torch.Size, strides: tuple[int, ...], ranks: tuple[int, ...], count: int, has_dx: bool,
     device: torch.device, dtype: Any,
 ) -> tuple[Launch, int]:  # fmt: skip
-    (n_rows, n_cols), options = shape, dict(_GRADIENTS)
-    blocks = triton.cdiv(n_cols, options["BLOCK_N"])
-    tiles = triton.cdiv(n_rows, options["BLOCK_M"])
-    n_shares = max(1, min(tiles, _GRADIENTS_PROGRAMS * multiprocessors(device) // blocks))
-    fixed = (n_rows, n_cols, *strides, *ranks, n_shares, count, has_dx, padded_rank(ranks))
-    return tiled_launch(_gradients_kernel, blocks * n_shares, fixed, options), n_shares
+    grid, n_shares = split_columns(shape, _GRADIENTS, _GRADIENTS_PROGRAMS, device)
+    fixed = (*shape, *strides, *ranks, n_shares, count, has_dx, padded_rank(ranks))
+    return tiled_launch(_gradients_kernel, grid, fixed, _GRADIENTS), n_shares
 
 
 def _filled(values: Sequence[Any], filling: Any) -> tuple[Any, ...]:
@@ -190,7 +183,7 @@ def read(x: Tensor, dropped: Sequence[Dropped], a: Sequence[Tensor]) -> list[Ten
     LAUNCHES["lora_dropout"] += 1
     masks, missing = _filled([d.mask for d in dropped], None), _filled([d.missing for d in dropped], 1.0)
     launch((x, *masks, *_filled(a, None), *_filled(shares, None)), *missing)
-    return [sum_shares(share).to(x.dtype) for share in shares]
+    return [add_up(share).to(x.dtype) for share in shares]
 
 
 def gradients(
@@ -213,5 +206,5 @@ def gradients(
     LAUNCHES["lora_dropout_backward"] += 1
     masks, missing = _filled([d.mask for d in dropped], None), _filled([d.missing for d in dropped], 1.0)
     launch((x, d_x, *masks, *_filled(g, None), *_filled(a, None), shares), *missing)
-    sums = sum_shares(shares)
+    sums = add_up(shares)
     return [sums[i, :, : t.shape[0]].t() for i, t in enumerate(a)]

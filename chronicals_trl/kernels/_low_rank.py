@@ -7,12 +7,13 @@ from __future__ import annotations
 
 # mypy: disable-error-code="no-untyped-def"
 # (Triton kernels: a pointer has no Python type.)
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._common import INTERPRET, Launch, jit, tl, triton
+from ._common import INTERPRET, Launch, jit, multiprocessors, tl, triton
 
 MAX_RANK = 64  # the tiles of rank-sized factors grow with it; beyond, the GEMMs amortise their passes better
 
@@ -75,5 +76,26 @@ def tiled_launch(kernel: Any, grid: int, fixed: tuple[Any, ...], options: dict[s
     return Launch(kernel, grid, *fixed, *tile, num_warps=options["num_warps"])
 
 
-def sum_shares(shares: Tensor) -> Tensor:
+def split_rows(
+    shape: Sequence[int], options: dict[str, int], programs: int, device: torch.device
+) -> tuple[int, int, int]:
+    """For programs that own rows: how many in all, among how many the columns of a row are split, and how many each."""
+    blocks, tiles = triton.cdiv(shape[0], options["BLOCK_M"]), triton.cdiv(shape[1], options["BLOCK_N"])
+    n_shares = max(1, min(tiles, programs * multiprocessors(device) // blocks))
+    share_cols = triton.cdiv(tiles, n_shares) * options["BLOCK_N"]
+    n_shares = triton.cdiv(shape[1], share_cols)  # none without columns
+    return blocks * n_shares, n_shares, share_cols
+
+
+def split_columns(
+    shape: Sequence[int], options: dict[str, int], programs: int, device: torch.device
+) -> tuple[int, int]:
+    """For programs that own columns: how many in all, and among how many the rows of a column are split."""
+    blocks, tiles = triton.cdiv(shape[1], options["BLOCK_N"]), triton.cdiv(shape[0], options["BLOCK_M"])
+    n_shares = max(1, min(tiles, programs * multiprocessors(device) // blocks))
+    return blocks * n_shares, n_shares
+
+
+def add_up(shares: Tensor) -> Tensor:
+    """The sum of float32 shares over the first dimension: torch's, as these are much wider than a norm's."""
     return shares[0] if shares.shape[0] == 1 else shares.sum(0)

@@ -66,13 +66,17 @@ class CudaGraphsMixin(Trainer):
         args: Any = self.args
         if args.device.type not in DEVICES:
             return f"no CUDA GPU: on {args.device.type} there is nothing to capture"
-        if self._packing.state == "off" or not args.packing:
+        if self._pads_rows():
             reason = self._padding_obstacle()
             if reason is not None:
                 return f"batches are not packed here, so their shapes differ from step to step, and {reason}"
         if args.gradient_checkpointing:
             return "gradient_checkpointing=True, the default of SFTConfig: what a layer computes again is not captured"
         return None
+
+    def _pads_rows(self) -> bool:
+        """Whether training's rows are padded, not packed by this package (which may pack evaluation's alone)."""
+        return self._packing.state == "off" or not self.args.packing  # type: ignore[attr-defined]
 
     def _padding_obstacle(self) -> str | None:
         """Why padded rows cannot be given lengths that recur, or are better off as they are."""
@@ -94,10 +98,10 @@ class CudaGraphsMixin(Trainer):
             return "they are too large for more padding to pay (cuda_graphs='on' insists; packing=True is better)"
         return None
 
-    def _round_lengths_up(self) -> list[str]:
+    def _round_lengths_up(self, report: ActivationReport) -> list[str]:
         """Let the lengths of padded rows recur, if graphs are to be captured of them; a note for the report."""
         collator = self.data_collator
-        if self.chronicals_report[PART].state == "off" or collator.pad_to_multiple_of:
+        if report[PART].state == "off" or not self._pads_rows() or collator.pad_to_multiple_of:
             return []
         length: Any = self.args.max_length
         multiple = 8 * math.ceil(length / (8 * PADDED_LENGTHS))
