@@ -6,6 +6,7 @@
     lora/        one decoder layer with LoRA against PEFT, torch.compile and Unsloth
     sft/         whole trainings: us and every peer, each in a process of its own
     timing.py    one callable on a GPU, forward or backward, without the host; on the host alone; copy bandwidth
+    process.py   a side in a process of its own
     common.py, report.py, command.py: what they share; table, JSON and plot; the command line
 
 In a folder: cases.py what is measured, and who competes; run.py gathers rows; verdict.py the targets, met or missed.

@@ -79,7 +79,7 @@ def tiled_launch(kernel: Any, grid: int, fixed: tuple[Any, ...], options: dict[s
 def split_rows(
     shape: Sequence[int], options: dict[str, int], programs: int, device: torch.device
 ) -> tuple[int, int, int]:
-    """For programs that own rows: how many in all, among how many the columns of a row are split, and how many each."""
+    """For programs that own rows: how many; among how many a row's columns are split; columns of each."""
     blocks, tiles = triton.cdiv(shape[0], options["BLOCK_M"]), triton.cdiv(shape[1], options["BLOCK_N"])
     n_shares = max(1, min(tiles, programs * multiprocessors(device) // blocks))
     share_cols = triton.cdiv(tiles, n_shares) * options["BLOCK_N"]
@@ -90,7 +90,7 @@ def split_rows(
 def split_columns(
     shape: Sequence[int], options: dict[str, int], programs: int, device: torch.device
 ) -> tuple[int, int]:
-    """For programs that own columns: how many in all, and among how many the rows of a column are split."""
+    """For programs that own columns: how many; among how many a column's rows are split."""
     blocks, tiles = triton.cdiv(shape[1], options["BLOCK_N"]), triton.cdiv(shape[0], options["BLOCK_M"])
     n_shares = max(1, min(tiles, programs * multiprocessors(device) // blocks))
     return blocks * n_shares, n_shares

@@ -76,7 +76,7 @@ class CudaGraphsMixin(Trainer):
 
     def _pads_rows(self) -> bool:
         """Whether training's rows are padded, not packed by this package (which may pack evaluation's alone)."""
-        return self._packing.state == "off" or not self.args.packing  # type: ignore[attr-defined]
+        return self._packing.state == "off" or not self.args.packing
 
     def _padding_obstacle(self) -> str | None:
         """Why padded rows cannot be given lengths that recur, or are better off as they are."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chronicals_trl import cli
+from chronicals_trl.bench import process
 from chronicals_trl.bench.sft import attention as sft_attention
 from chronicals_trl.bench.sft import command as sft_command
 from chronicals_trl.bench.sft import compile as sft_compile
@@ -119,7 +120,7 @@ def test_the_worker_imports_no_trainer() -> None:
         "import sys, chronicals_trl.bench.sft.worker, chronicals_trl.bench.sft.sides\n"
         "print({'trl', 'transformers', 'datasets', 'peft'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=sft_run.environment())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=process.environment())
     assert done.stdout.strip() == "set()", done.stderr
 
 

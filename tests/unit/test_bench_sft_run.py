@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from chronicals_trl.bench import report
+from chronicals_trl.bench import process, report
 from chronicals_trl.bench.sft import report as sft_report
 from chronicals_trl.bench.sft import run as sft_run
 from chronicals_trl.bench.sft.cases import Task
@@ -121,7 +121,7 @@ def test_a_side_that_fails_is_a_row(tmp_path: Path, interpreter: Any) -> None:
     assert {side: row["status"] for side, row in rows.items()} == {
         "trl": "failed", "unsloth": "failed", "trl-liger": "not installed", "chronicals": "ok",
     }  # fmt: skip
-    assert rows["trl"]["reason"] == "exit code 139: Segmentation fault, nearly"
+    assert rows["trl"]["reason"] == "exit code 139; its last words: Segmentation fault, nearly"
     assert rows["unsloth"]["reason"].startswith("not done after 2 s; its last words: hello from unsloth")
     assert rows["trl-liger"]["reason"] == "No module named 'liger_kernel'"
     assert rows["trl"]["tokens_per_second"] is None and rows["trl"]["ours_is_faster_by"] is None
@@ -162,7 +162,7 @@ def test_a_path_and_an_interpreter_for_a_family(tmp_path: Path, interpreter: Any
 
 def test_a_side_finds_the_package_and_stays_off_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/given")
-    environment = sft_run.environment("/first")
+    environment = process.environment("/first")
     path = environment["PYTHONPATH"].split(":")
     assert path[:2] == ["/first", "/given"] and (Path(path[2]) / "chronicals_trl").is_dir()
     assert environment["HF_HUB_OFFLINE"] == "1" and "UNSLOTH_DISABLE_STATISTICS" in environment

@@ -9,7 +9,7 @@ from typing import Any
 from chronicals_trl.bench import report
 from chronicals_trl.bench.lora import run as lora_run
 from chronicals_trl.bench.lora.cases import LAYERS, SETTINGS, SIDES, tiny
-from chronicals_trl.bench.sft.command import side_and_path
+from chronicals_trl.bench.process import side_and_path
 
 __all__ = ["add_parser", "run"]
 

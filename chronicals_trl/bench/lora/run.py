@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,9 +22,9 @@ from chronicals_trl.bench.lora import sides as lora_sides
 from chronicals_trl.bench.lora import verdict as lora_verdict
 from chronicals_trl.bench.lora.cases import LAYERS, Layer, Setting, not_offered, tiny
 from chronicals_trl.bench.lora.timing import STEP_PASSES
+from chronicals_trl.bench.process import run_apart
 from chronicals_trl.bench.sft.cases import LORA_ALPHA, LORA_RANK
 from chronicals_trl.bench.sft.models import gemm_tflops
-from chronicals_trl.bench.sft.run import environment
 
 __all__ = ["Settings", "run"]
 
@@ -220,34 +216,18 @@ def _run_apart(
         )
     )
     settings.logs.mkdir(parents=True, exist_ok=True)
-    log = settings.logs / f"{side}_{layer.name}.log"
     command = [settings.python.get(side, sys.executable), "-m", "chronicals_trl.bench.lora.worker"]
-    work = folder / side  # it leaves files where it runs
+    work = folder / side
     work.mkdir()
-    with log.open("w") as told:
-        process = subprocess.Popen(
-            [*command, str(given), str(found)], cwd=work, env=environment(settings.pythonpath.get(side)),
-            stdout=told, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        try:
-            ended = f"exit code {process.wait(settings.timeout)}"
-        except subprocess.TimeoutExpired:
-            ended = f"not done after {settings.timeout:g} s"
-        finally:
-            # Whatever it started goes with it, also when this process is interrupted.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    ended = run_apart(
+        [*command, str(given), str(found)], first=settings.pythonpath.get(side), folder=work,
+        log=settings.logs / f"{side}_{layer.name}.log", timeout=settings.timeout,
+    )  # fmt: skip
     result: dict[str, Any] = json.loads(found.read_text()) if found.exists() else {"cases": {}}
     for task, row in waiting:
-        missing = {"status": "failed", "reason": f"{ended}; its last words: {_last(log)}"}
+        missing = {"status": "failed", "reason": ended.told}
         row |= result["cases"].get(task["setting"], missing)
     return {key: result.get(key) for key in ("versions", "gemm_tflops")}
-
-
-def _last(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:400] if lines else "none"
 
 
 # -- figures ------------------------------------------------------------------------------------------------------

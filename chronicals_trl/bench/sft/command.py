@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from chronicals_trl.bench import report
+from chronicals_trl.bench.process import side_and_path
 from chronicals_trl.bench.sft import report as sft_report
 from chronicals_trl.bench.sft import run as sft_run
 from chronicals_trl.bench.sft.cases import MODES, PROTOCOLS, SHAPES, SIDES
 
-__all__ = ["add_parser", "default_sides", "run", "side_and_path"]
+__all__ = ["add_parser", "default_sides", "run"]
 
 STEPS, DRY_STEPS, WARM_UP, REPEATS = 50, 6, 10, 3
 TIMEOUT = 900.0
@@ -142,13 +143,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
-
-
-def side_and_path(text: str) -> tuple[str, str]:
-    side, equals, value = text.partition("=")
-    if not (side and equals and value):
-        raise argparse.ArgumentTypeError(f"must be SIDE=PATH, not {text!r}")
-    return side, value
 
 
 def _json(text: str) -> dict[str, Any]:

@@ -6,13 +6,9 @@ a side), or, with `fresh`, processes of their own in the order A, B, C, A, B, C,
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chronicals_trl.bench.common import versions
+from chronicals_trl.bench.process import run_apart
 from chronicals_trl.bench.sft import verdict as sft_verdict
 from chronicals_trl.bench.sft.cases import (
     PROTOCOLS,
@@ -42,8 +39,6 @@ DATASHEET_TFLOPS = {
     "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "H20": 148.0, "B200": 2250.0, "A100": 312.0,
     "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.0,
 }  # fmt: skip
-_ROOT = Path(__file__).parents[3]
-_TOLD_LINES = 400
 
 
 @dataclass(frozen=True)
@@ -208,59 +203,20 @@ def _process(what: str, given: dict[str, Any], name: str, settings: Settings, wo
     task.write_text(json.dumps(given))
     python = _of_side(settings.python, name) or sys.executable
     command = [python, "-m", "chronicals_trl.bench.sft.worker", what, str(task), str(found)]
-    log = settings.logs / f"{name}.log"
-    with log.open("a") as told:
-        # A session of its own, so that whatever it starts can be ended with it.
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment(_of_side(settings.pythonpath, name)), stdout=told,
-            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        try:
-            code = process.wait(settings.timeout)
-        except subprocess.TimeoutExpired:
-            _end(process)
-            return {
-                "status": "failed",
-                "reason": f"not done after {settings.timeout:g} s; its last words: {_last(log)}",
-            }
-        except BaseException:
-            _end(process)
-            raise
-    if not found.exists():
-        return {"status": "failed", "reason": f"exit code {code}: {_last(log)}"}
+    ended = run_apart(
+        command, first=_of_side(settings.pythonpath, name), folder=folder, log=settings.logs / f"{name}.log",
+        timeout=settings.timeout,
+    )  # fmt: skip
+    if not ended.in_time or not found.exists():
+        return {"status": "failed", "reason": ended.told}
     result: dict[str, Any] = json.loads(found.read_text())
     if result["reason"]:
         result["reason"] = result["reason"].replace(str(work), "")  # no folder of this machine
     return result
 
 
-def environment(first: str | None = None) -> dict[str, str]:
-    """Of a side's process: `first` goes before all else on the path; nothing is fetched from a hub."""
-    path = [first, os.environ.get("PYTHONPATH"), str(_ROOT)]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(part for part in path if part),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "UNSLOTH_DISABLE_STATISTICS": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
 def _of_side(given: Mapping[str, str], name: str) -> str | None:
     return given.get(name, given.get(name.split("-")[0]))
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _last(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:_TOLD_LINES] if lines else "none"
 
 
 # -- figures ------------------------------------------------------------------------------------------------------
