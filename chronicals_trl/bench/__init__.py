@@ -7,7 +7,7 @@
     sft/         whole trainings: us and every peer, each in a process of its own
     timing.py    one callable on a GPU, forward or backward, without the host; on the host alone; copy bandwidth
     process.py   a side in a process of its own
-    common.py, report.py, command.py: what they share; table, JSON and plot; the command line
+    common.py    what runs share; verdict.py: how a target is judged; report.py: table, JSON and plot; command.py
 
-In a folder: cases.py what is measured, and who competes; run.py gathers rows; verdict.py the targets, met or missed.
+In a folder: cases.py what is measured, and who competes; run.py gathers rows; verdict.py the targets; report.py.
 """

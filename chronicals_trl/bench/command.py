@@ -22,6 +22,7 @@ from chronicals_trl.bench.head import report as head_report
 from chronicals_trl.bench.head import run as head_run
 from chronicals_trl.bench.lora import command as lora_command
 from chronicals_trl.bench.lora import report as lora_report
+from chronicals_trl.bench.ops import report as ops_report
 from chronicals_trl.bench.ops.cases import OPS, SHAPES, SIDES
 from chronicals_trl.bench.ops.run import Settings, run
 from chronicals_trl.bench.sft import command as sft_command
@@ -134,7 +135,7 @@ def _ops(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         ),
         say=_say,
     )
-    return _finish(result, folder / report.file_stem(result["gpu"]), report)
+    return _finish(result, folder / report.file_stem(result["gpu"]), ops_report)
 
 
 def _head(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from test_package import in_fresh_python
 from chronicals_trl import cli, kernels
 from chronicals_trl.bench import report, timing
 from chronicals_trl.bench.ops import cases as ops_module
+from chronicals_trl.bench.ops import report as ops_report
 from chronicals_trl.bench.ops.cases import OPS, SHAPES, Op, Shape, make_buffers
 from chronicals_trl.bench.ops.run import Settings, run
 from chronicals_trl.bench.timing import BufferSet
@@ -245,7 +246,7 @@ def test_what_is_not_measured_says_why(capsys: pytest.CaptureFixture[str]) -> No
     assert found["geglu", "quack"] == ("not offered", "quack has no such op")
     assert found["geglu", "compile"] == ("not run", "too slow")
     assert "liger not installed, quack failed" in told[1]
-    report.print_tables(result)
+    ops_report.print_tables(result)
     text = capsys.readouterr().out
     assert "liger: not installed (No module named 'no_such_library'): rms_norm" in text
     assert "compile: not run (too slow): all ops" in text

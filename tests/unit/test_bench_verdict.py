@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from chronicals_trl.bench import report, timing
+from chronicals_trl.bench.ops import report as ops_report
 from chronicals_trl.bench.ops import verdict
 from chronicals_trl.bench.ops.run import Row
 from chronicals_trl.bench.timing import Timing
+from chronicals_trl.bench.verdict import Judged
 
 
 def judged_row(
@@ -40,9 +42,9 @@ def made_up(rows: list[Row]) -> dict[str, Any]:
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [judged_row("ours", 2.0), judged_row("liger", 3.0), judged_row("quack", None)]
-    assert report.write_plot(made_up(rows), tmp_path / "plot.png") is None
+    assert ops_report.write_plot(made_up(rows), tmp_path / "plot.png") is None
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert report.write_plot(made_up(rows[2:]), tmp_path / "none.png") == "no plot: nothing was measured"
+    assert ops_report.write_plot(made_up(rows[2:]), tmp_path / "none.png") == "no plot: nothing was measured"
 
 
 def test_without_matplotlib_and_rich(
@@ -57,8 +59,8 @@ def test_without_matplotlib_and_rich(
 
     monkeypatch.setattr(builtins, "__import__", missing)
     result = made_up([judged_row("ours", 2.0), judged_row("liger", 3.0), judged_row("quack", None)])
-    assert "pip install 'chronicals-trl[bench]'" in (report.write_plot(result, tmp_path / "plot.png") or "")
-    report.print_tables(result)
+    assert "pip install 'chronicals-trl[bench]'" in (ops_report.write_plot(result, tmp_path / "plot.png") or "")
+    ops_report.print_tables(result)
     lines = capsys.readouterr().out.splitlines()
     columns = [line.split() for line in lines]
     assert ["rms_norm", "tiny", "backward", "ours", "2.0", "0.0%", "3,000", "50%"] in columns
@@ -75,7 +77,7 @@ def test_file_names() -> None:
 # -- the verdict ----------------------------------------
 
 
-def outcome(rows: list[Row], start: str) -> verdict.Judged:
+def outcome(rows: list[Row], start: str) -> Judged:
     (judged,) = [each for each in verdict.judge(rows) if each.target.startswith(start)]
     return judged
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from chronicals_trl.bench.report import COLORS, DRY_RUN, print_table, print_verdict, pyplot
+from chronicals_trl.bench.report import COLORS, DRY_RUN, print_table, print_verdict, pyplot, save_plot
 
 __all__ = ["print_tables", "write_plot"]
 
@@ -59,9 +59,7 @@ def write_plot(result: dict[str, Any], path: Path) -> str | None:
         axis.set_title(f"{shape}: {_sizes(cases[0])}", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     where = DRY_RUN if result["dry_run"] else result["gpu"]
-    figure.suptitle(f"Attention within packed documents: {where}, {result['dtype']}", fontsize=11)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_plot(figure, path, f"Attention within packed documents: {where}, {result['dtype']}")
     return None
 
 

@@ -25,8 +25,8 @@ from chronicals_trl.bench.attention.cases import (
     make_documents,
 )
 from chronicals_trl.bench.common import explain, finite, versions
-from chronicals_trl.bench.ops.verdict import Judged, conclude
 from chronicals_trl.bench.timing import BufferSet, Timing
+from chronicals_trl.bench.verdict import Judged, conclude
 
 __all__ = ["Case", "Row", "Settings", "judge", "run"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from chronicals_trl.bench.report import COLORS, DRY_RUN, print_table, print_verdict, pyplot
+from chronicals_trl.bench.report import COLORS, DRY_RUN, print_table, print_verdict, pyplot, save_plot
 
 __all__ = ["print_tables", "write_plot"]
 
@@ -70,8 +70,7 @@ def write_plot(result: dict[str, Any], path: Path) -> str | None:
     figure.draw_without_rendering()  # only now is it known where the points lie
     for axis, case in zip(axes.flat, cases, strict=False):
         _name_points(axis, points[case["name"]], case["floor_ms"])
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_plot(figure, path)
     return None
 
 

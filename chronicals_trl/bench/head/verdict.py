@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from chronicals_trl.bench.ops.verdict import NOISE, Judged, conclude
+from chronicals_trl.bench.verdict import NOISE, Judged, conclude
 
 if TYPE_CHECKING:
     from chronicals_trl.bench.head.run import Case, Row

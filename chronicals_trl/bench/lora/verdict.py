@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chronicals_trl.bench.lora.cases import SIDES
-from chronicals_trl.bench.ops.verdict import NOISE, Judged, conclude
+from chronicals_trl.bench.verdict import NOISE, Judged, conclude
 
 __all__ = ["judge"]
 

@@ -6,33 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from chronicals_trl.bench.verdict import NOISE, Judged, conclude
+
 if TYPE_CHECKING:
     from chronicals_trl.bench.ops.run import Row
 
-__all__ = ["NOISE", "TARGETS", "Judged", "Target", "beyond", "conclude", "judge"]
-
-#: Two runs of one kernel differ by about this much: "no slower" allows for it, "ahead" has to exceed it.
-NOISE = 0.02
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One target's outcome.
-
-    Args:
-        target: In words.
-        outcome: "met", "missed", or "not measured" when nothing missed it but a figure that it needs is not there.
-        figures: "op shape direction" to the figure that was compared, where there is one.
-        missing: What there is no figure for, and why.
-        at_least, at_most: What each figure has to reach, or may not exceed; one of the two is given.
-    """
-
-    target: str
-    outcome: str
-    figures: dict[str, float]
-    missing: dict[str, str]
-    at_least: float | None = None
-    at_most: float | None = None
+__all__ = ["TARGETS", "Target", "judge"]
 
 
 @dataclass(frozen=True)
@@ -69,30 +48,6 @@ TARGETS = (
     Target(f"no op slower than torch.compile (within {NOISE:.0%})", (), _BOTH_WAYS, "compile", _NO_SLOWER),
     Target(f"no op slower than Liger (within {NOISE:.0%})", (), _BOTH_WAYS, "liger", _NO_SLOWER),
 )
-
-
-def beyond(figure: float, at_least: float | None, at_most: float | None) -> bool:
-    """Whether a figure misses its bound."""
-    return (at_least is not None and figure < at_least) or (at_most is not None and figure > at_most)
-
-
-def conclude(
-    text: str,
-    figures: dict[str, float],
-    missing: dict[str, str],
-    broken: bool,
-    *,
-    at_least: float | None = None,
-    at_most: float | None = None,
-) -> Judged:
-    """The outcome of a target; `broken` if our own op failed, which is a miss whatever the figures."""
-    if broken or any(beyond(figure, at_least, at_most) for figure in figures.values()):
-        outcome = "missed"
-    elif missing or not figures:
-        outcome = "not measured"
-    else:
-        outcome = "met"
-    return Judged(text, outcome, figures, missing, at_least, at_most)
 
 
 def judge(rows: Sequence[Row], targets: Sequence[Target] = TARGETS) -> list[Judged]:

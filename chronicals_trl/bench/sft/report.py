@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from chronicals_trl.bench.report import DRY_RUN, print_table, print_verdict, pyplot
+from chronicals_trl.bench.report import DRY_RUN, print_table, print_verdict, pyplot, save_plot
 from chronicals_trl.bench.sft.verdict import fall
 
 __all__ = ["print_tables", "write_plot"]
@@ -63,8 +63,7 @@ def write_plot(result: dict[str, Any], path: Path) -> str | None:
         f"{told['shape']}, {told['mode']}, {told['protocol']}, checkpointing {told['checkpointing']}: {where}",
         fontsize=9,
     )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_plot(figure, path)
     return None
 
 

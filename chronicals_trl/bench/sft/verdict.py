@@ -21,7 +21,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from chronicals_trl.bench.ops.verdict import NOISE, Judged, conclude
+from chronicals_trl.bench.verdict import NOISE, Judged, conclude
 
 if TYPE_CHECKING:
     from chronicals_trl.bench.sft.run import Settings
