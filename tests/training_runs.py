@@ -60,3 +60,10 @@ def run(
 
 def logged(trainer, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry and "train_runtime" not in entry]
+
+
+def saved_model(folder: Path) -> Path:
+    """A tiny Llama with its tokenizer, as scripts load it."""
+    tiny_models.build("llama").save_pretrained(folder)
+    tiny_data.tokenizer().save_pretrained(folder)
+    return folder

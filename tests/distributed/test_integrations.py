@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_data
-import tiny_models
 import torch
 import trl
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
+from training_runs import saved_model
 from transformers import AutoModelForCausalLM
 
 from chronicals_trl import SFTConfig
@@ -81,10 +80,7 @@ def test_trl_yaml(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_models.build("llama").save_pretrained(folder)
-    tiny_data.tokenizer().save_pretrained(folder)
-    return folder
+    return saved_model(tmp_path_factory.mktemp("model"))
 
 
 def launch(model: Path, output: Path, launcher: list[str], *arguments: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lora_checks
 import pytest
 import tiny_models
 import torch
@@ -155,17 +156,8 @@ def test_the_probe_agrees(options):
 
 @pytest.mark.parametrize("what", ["scales", "forward"])
 def test_the_probe_notices(what, monkeypatch):
-    original = lora_state._stored_in_8bit
-
-    def wrong(base, x):
-        stored = original(base, x)
-        if what == "scales":
-            return stored._replace(unpack=lambda weight: stored.unpack(weight) * 1.01)
-        return stored._replace(call=None)  # the dequantised product
-
-    monkeypatch.setattr(lora_state, "_stored_in_8bit", wrong)
-    name = {"scales": "gradient of x", "forward": "output"}[what]
-    assert f"probe: {name} differs from PEFT's" in (lora.verify(layer_of(), "cuda") or "")
+    told = lora_checks.break_eight_bit(monkeypatch, what)
+    assert told in (lora.verify(layer_of(), "cuda") or "")
 
 
 # -- a decoder layer: q, k and v, o_proj, the MLP ---------------------------------------------------------------------

@@ -20,20 +20,17 @@ from typing import Any
 
 import pytest
 import tiny_data
-import tiny_models
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from training_runs import saved_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tiny_models.build("llama").save_pretrained(folder)
-    tiny_data.tokenizer().save_pretrained(folder)
-    return folder
+    return saved_model(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture(autouse=True)

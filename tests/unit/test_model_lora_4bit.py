@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import lora_checks
 import pytest
 import tiny_models
 import torch
 
 from chronicals_trl import patch_model
-from chronicals_trl.model import lora, match, rope
+from chronicals_trl.model import lora
 
 peft = pytest.importorskip("peft")
 bnb = pytest.importorskip("bitsandbytes")
@@ -46,21 +47,7 @@ def gradients(model, autocast=False):
 
 @pytest.fixture
 def calls(monkeypatch):
-    counts = {}
-
-    def count(module, name):
-        original = getattr(module, name)
-
-        def counted(*args, **kwargs):
-            counts[name] = counts.get(name, 0) + 1
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, counted)
-
-    count(rope, "lora_linears")
-    count(match, "lora_gated_mlp")
-    count(lora, "lora_linear")
-    return counts
+    return lora_checks.count_nodes(monkeypatch)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

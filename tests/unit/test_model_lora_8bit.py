@@ -6,13 +6,14 @@ bitsandbytes multiplies in floats where a layer trains on a CPU, and int8 by int
 
 from __future__ import annotations
 
+import lora_checks
 import pytest
 import tiny_models
 import torch
 from torch import nn
 
 from chronicals_trl import patch_model
-from chronicals_trl.model import lora, lora_state, match, rope
+from chronicals_trl.model import lora, lora_state
 
 peft = pytest.importorskip("peft")
 bnb = pytest.importorskip("bitsandbytes")
@@ -71,21 +72,7 @@ def assert_same(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 @pytest.fixture
 def calls(monkeypatch):
-    counts = {}
-
-    def count(module, name):
-        original = getattr(module, name)
-
-        def counted(*args, **kwargs):
-            counts[name] = counts.get(name, 0) + 1
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, counted)
-
-    count(rope, "lora_linears")
-    count(match, "lora_gated_mlp")
-    count(lora, "lora_linear")
-    return counts
+    return lora_checks.count_nodes(monkeypatch)
 
 
 def test_bitsandbytes_forward_is_no_dequantised_product_and_its_backward_is() -> None:
@@ -401,14 +388,5 @@ def test_the_probe_agrees_and_leaves_no_trace(options, int8):
 
 @pytest.mark.parametrize("what", ["scales", "forward"])
 def test_the_probe_notices(what, monkeypatch):
-    original = lora_state._stored_in_8bit
-
-    def wrong(base, x):
-        stored = original(base, x)
-        if what == "scales":
-            return stored._replace(unpack=lambda weight: stored.unpack(weight) * 1.01)
-        return stored._replace(call=None)
-
-    monkeypatch.setattr(lora_state, "_stored_in_8bit", wrong)
-    name = {"scales": "gradient of x", "forward": "output"}[what]
-    assert f"probe: {name} differs from PEFT's" in (lora.verify(layer_of(), "cpu") or "")
+    told = lora_checks.break_eight_bit(monkeypatch, what)
+    assert told in (lora.verify(layer_of(), "cpu") or "")
