@@ -4,7 +4,7 @@
 
 A GEMM that adds h B^T to a wide output reads and writes all of it for an inner dimension of a few dozen, and each
 gradient of B or A reads a wide tensor once more: for Qwen2.5-0.5B's MLP at 16k tokens 0.9 ms a layer beside GEMMs of
-1.2 ms. The activation's kernels hold every element of these tensors anyway, so the rank-sized products are made there
+1.2 ms (docs/results/lora_kernels_h100.txt). The activation's kernels hold every element of these tensors anyway, so the rank-sized products are made there
 on the tensor cores:
 
 * forward: gate and up keep their base values in memory, and are completed on the way into the activation, again so in
@@ -47,7 +47,7 @@ from ._low_rank import (
 )
 
 # Rows and columns of a tile, warps and pipeline stages; programs for each multiprocessor. The fastest of some hundred
-# on an H100, at rank 32, 16384 x 4864 and 8192 x 18944: 1.3 to 1.4 times the plain activation in both directions.
+# on an H100, at rank 32, 16384 x 4864 and 8192 x 18944 (docs/results/lora_kernels_h100.txt).
 _FORWARD = {"BLOCK_M": 64, "BLOCK_N": 64, "STAGES": 3, "num_warps": 4}
 _BACKWARD = {"BLOCK_M": 32, "BLOCK_N": 64, "STAGES": 3, "num_warps": 8}
 _FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 2, 8
