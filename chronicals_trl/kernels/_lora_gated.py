@@ -4,8 +4,8 @@
 
 A GEMM that adds h B^T to a wide output reads and writes all of it for an inner dimension of a few dozen, and each
 gradient of B or A reads a wide tensor once more: for Qwen2.5-0.5B's MLP at 16k tokens 0.9 ms a layer beside GEMMs of
-1.2 ms (docs/results/lora_kernels_h100.txt). The activation's kernels hold every element of these tensors anyway, so the rank-sized products are made there
-on the tensor cores:
+1.2 ms (docs/results/lora_kernels_h100.txt). The activation's kernels hold every element of these tensors anyway, so
+the rank-sized products are made there on the tensor cores:
 
 * forward: gate and up keep their base values in memory, and are completed on the way into the activation, again so in
   the backward pass; the down adapter's h_d is summed up on the way out.

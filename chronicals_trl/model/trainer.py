@@ -25,8 +25,8 @@ DEVICES = ("cuda",)
 
 # Padded rows get one of at most so many lengths, so that shapes recur; multiples of 8, for the GEMMs' sake.
 PADDED_LENGTHS = graphs.MAX_GRAPHS
-# More padding pays while the GPU waits for Python. An estimate: launching a layer's kernels, forward and backward, took
-# 9 ms on a slow host (docs/results/profile_step_lora_h100.json), for which a third is allowed; and 4e14 FLOP/s.
+# More padding pays while the GPU waits for Python. An estimate: launching a layer's kernels, both ways, took 9 ms on a
+# slow host (docs/results/profile_step_lora_h100.json), of which a third is assumed; and 4e14 FLOP/s.
 HOST_SECONDS_PER_LAYER, FLOP_RATE = 3e-3, 4e14
 
 # Passes without a single replay after which the user is told why.
