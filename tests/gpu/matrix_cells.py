@@ -19,7 +19,7 @@ class Cell:
         accumulation: Micro-batches of a rank in a step.
         ours: use_chronicals.
         exact: In float32 throughout: the reference of the gradients.
-        shape: A name in bench.sft.SHAPES for a model of real size on packed rows, where no gradients are compared;
+        shape: A name in bench.sft.cases.SHAPES for a model of real size on packed rows, no gradients compared;
             None for the small model.
         steps, warm_up: Optimizer steps in all, and how many of them are not timed.
         rows, row_tokens: A rank's rows in a micro-batch, and the longest row.

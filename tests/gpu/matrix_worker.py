@@ -37,8 +37,8 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from chronicals_trl import SFTConfig, SFTTrainer  # noqa: E402
-from chronicals_trl.bench.sft import PROTOCOLS, SHAPES, SPECIAL, make_documents  # noqa: E402
-from chronicals_trl.bench.sft_models import make_model, make_tokenizer  # noqa: E402
+from chronicals_trl.bench.sft.cases import PROTOCOLS, SHAPES, SPECIAL, make_documents  # noqa: E402
+from chronicals_trl.bench.sft.models import make_model, make_tokenizer  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 FIRST = int(os.environ.get("RANK", "0")) == 0

@@ -65,7 +65,7 @@ def write_small_model(folder: Path, tiny: bool) -> None:
     """Untied, so that head and embedding are told apart; weights away from their initial values."""
     import transformers
 
-    from chronicals_trl.bench.sft_models import make_tokenizer
+    from chronicals_trl.bench.sft.models import make_tokenizer
 
     shape = (
         {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}

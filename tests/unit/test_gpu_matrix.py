@@ -15,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 
 import run_matrix_two_gpus as matrix
-from matrix_cells import LAYOUTS, PARTS, Cell, gradient_cells, is_reference
+from matrix_cells import LAYOUTS, PARTS, Cell, gradient_cells, is_reference, scaling_cells
 
 EXACT = {
     "gradient_error": 1e-6, "worst_tensor_error": 1e-6, "loss_error": 1e-6, "error": None, "tokens_per_second": 1.0,
@@ -115,3 +115,19 @@ def test_scaling_is_two_gpus_over_one() -> None:
         {"shape": "b", "layout": "ddp"},  # failed
     ]
     assert matrix.scaling(rows)["scaling"] == {"a": 1.95}
+
+
+@pytest.mark.slow
+def test_the_cells_of_one_process_for_real(tmp_path: Path) -> None:
+    """As on GPUs: the reference, then stock and ours against it, and a model of bench.sft on packed rows."""
+    cells = gradient_cells(["one"], ["full"], tiny=True)
+    chosen = [cell for cell in cells if cell.accumulation == 2] + scaling_cells(tiny=True)[:1]
+    assert [cell.layout for cell in chosen] == ["one"] * 4
+    model = tmp_path / "model"
+    matrix.write_small_model(model, tiny=True)
+    made = results(tmp_path)
+    matrix.run_group(chosen, tmp_path, model, made, argparse.Namespace(deadline=200.0, cell_timeout=100.0))
+    rows = list(made.rows.values())
+    assert [row["outcome"] for row in rows] == ["ran", "exact", "exact", "ran"], [row["error"] for row in rows]
+    assert rows[2]["parts"]["head"] == rows[3]["parts"]["packing"] == "on"
+    assert all(row["tokens_per_second"] > 0 and row["ranks"] == 1 for row in rows)
