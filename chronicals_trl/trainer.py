@@ -1,9 +1,10 @@
 """SFTTrainer: TRL's, with the parts of this package put in at the seams that TRL leaves open. Glue, and nothing else.
 
-The seams, all of them methods that TRL or transformers calls: `compute_loss` (the head), `get_batch_samples` and
-`_prepare_inputs` (token counts), `log`; in `packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks'
-shares) and `_get_dataloader`; in `optim/trainer.py` `create_optimizer`; in `model/trainer.py` `train`,
-`training_step` and `evaluation_loop`. With the flag off each returns the parent's result as it is.
+The seams, all of them methods that TRL or transformers calls: `compute_loss` (the head) and `_prepare_inputs`; in
+`packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks' shares) and `_get_dataloader`; in
+`optim/trainer.py` `create_optimizer`; in `model/trainer.py` `train`, `training_step` and `evaluation_loop`; in
+`observe/trainer.py` `get_batch_samples` (token counts) and `log`. With the flag off each returns the parent's result
+as it is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from chronicals_trl.model.attention_choice import verify_isolation, verify_paddi
 from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
 from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpatch_model
 from chronicals_trl.model.trainer import CudaGraphsMixin
-from chronicals_trl.observe.throughput import ThroughputMeter
+from chronicals_trl.observe.trainer import ThroughputMixin
 from chronicals_trl.optim.trainer import LoraPlusMixin
 from chronicals_trl.packing.trainer import PackingMixin
 from chronicals_trl.report import ActivationReport, PartReport
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 REPORT_FILE = "chronicals_report.json"
 
 
-class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
+class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, ThroughputMixin, TrlSFTTrainer):
     """TRL's SFTTrainer; with `SFTConfig(use_chronicals=True)` it trains the same model from packed, fused steps.
 
     Takes exactly what TRL's takes. What is on, and what is off and why, is printed at the start, kept in
@@ -106,12 +107,10 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
         _unpatch(given.get("model"))
         super().__init__(*args, **kwargs)
         self._check_tokens()
-        self._meter = ThroughputMeter(device=self.args.device)
-        self._real_tokens: int | Tensor = 0
+        self._start_meter()
         self._token_mask: Tensor | None = None
         self._label_rows: tuple[Tensor, Tensor] | None = None  # with the labels that they are of
         self._batch_tokens: int | None = None
-        self._router_share: float | Tensor = 1.0
         try:
             self.chronicals_report = self._activate(config)
         except BaseException:
@@ -341,35 +340,6 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
         if self.aux_loss_enabled:
             self._metrics[mode]["aux_loss"].append(sums[3] / sums[4].clamp(min=1))
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._chronicals is not None and batches:
-            self._count_tokens(batches, device)
-        return batches, num_items
-
-    def _count_tokens(self, batches: list[dict[str, Any]], device: torch.device) -> None:
-        """Count the step's real tokens and its slots, over all ranks, without reading the device."""
-        real: int | Tensor = 0
-        slots: int | Tensor = sum(batch["input_ids"].numel() for batch in batches)
-        filled = sum(batch.get("num_real_tokens") != 0 for batch in batches)
-        for batch in batches:
-            if "num_real_tokens" in batch:
-                real += batch["num_real_tokens"]
-            elif "attention_mask" in batch:
-                real += batch["attention_mask"].sum()
-            else:
-                real += batch["input_ids"].numel()
-        if self.args.world_size > 1:
-            counts = torch.stack(
-                [torch.as_tensor(count, device=device, dtype=torch.int64) for count in (real, slots, filled)]
-            )
-            real, slots, all_filled = self.accelerator.reduce(counts, reduction="sum").unbind()
-            # TRL's router loss is the mean over the ranks' micro-batches. One of empty rows alone has none: the mean
-            # is over the others, as it would be without it.
-            self._router_share = self.args.world_size * len(batches) / all_filled.clamp(min=1)
-        self._real_tokens = self._real_tokens + real
-        self._meter.update(real, slots)
-
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
         if self._chronicals is not None and isinstance(inputs, MutableMapping):  # BatchEncoding is no dict
@@ -380,18 +350,7 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
             self._label_rows = None if rows is None else (rows, inputs["labels"])
         return inputs
 
-    # -- optimizer, logging, evaluation, saving ----------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._chronicals is not None:
-            mode = "train" if self.model.training else "eval"
-            for name, values in self._metrics[mode].items():
-                self._metrics[mode][name] = [float(value) for value in values]
-            # Real tokens, padding left out; TRL counts the slots of a padding-free batch.
-            self._metrics[mode]["num_tokens"] = [int(self._real_tokens)]
-            if "loss" in logs:
-                logs.update(self._meter.read())
-        super().log(logs, start_time)
+    # -- the run -----------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self._restore_loss_filter()
@@ -417,24 +376,11 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self._chronicals is not None:
             _inputs.require_trainable(self.model)
-            self._meter.reset()  # what came before the first step is not training
             self._saw_hooks = False
         try:
             return super().train(*args, **kwargs)
         finally:
             self._restore_loss_filter()
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if self._chronicals is None:
-            return super().evaluate(*args, **kwargs)
-        with self._meter.excluding():
-            return super().evaluate(*args, **kwargs)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        if self._chronicals is None:
-            return super()._save_checkpoint(*args, **kwargs)
-        with self._meter.excluding():
-            return super()._save_checkpoint(*args, **kwargs)
 
 
 def _unpatch(model: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Real tokens a second, packing fill and peak memory of a training run.
+"""Real tokens a second, share of the GPU's rate, packing fill, peak memory and waiting for the host of a training run.
 
 A token counts as real when it is not padding: tokens a second over padded positions reward waste. Counting must not
 slow the step down, so a count that lives on the GPU stays there until the figures are read.
@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+
+from chronicals_trl.observe.flops import TrainingFlops
 
 __all__ = ["ThroughputMeter"]
 
@@ -48,14 +50,22 @@ class ThroughputMeter:
     Args:
         device: where training runs; the current CUDA device when there is one, else the CPU.
         clock: seconds, monotonic.
+        flops: operations that training needs; None leaves "mfu" out.
+        flop_rate: operations a second of all GPUs whose tokens are counted; None likewise.
     """
 
     def __init__(
-        self, device: torch.device | str | None = None, *, clock: Callable[[], float] = time.perf_counter
+        self,
+        device: torch.device | str | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        flops: TrainingFlops | None = None,
+        flop_rate: float | None = None,
     ) -> None:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
+        self.flops, self.flop_rate = flops, flop_rate
         self._clock = clock
         self._paused = 0  # depth: an evaluation may save, and both exclude their time
         self.reset()
@@ -64,20 +74,33 @@ class ThroughputMeter:
         """Start a new interval now, with nothing counted."""
         self._tokens = _Total()
         self._slots = _Total()
+        self._squares = _Total()
+        self._looks = self._idle = 0
         self._counted = False
         self._seconds = 0.0
         self._since = self._clock()
 
-    def update(self, num_real_tokens: int | torch.Tensor, num_slots: int | torch.Tensor) -> None:
+    def update(
+        self, num_real_tokens: int | torch.Tensor, num_slots: int | torch.Tensor, squares: int | torch.Tensor = 0
+    ) -> None:
         """Count one step. Nothing is read from the device.
 
         Args:
             num_real_tokens: tokens that are not padding; an int, or an integer tensor with one element.
             num_slots: positions in the batch, padding included; likewise.
+            squares: sum of the documents' squared lengths, which attention's work goes by; likewise.
         """
         self._tokens.add(num_real_tokens)
         self._slots.add(num_slots)
+        self._squares.add(squares)
         self._counted = True
+
+    def look(self) -> None:
+        """Note whether the GPU has anything left to do, without waiting for it: call it when the host has launched a
+        pass. If not, the pass took as long as the host needed to launch it."""
+        if self.device.type == "cuda":
+            self._looks += 1
+            self._idle += torch.cuda.current_stream(self.device).query()
 
     def pause(self) -> None:
         """Stop the clock. Pauses nest: as many `resume` calls start it again."""
@@ -111,7 +134,9 @@ class ThroughputMeter:
 
         Returns:
             "tokens_per_second": real tokens; absent if no time has passed.
+            "mfu": model FLOPs utilisation, 0 to 1; absent without `flops` and `flop_rate`.
             "packing_fill": real tokens over positions.
+            "host_bound": share of the looks at which the GPU had nothing left to do; absent without a GPU.
             "peak_memory_gib": the most memory of the CUDA device that torch has taken for itself (what tensors
             occupied, which leaves out the inside of CUDA graphs, is less), else the most resident memory that the
             process has had (absent on Windows).
@@ -127,6 +152,11 @@ class ThroughputMeter:
         figures = {"packing_fill": tokens / slots} if slots else {}
         if seconds > 0:
             figures["tokens_per_second"] = tokens / seconds
+            if self.flops is not None and self.flop_rate is not None:
+                done = self.flops.per_token * tokens + self.flops.per_square * self._squares.value()
+                figures["mfu"] = done / seconds / self.flop_rate
+        if self._looks:
+            figures["host_bound"] = self._idle / self._looks
         peak = _peak_memory_bytes(self.device)
         if peak is not None:
             figures["peak_memory_gib"] = peak / _GIB

@@ -282,6 +282,29 @@ def test_what_came_before_the_first_step_is_not_measured(tmp_path: Path) -> None
     assert 0 < logged(trainer, "packing_fill")[0] <= 1
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_utilisation_goes_by_the_documents_of_a_step(tmp_path: Path, packing: bool) -> None:
+    trainer = make(tmp_path, max_steps=3, packing=packing)
+    trainer._meter.flop_rate = 1e9
+    flops = trainer._meter.flops
+    squares: list[int] = []
+    collate = trainer.data_collator
+
+    def collating(rows):
+        batch = collate(rows)
+        lengths = batch["cu_seq_lens_q"].diff() if packing else batch["attention_mask"].sum(-1)
+        squares.append(int(lengths.long().square().sum()))
+        return batch
+
+    trainer.data_collator = collating
+    trainer.train()
+    tokens = [0.0, *logged(trainer, "num_tokens")]
+    for step, (mfu, rate) in enumerate(zip(logged(trainer, "mfu"), logged(trainer, "tokens_per_second"), strict=True)):
+        per_token = flops.per_token + flops.per_square * squares[step] / (tokens[step + 1] - tokens[step])
+        assert mfu == pytest.approx(rate * per_token / 1e9)
+    assert len(logged(trainer, "mfu")) == 3 and squares[0] > 0
+
+
 def test_a_bin_of_many_short_documents_does_not_lengthen_every_batch() -> None:
     from chronicals_trl.packing.planning import PackStats
     from chronicals_trl.packing.trainer import _usual_docs_per_bin

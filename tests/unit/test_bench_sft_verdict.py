@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from chronicals_trl.bench.sft import models as sft_models
-from chronicals_trl.bench.sft import run as sft_run
 from chronicals_trl.bench.sft import verdict as sft_verdict
 from chronicals_trl.bench.sft import worker as sft_worker
 from chronicals_trl.bench.sft.cases import PROTOCOLS, SHAPES, make_documents
+from chronicals_trl.observe.flops import datasheet_tflops
 
 GOOD = (8.0, 7.6, 7.3, 7.0, 6.9, 6.8)
 
@@ -222,10 +222,10 @@ def test_targets() -> None:
 
 def test_datasheet() -> None:
     rates = {
-        name: sft_run.datasheet(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H100 PCIe", "Foo")
+        name: datasheet_tflops(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H100 PCIe", "Foo")
     }
     assert rates == {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0, "NVIDIA H100 PCIe": 756.0, "Foo": None}
-    assert sft_run.datasheet(None) is None
+    assert datasheet_tflops(None) is None
 
 
 def test_a_loss_that_is_no_number_is_written_as_a_word() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from chronicals_trl.observe import ThroughputMeter
+from chronicals_trl.observe.flops import TrainingFlops
 
 
 class Clock:
@@ -147,3 +149,41 @@ def test_peak_memory_of_the_gpu(clock: Clock) -> None:
     figures = meter.read()
     assert figures["packing_fill"] == 0.5
     assert figures["peak_memory_gib"] >= block.numel() / 2**30
+
+
+def test_utilisation(clock: Clock) -> None:
+    meter = ThroughputMeter("cpu", clock=clock, flops=TrainingFlops(10.0, 2.0), flop_rate=1e4)
+    for _ in range(2):
+        meter.update(100, 120, torch.tensor(500))
+    clock.now += 4.0
+    assert meter.read()["mfu"] == pytest.approx((10 * 200 + 2 * 1000) / 4 / 1e4)
+    meter.update(100, 100)
+    clock.now += 1.0
+    assert meter.read()["mfu"] == pytest.approx(1000 / 1e4), "an interval of its own"
+
+
+def test_no_utilisation_without_a_rate(clock: Clock) -> None:
+    for arguments in ({"flops": TrainingFlops(1.0, 1.0)}, {"flop_rate": 1.0}):
+        meter = ThroughputMeter("cpu", clock=clock, **arguments)
+        meter.update(1, 1, 1)
+        clock.now += 1.0
+        assert "mfu" not in meter.read()
+
+
+def test_looks_count_an_idle_gpu(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    idle = iter([True, False, False, True, True])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=lambda: next(idle)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 0)
+    meter = ThroughputMeter("cuda", clock=clock)
+    for count, expected in ((4, 0.5), (1, 1.0)):
+        for _ in range(count):
+            meter.look()
+        meter.update(1, 1)
+        assert meter.read()["host_bound"] == expected
+
+
+def test_without_a_gpu_nothing_is_host_bound(meter: ThroughputMeter) -> None:
+    meter.look()
+    meter.update(1, 1)
+    assert "host_bound" not in meter.read()

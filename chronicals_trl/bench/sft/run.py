@@ -31,14 +31,9 @@ from chronicals_trl.bench.sft.cases import (
     training_flops,
 )
 from chronicals_trl.bench.timing import quantile
+from chronicals_trl.observe.flops import datasheet_tflops
 
-__all__ = ["DATASHEET_TFLOPS", "Settings", "run"]
-
-#: Dense bf16, without sparsity, by a part of the GPU's name; the first that fits.
-DATASHEET_TFLOPS = {
-    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "H20": 148.0, "B200": 2250.0, "A100": 312.0,
-    "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.0,
-}  # fmt: skip
+__all__ = ["Settings", "run"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - start, 1),
             "gpu": gpu,
-            "datasheet_tflops": datasheet(gpu),
+            "datasheet_tflops": datasheet_tflops(gpu),
             "gemm_tflops": prepared.get("gemm_tflops"),
             "versions": versions("torch", "triton", "transformers", "trl", "peft", "datasets"),
             "settings": _told(settings),
@@ -159,11 +154,6 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
                 )
                 settings.keep(kept)
         return result()
-
-
-def datasheet(gpu: str | None) -> float | None:
-    """1e12 bf16 operations a second by the maker's word, or None for a GPU that is not in the table."""
-    return next((rate for name, rate in DATASHEET_TFLOPS.items() if gpu is not None and name in gpu), None)
 
 
 def _tasks(settings: Settings, work: Path) -> tuple[Documents, float, dict[str, Task]]:
@@ -248,7 +238,7 @@ def _finish(row: dict[str, Any], settings: Settings, gpu: str | None, gemm_tflop
         for window in windows
     ]
     row["tflops"] = statistics.median(rate) if rate else None
-    row["mfu"] = _share(row["tflops"], datasheet(gpu))
+    row["mfu"] = _share(row["tflops"], datasheet_tflops(gpu))
     row["of_gemm"] = _share(row["tflops"], gemm_tflops)
 
 

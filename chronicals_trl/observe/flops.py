@@ -1,0 +1,80 @@
+"""Operations that a training step needs, counted from the model's own modules, and what a GPU's datasheet promises.
+
+A product with a weight takes 2 operations a weight and token, and its backward pass twice that, or once where the
+weight is frozen. Attention is causal and within documents: for a document of n tokens its two products and their four
+in the backward pass take 6 n² operations a head and dimension. What is computed a second time (checkpointing) and
+elementwise operations are not counted: the usual model FLOPs utilisation (Chowdhery et al. 2022, appendix B).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["DATASHEET_TFLOPS", "TrainingFlops", "datasheet_tflops", "training_flops"]
+
+#: 1e12 dense bf16 operations a second, without sparsity, by a part of the GPU's name; the first that fits.
+DATASHEET_TFLOPS = {
+    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "H20": 148.0, "B200": 2250.0, "A100": 312.0,
+    "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.0,
+}  # fmt: skip
+
+
+def datasheet_tflops(gpu: str | None) -> float | None:
+    """1e12 bf16 operations a second by the maker's word, or None for a GPU that is not in the table."""
+    return next((rate for name, rate in DATASHEET_TFLOPS.items() if gpu is not None and name in gpu), None)
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """Operations of forward and backward pass for each token, and for each squared length of a document."""
+
+    per_token: float
+    per_square: float
+
+
+def training_flops(model: nn.Module) -> TrainingFlops | None:
+    """The operations of training `model`, its parameters trainable as they are now; None if it is not for text alone.
+
+    Of a mixture's experts those count that a token goes to; of sliding and linear attention nothing but the
+    projections. An adapter that is not active counts as frozen.
+    """
+    config = getattr(model, "config", None)
+    if config is None or any(hasattr(config, f"{kind}_config") for kind in ("vision", "audio")):
+        return None
+    config = config.get_text_config()
+    weights = 0.0
+    for name, module in model.named_modules():
+        if "original_module" in name.split("."):  # beside the copy that PEFT trains
+            continue
+        share = _experts_share(config) if "experts" in name.split(".") else 1.0
+        weights += share * sum(count * (6 if trained else 4) for count, trained in _products(name, module))
+    layers = getattr(config, "num_hidden_layers", 0)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        layers = sum(kind == "full_attention" for kind in kinds)
+    heads = getattr(config, "num_attention_heads", 0)
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return TrainingFlops(weights, 6.0 * layers * heads * head_dim)
+
+
+def _products(name: str, module: nn.Module) -> list[tuple[int, bool]]:
+    """Weights of the products that `module` itself makes of every token, and whether they are trained."""
+    if isinstance(module, nn.Linear):  # bitsandbytes' too, whose weight is packed, and ZeRO-3's, which has no elements
+        return [(module.in_features * module.out_features, module.weight.requires_grad)]
+    if isinstance(module, Conv1D):
+        return [(module.weight.numel(), module.weight.requires_grad)]
+    if name.split(".")[-1] == "experts":
+        return [(p.numel(), p.requires_grad) for p in module.parameters(recurse=False) if p.ndim == 3]
+    return []
+
+
+def _experts_share(config: Any) -> float:
+    """The share of a layer's experts that a token goes to."""
+    counts = [getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")]
+    experts = next((count for count in counts if count), None)
+    taken = getattr(config, "num_experts_per_tok", None)
+    return taken / experts if experts and taken else 1.0

@@ -1,0 +1,105 @@
+"""Throughput in the trainer: what a step's batches hold, how long steps take, and both in the logs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from chronicals_trl.config import ChronicalsConfig
+from chronicals_trl.observe.flops import datasheet_tflops, training_flops
+from chronicals_trl.observe.throughput import ThroughputMeter
+
+
+class ThroughputMixin(Trainer):
+    """The methods of `SFTTrainer` that throughput takes; each is the parent's with the flag off."""
+
+    # Of the trainer that mixes this in.
+    _chronicals: ChronicalsConfig | None
+    _metrics: dict[str, dict[str, list[Any]]]
+
+    _meter: ThroughputMeter
+    _real_tokens: int | Tensor = 0
+    _router_share: float | Tensor = 1.0
+
+    def _start_meter(self) -> None:
+        """A meter for the model as it is trainable now, before it is sharded."""
+        device: Any = self.args.device
+        rate = datasheet_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        flop_rate = None if rate is None else rate * 1e12 * self.args.world_size * max(1, self.args.n_gpu)
+        model: Any = self.model
+        self._meter = ThroughputMeter(device, flops=training_flops(model), flop_rate=flop_rate)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._chronicals is not None and batches:
+            self._count_tokens(batches, device)
+        return batches, num_items
+
+    def _count_tokens(self, batches: list[dict[str, Any]], device: torch.device) -> None:
+        """Count the step's real tokens and its slots, over all ranks, without reading the device."""
+        real: int | Tensor = 0
+        squares: int | Tensor = 0
+        slots: int | Tensor = sum(batch["input_ids"].numel() for batch in batches)
+        filled = sum(batch.get("num_real_tokens") != 0 for batch in batches)
+        for batch in batches:
+            lengths = _lengths(batch)
+            squares += lengths.square().sum()
+            real += batch["num_real_tokens"] if "num_real_tokens" in batch else lengths.sum()
+        if self.args.world_size > 1:
+            counts = torch.stack(
+                [torch.as_tensor(count, device=device, dtype=torch.int64) for count in (real, slots, squares, filled)]
+            )
+            real, slots, squares, all_filled = self.accelerator.reduce(counts, reduction="sum").unbind()
+            # TRL's router loss is the mean over the ranks' micro-batches. One of empty rows alone has none: the mean
+            # is over the others, as it would be without it.
+            self._router_share = self.args.world_size * len(batches) / all_filled.clamp(min=1)
+        self._real_tokens = self._real_tokens + real
+        self._meter.update(real, slots, squares)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self._chronicals is not None:
+            self._meter.look()
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._chronicals is not None:
+            model: Any = self.model
+            mode = "train" if model.training else "eval"
+            for name, values in self._metrics[mode].items():
+                self._metrics[mode][name] = [float(value) for value in values]
+            # Real tokens, padding left out; TRL counts the slots of a padding-free batch.
+            self._metrics[mode]["num_tokens"] = [int(self._real_tokens)]
+            if "loss" in logs:
+                logs.update(self._meter.read())
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self._chronicals is not None:
+            self._meter.reset()  # what came before the first step is not training
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self._chronicals is None:
+            return super().evaluate(*args, **kwargs)
+        with self._meter.excluding():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._chronicals is None:
+            return super()._save_checkpoint(*args, **kwargs)
+        with self._meter.excluding():
+            return super()._save_checkpoint(*args, **kwargs)
+
+
+def _lengths(batch: dict[str, Any]) -> Tensor:
+    """Lengths of a batch's documents, the padding at the end of packed rows among them; int64."""
+    if "cu_seq_lens_q" in batch:
+        return batch["cu_seq_lens_q"].long().diff()
+    ids: Tensor = batch["input_ids"]
+    if "attention_mask" in batch:
+        return batch["attention_mask"].long().sum(-1).flatten()
+    return torch.full((ids.shape[0],), ids.shape[-1])
