@@ -161,7 +161,9 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, ThroughputMixin, 
         return report
 
     def _patch(self, config: ChronicalsConfig, leave_out: dict[str, str]) -> ActivationReport:
-        report = patch_model(self.model, without_trainer_parts(config), leave_out=leave_out)
+        report = patch_model(
+            self.model, without_trainer_parts(config), leave_out=leave_out, device=self._device_of_training()
+        )
         report.set(self._packing)
         lora_plus = _inputs.lora_plus_part(self, config)
         if "lora_plus" in leave_out and lora_plus.state == "on":
@@ -169,6 +171,11 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, ThroughputMixin, 
         report.set(lora_plus)
         report.set(self._graphs_part(config, leave_out.get("cuda_graphs")))
         return report
+
+    def _device_of_training(self) -> torch.device | None:
+        """Where a model will be that FSDP or DeepSpeed places, later; None where it stays as it is."""
+        placed = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.args.device if placed and not getattr(self.model, "hf_device_map", None) else None
 
     def _check_isolation(self) -> None:
         model = base_model(self.model)

@@ -130,5 +130,5 @@ def install(monkeypatch: pytest.MonkeyPatch, forward=forward, backward=backward)
 
 def allow_fp32(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     dtypes = (torch.float32, *attention_backends.HALF)
-    backend = replace(attention_backends.BACKENDS[name], dtypes=dtypes)
+    backend = replace(attention_backends.BACKENDS[name], dtypes=dtypes, device_type="cpu")
     monkeypatch.setitem(attention_backends.BACKENDS, name, backend)

@@ -152,7 +152,7 @@ def _attention_forward(
     kernel = BACKENDS.get(backend)
     if kernel is not None and dropout == 0.0 and kwargs.get("position_bias") is None:
         q, k, v = _autocast(query, key, value)
-        if q.dtype in kernel.dtypes:
+        if q.dtype in kernel.dtypes and q.device.type == kernel.device_type:
             if cu_seqlens.dtype is not torch.int32:
                 cu_seqlens = cu_seqlens.to(torch.int32)
             scale = scaling if scaling is not None else q.shape[-1] ** -0.5

@@ -51,6 +51,7 @@ class Backend:
         missing: Why it cannot be called on a machine with a GPU, or None.
         capability: The least compute capability, and the GPU's name for it.
         dtypes: What it takes.
+        device_type: Where it runs. Tensors elsewhere, of weights that are yet to be sharded, take torch's attention.
     """
 
     label: str
@@ -59,11 +60,12 @@ class Backend:
     missing: Callable[[], str | None]
     capability: tuple[int, str]
     dtypes: tuple[torch.dtype, ...] = HALF
+    device_type: str = "cuda"
 
 
 def unavailable(backend: Backend, device: torch.device) -> str | None:
     """None if `backend` can be tried on `device`, else the reason why not."""
-    if device.type != "cuda":
+    if device.type != backend.device_type:
         return f"{backend.label} needs an NVIDIA GPU, the model is on {device.type}"
     capability, gpu = backend.capability
     if torch.cuda.get_device_capability(device)[0] < capability:

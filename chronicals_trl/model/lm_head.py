@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
@@ -152,8 +153,10 @@ def causal_lm_loss(
     else:
         labels_BS, length = shift_labels, hidden_BSH.shape[1]
     head = model.get_output_embeddings()
-    device = head.weight.device  # a model split by `device_map` may end on another device than its head
-    hidden_BSH, labels_BS = hidden_BSH.to(device), labels_BS.to(device)
+    # A model split by `device_map` may end on another device than its head. But where FSDP2 keeps the shards of a head
+    # in a unit of its own (the CPU, when offloading) is not where that head will compute.
+    if not isinstance(head.weight, DTensor):
+        hidden_BSH, labels_BS = hidden_BSH.to(head.weight.device), labels_BS.to(head.weight.device)
     out = head(hidden_BSH, labels=labels_BS, spec=model._chronicals_spec, call=call, num_items=num_items)
 
     loss, router_loss = out.loss, None

@@ -35,6 +35,7 @@ def patch_model(
     config: ChronicalsConfig | Mapping[str, Any] | str | None = None,
     *,
     leave_out: Mapping[str, str] | None = None,
+    device: torch.device | None = None,
 ) -> ActivationReport:
     """Swap the blocks of `model` for fused ones where they fit.
 
@@ -46,6 +47,8 @@ def patch_model(
         model: a `PreTrainedModel`, or a PEFT model around one; changed in place.
         config: which parts (see ChronicalsConfig); `None` takes the environment and the defaults.
         leave_out: part -> reason, for parts that a setting outside the model rules out.
+        device: where the model will run, if its weights are on the CPU or on meta until sharding moves them; `None`
+            takes it to run where they are. Kernels are chosen for that device, and verified on it.
 
     Returns:
         The report: one line a part, on or off and why.
@@ -62,7 +65,7 @@ def patch_model(
     _verdicts.clear()
     require_finite(model)
     base = base_model(model)
-    device, dtype = placement(model)
+    device, dtype = placement(model, device)
     report = ActivationReport.all_off("decided by the trainer, not by patch_model")
     skip = dict(leave_out or {})
 
@@ -127,14 +130,19 @@ def base_model(model: nn.Module) -> Any:
     return model if unwrap is None else unwrap()
 
 
-def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the probes: those of the floating-point parameters, the CPU for a model on meta."""
+def placement(model: nn.Module, device: torch.device | None = None) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the probes: those of the floating-point parameters.
+
+    Args:
+        device: Instead of the CPU or meta. FSDP and DeepSpeed move a model when they shard it, after patching.
+    """
+    elsewhere = torch.device("cpu") if device is None else device
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dim() > 0:
-            device = parameter.device if parameter.device.type != "meta" else torch.device("cpu")
+            here = parameter.device if parameter.device.type not in ("cpu", "meta") else elsewhere
             dtype = parameter.dtype if parameter.dtype in match.TOLERANCE else torch.float32
-            return device, dtype
-    return torch.device("cpu"), torch.float32
+            return here, dtype
+    return elsewhere, torch.float32
 
 
 def require_finite(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 from chronicals_trl import patch_model
+from chronicals_trl.model.attention_choice import verify_isolation, verify_padding
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -80,3 +81,19 @@ def test_packed_equals_alone_in_bf16(family: str) -> None:
             error = (packed[:, start : start + length - 1] - alone).abs().max()
             assert error < 0.15, f"document of {length} at {start}: {error}"  # bf16 hidden states, logits of some 5
             start += length
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_patched_while_the_weights_are_on_the_cpu(family: str) -> None:
+    """As under FSDP and DeepSpeed, which move them later: the kernels are those of the GPU, verified on it."""
+    device = torch.device("cuda", 0)
+    model = tiny_models.build(family).to(torch.bfloat16)
+    report = patch_model(model, device=device)
+    assert {part.name: part.backend for part in report.parts} == {
+        part.name: part.backend for part in prepared(family, torch.bfloat16, patched=True)[1].parts
+    }
+    assert report["attention"].backend in ("varlen", "flash_attn_4"), report.render()
+    assert verify_isolation(model, device) is None and verify_padding(model, device) is None  # on the CPU
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    model.to(device)
+    assert verify_isolation(model, device) is None
