@@ -19,8 +19,11 @@ from typing import Any
 import torch
 
 __all__ = [
+    "DRY_RUN",
+    "GRAPH",
     "BufferSet",
     "Timing",
+    "capture",
     "copy_bandwidth",
     "host_us",
     "quantile",
@@ -203,7 +206,7 @@ def replay_ms(call: Callable[[], Any], device: torch.device, repeats: int) -> tu
     """Milliseconds of one `call` launched, and as a CUDA graph; `repeats` of each, by turns, so that both find the GPU
     equally warm. Raises what capturing raises.
     """
-    graph, kept = _capture([call], 1, device)
+    graph, kept = capture([call], 1, device)
     launched, replayed = [], []
     for number in range(WARM_UP + repeats):
         times = sample_ms(call, device), sample_ms(graph.replay, device)
@@ -237,7 +240,7 @@ def _replay(
     calls: Sequence[Callable[[], Any]], restore: Callable[[], None], rounds: int, repeats: int, device: torch.device
 ) -> list[float]:
     """Microseconds of a call, once for each of `repeats` samples."""
-    graph, kept = _capture(calls, rounds, device)
+    graph, kept = capture(calls, rounds, device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     samples = []
     for _ in range(WARM_UP + repeats):
@@ -255,7 +258,7 @@ def _replay(
     return samples[WARM_UP:]
 
 
-def _capture(calls: Sequence[Callable[[], Any]], rounds: int, device: torch.device) -> tuple[Any, list[Any]]:
+def capture(calls: Sequence[Callable[[], Any]], rounds: int, device: torch.device) -> tuple[Any, list[Any]]:
     """A graph of `rounds` times all calls, and what they return: its memory, to be held while the graph is used."""
     with _on_side_stream(device) as stream:
         for call in calls:  # compiles, loads and tunes kernels, none of which a capture allows

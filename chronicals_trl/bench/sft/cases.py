@@ -23,6 +23,7 @@ __all__ = [
     "LORA_ALPHA",
     "LORA_RANK",
     "LORA_TARGETS",
+    "MASTERS",
     "MODES",
     "PROTOCOLS",
     "SHAPES",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 MODES = ("full", "lora", "qlora")
+MASTERS = ("bf16", "fp32")
 LORA_RANK, LORA_ALPHA = 32, 64
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 #: The tokenizer's and the model's; no document holds one of them.
@@ -176,6 +178,7 @@ class Task:
         warm_up, steps, windows: Steps before the first timed window, steps of a window, and windows.
         learning_rate, seed: As for every side.
         chronicals: `chronicals_config` of our sides.
+        master: What weights are loaded as, of MASTERS: trained in bf16, or fp32 with products in bf16 by autocast.
     """
 
     side: str
@@ -194,6 +197,7 @@ class Task:
     learning_rate: float
     seed: int
     chronicals: dict[str, Any]
+    master: str = "bf16"
 
     @property
     def total_steps(self) -> int:

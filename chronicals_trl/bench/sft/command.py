@@ -11,7 +11,7 @@ from chronicals_trl.bench import report
 from chronicals_trl.bench.process import side_and_path
 from chronicals_trl.bench.sft import report as sft_report
 from chronicals_trl.bench.sft import run as sft_run
-from chronicals_trl.bench.sft.cases import MODES, PROTOCOLS, SHAPES, SIDES
+from chronicals_trl.bench.sft.cases import MASTERS, MODES, PROTOCOLS, SHAPES, SIDES
 
 __all__ = ["add_parser", "default_sides", "run"]
 
@@ -60,6 +60,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="folder put first on the path of a side")  # fmt: skip
     add("--chronicals-config", type=_json, default={}, metavar="JSON",
         help="of our sides, as in a script; LoRA+ is off unless named here, so that all train alike")  # fmt: skip
+    add("--master", choices=MASTERS, default="bf16",
+        help="weights loaded in bf16 and trained so, or fp32 ones, whose products autocast makes bf16")  # fmt: skip
+    add("--floor", action="store_true", help="measure as well what our side's step takes at the least")
     add("--models", type=Path, metavar="DIR", help="keep the model's folder here for the next run")
     add("--output", type=Path, metavar="DIR", help="folder for the files; default docs/results if it exists, else .")
     return parser
@@ -98,9 +101,9 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name(0) if cuda else None
     checkpointing = {"on": "_ckpt", "off": "", "default": "_default"}[options.gradient_checkpointing]
-    case = f"sft_{shape}_{options.mode}_{options.protocol}{row_tokens}{checkpointing}".replace(".", "").replace(
-        "-", ""
-    )
+    master = "" if options.master == "bf16" else f"_{options.master}"
+    case = f"sft_{shape}_{options.mode}_{options.protocol}{row_tokens}{checkpointing}{master}"
+    case = case.replace(".", "").replace("-", "")
     path = folder / report.file_stem(gpu, case)
     if not cuda:
         print(f"{report.DRY_RUN}. {shape}, {tokens} tokens.")
@@ -126,6 +129,8 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             python=dict(options.python),
             pythonpath=dict(options.pythonpath),
             chronicals={"lora_plus": "off", **options.chronicals_config},
+            master=options.master,
+            floor=options.floor,
             keep=lambda so_far: report.write_json(so_far, path.with_suffix(".json")),
         ),
         say=lambda line: print(line, flush=True),

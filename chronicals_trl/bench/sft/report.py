@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from chronicals_trl.bench.report import DRY_RUN, print_table, print_verdict, pyplot, save_plot
+from chronicals_trl.bench.sft.figures import floor_summary
 from chronicals_trl.bench.sft.verdict import fall
 
 __all__ = ["print_tables", "write_plot"]
 
-_COLUMNS = ("side", "status", "tokens/s", "spread", "step ms", "p20-p80", "GiB", "MFU", "of GEMM", "ours is")
+_COLUMNS = (
+    "side", "status", "tokens/s", "spread", "step ms", "p20-p80", "GiB", "MFU", "of GEMM", "over floor", "ours is",
+)  # fmt: skip
 _TRAINING = ("side", "tokens a step", "filled", "loss from", "falls by", "grad norm", "trained", "attention")
 _OURS, _PEER, _INVALID = "#d1495b", "#30638e", "#c9cdd6"
 
@@ -22,6 +25,9 @@ def print_tables(result: dict[str, Any]) -> None:
     title = f"{told['shape']}, {told['mode']}, {told['protocol']}, checkpointing {told['checkpointing']}"
     if result["gemm_tflops"] is not None:
         title += f"; GEMM {result['gemm_tflops']:,.0f} TFLOP/s"
+    floor = result["floor"]
+    if floor is not None:
+        print(floor_summary(floor))
     print_table(title, _COLUMNS, [_cells(row, result["dry_run"]) for row in result["rows"]], 2)
     trained = [row for row in result["rows"] if row["tokens_per_second"] is not None]
     print_table("What was trained", _TRAINING, [_training_cells(row) for row in trained], 1)
@@ -54,6 +60,11 @@ def write_plot(result: dict[str, Any], path: Path) -> str | None:
     bars = axis.barh(names, rates, color=colors, xerr=(lower, upper), error_kw={"linewidth": 0.8})
     axis.bar_label(bars, [_label(row) for row in rows], padding=6, fontsize=8)
     axis.invert_yaxis()
+    floor = result["floor"]
+    if floor is not None and floor["status"] == "ok":
+        rate = floor["real_tokens"] / floor["floor_ms"] * 1e3
+        axis.axvline(rate, color="black", linestyle="--", linewidth=1, label=f"floor of ours: {rate:,.0f}")
+        axis.legend(fontsize=8, loc="lower right", frameon=False)
     axis.margins(x=0.3)
     axis.set_xlabel("real tokens a second")
     axis.spines[["top", "right"]].set_visible(False)
@@ -84,6 +95,7 @@ def _cells(row: dict[str, Any], dry_run: bool) -> list[str]:
         _number(row["peak_memory_gib"], ".2f"),
         _number(row["mfu"], ".1%"),
         _number(row["of_gemm"], ".1%"),
+        _number(row["over_floor"], ".2f", "x"),
         "" if dry_run or row["side"] == "chronicals" else _number(row["ours_is_faster_by"], ".2f", "x"),
     ]
 

@@ -28,12 +28,14 @@ from chronicals_trl.bench.sft.cases import (
     Task,
     batch_rows,
     make_documents,
-    training_flops,
 )
-from chronicals_trl.bench.timing import quantile
+from chronicals_trl.bench.sft.figures import finish_row, floor_summary
 from chronicals_trl.observe.flops import datasheet_tflops
 
 __all__ = ["Settings", "run"]
+
+#: Whose floor it is.
+FLOOR_OF = "chronicals"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Settings:
         python, pythonpath: Side, or the part of its name before "-", to an interpreter or a folder put first on its
             path.
         chronicals: `chronicals_config` of our sides.
+        master: As in `sft.Task`.
+        floor: Measure the floor of our side too.
         keep: Called with the result so far after each process.
     """
 
@@ -77,6 +81,8 @@ class Settings:
     python: Mapping[str, str] = field(default_factory=dict)
     pythonpath: Mapping[str, str] = field(default_factory=dict)
     chronicals: Mapping[str, Any] = field(default_factory=dict)
+    master: str = "bf16"
+    floor: bool = False
     keep: Callable[[dict[str, Any]], None] = lambda result: None
 
 
@@ -89,12 +95,13 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
         for name in settings.sides
     ]
     prepared: dict[str, Any] = {}
+    floor: dict[str, Any] = {}
     data: dict[str, Any] = {}
 
     def result() -> dict[str, Any]:
         gpu = prepared.get("gpu")
         for row in rows:
-            _finish(row, settings, gpu, prepared.get("gemm_tflops"))
+            finish_row(row, shape, settings.mode, gpu, prepared.get("gemm_tflops"), floor)
         judged = sft_verdict.judge_validity(rows)
         ours = next((row["tokens_per_second"] for row in rows if row["side"] == "chronicals"), None)
         for row in rows:
@@ -109,6 +116,7 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
             "gpu": gpu,
             "datasheet_tflops": datasheet_tflops(gpu),
             "gemm_tflops": prepared.get("gemm_tflops"),
+            "floor": floor or None,
             "versions": versions("torch", "triton", "transformers", "trl", "peft", "datasets"),
             "settings": _told(settings),
             "shape": {**asdict(shape), "linear_weights": shape.linear_weights, "head_weights": shape.head_weights},
@@ -119,7 +127,7 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
         }
 
     settings.logs.mkdir(parents=True, exist_ok=True)
-    for name in ("prepare", *settings.sides):
+    for name in ("prepare", "floor", *settings.sides):
         (settings.logs / f"{name}.log").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-sft-") as scratch:
         work = Path(scratch)
@@ -139,6 +147,10 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
                 row["status"], row["reason"] = "not run", f"no model: {prepared['reason']}"
             return result()
         say(f"{shape.name} made: {prepared['gpu'] or 'no GPU'}")
+        if settings.floor:
+            floor |= _process("floor", asdict(tasks[FLOOR_OF]), "floor", settings, work)
+            say(floor_summary(floor))
+            settings.keep(result())
         rounds = settings.repeats if settings.fresh else 1
         for number in range(rounds):
             for row in rows:
@@ -171,14 +183,14 @@ def _tasks(settings: Settings, work: Path) -> tuple[Documents, float, dict[str, 
     documents.save(str(work / "documents.npz"))
     mean_length = float(documents.lengths.mean())
     tasks = {}
-    for name in settings.sides:
+    for name in {*settings.sides, FLOOR_OF}:
         of_side, packs = batch_rows(SIDES[name], protocol, rows, settings.row_tokens, mean_length)
         tasks[name] = Task(
             side=name, mode=settings.mode, shape=shape.name, protocol=protocol.name,
             checkpointing=settings.checkpointing, model="", documents=str(work / "documents.npz"),
             row_tokens=settings.row_tokens, rows=of_side, packs=packs, warm_up=settings.warm_up, steps=settings.steps,
             windows=windows, learning_rate=settings.learning_rate, seed=settings.seed,
-            chronicals=dict(settings.chronicals),
+            chronicals=dict(settings.chronicals), master=settings.master,
         )  # fmt: skip
     return documents, mean_length, tasks
 
@@ -209,41 +221,7 @@ def _of_side(given: Mapping[str, str], name: str) -> str | None:
     return given.get(name, given.get(name.split("-")[0]))
 
 
-# -- figures ------------------------------------------------------------------------------------------------------
-
-
-def _finish(row: dict[str, Any], settings: Settings, gpu: str | None, gemm_tflops: float | None) -> None:
-    """What follows from the runs of a side."""
-    shape = SHAPES[settings.shape]
-    runs = row["runs"]
-    failed = next((run for run in runs if run["status"] != "ok"), None)
-    if runs:
-        row["status"], row["reason"] = ("ok", None) if failed is None else (failed["status"], failed["reason"])
-    windows = [] if failed is not None else [window for run in runs for window in run["windows"]]
-    rates = [window["tokens"] / window["seconds"] for window in windows]
-    steps = [ms for window in windows for ms in window["step_ms"]]
-    row["tokens_per_second"] = statistics.median(rates) if rates else None
-    row["rates"] = rates
-    row["spread"] = (max(rates) - min(rates)) / statistics.median(rates) if rates else None
-    row["step_ms"], row["step_ms_p20"], row["step_ms_p80"] = (
-        quantile(steps, q) if steps else None for q in (0.5, 0.2, 0.8)
-    )
-    count = sum(window["steps"] for window in windows)
-    for key in ("tokens", "documents", "positions"):
-        row[f"{key}_per_step"] = sum(window[key] for window in windows) / count if count else None
-    peaks = [run["peak_memory_gib"] for run in runs if run.get("peak_memory_gib") is not None]
-    row["peak_memory_gib"] = max(peaks) if peaks and failed is None else None
-    rate = [
-        training_flops(shape, settings.mode, window["tokens"], window["squares"]) / window["seconds"] / 1e12
-        for window in windows
-    ]
-    row["tflops"] = statistics.median(rate) if rate else None
-    row["mfu"] = _share(row["tflops"], datasheet_tflops(gpu))
-    row["of_gemm"] = _share(row["tflops"], gemm_tflops)
-
-
-def _share(part: float | None, whole: float | None) -> float | None:
-    return None if part is None or not whole else part / whole
+# -- what is told ------------------------------------------------------------------------------------------------
 
 
 def _method(settings: Settings) -> str:

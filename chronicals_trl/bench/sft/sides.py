@@ -91,7 +91,8 @@ def _load(task: Task, attention: str | None = None) -> Any:
         options["device_map"] = {"": 0}
     if task.mode == "qlora":
         options["quantization_config"] = four_bit()
-    return AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.bfloat16, **options)
+    dtype = torch.float32 if task.master == "fp32" else torch.bfloat16
+    return AutoModelForCausalLM.from_pretrained(task.model, dtype=dtype, **options)
 
 
 def four_bit() -> Any:

@@ -1,7 +1,8 @@
 """One side in a process of its own: `python -m chronicals_trl.bench.sft.worker train TASK.json RESULT.json`.
 
-`prepare` in place of `train` writes the model's folder and measures the GPU's rate of matrix products. Importing this
-module imports no trainer: a peer may need another TRL than ours.
+In place of `train`, `prepare` writes the model's folder and measures the GPU's rate of matrix products, and `floor`
+measures what the task's step takes at least. Importing this module imports no trainer: a peer may need another TRL
+than ours.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _VERSIONS = (
 def main(arguments: Sequence[str]) -> int:
     """What is asked for goes to the last argument's file, as does why it failed."""
     what, given, result = arguments
-    work: Callable[[dict[str, Any]], dict[str, Any]] = {"train": _train, "prepare": _prepare}[what]
+    work: Callable[[dict[str, Any]], dict[str, Any]] = {
+        "train": _train, "prepare": _prepare, "floor": _floor,
+    }[what]  # fmt: skip
     try:
         found = {"status": "ok", "reason": None, **work(json.loads(Path(given).read_text()))}
     except Exception as error:
@@ -57,6 +60,13 @@ def _prepare(given: dict[str, Any]) -> dict[str, Any]:
     sft_models.write_model(SHAPES[given["shape"]], given["seed"], Path(given["folder"]))
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {"gpu": gpu, "gemm_tflops": sft_models.gemm_tflops()}
+
+
+def _floor(given: dict[str, Any]) -> dict[str, Any]:
+    from chronicals_trl.bench.sft import floor as sft_floor
+    from chronicals_trl.bench.sft.cases import Task
+
+    return sft_floor.measure(Task(**given))
 
 
 def _cause(error: Exception) -> Exception:
