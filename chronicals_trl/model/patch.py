@@ -149,6 +149,8 @@ def require_finite(model: nn.Module) -> None:
     """Raise ValueError naming the first parameters that hold NaN or infinity; one device read for the whole model."""
     names, flags = [], []
     for name, parameter in model.named_parameters():
+        if hasattr(parameter, "quant_state"):  # bitsandbytes' codes, which `bnb_4bit_quant_storage` calls bfloat16
+            continue
         if parameter.is_floating_point() and parameter.device.type != "meta" and parameter.numel():
             names.append(name)
             # A sum is not finite if any element is not; it reads the tensor once and needs no mask of its size.
