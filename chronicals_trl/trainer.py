@@ -108,6 +108,9 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, ThroughputMixin, 
         super().__init__(*args, **kwargs)
         self._check_tokens()
         self._start_meter()
+        if self.accelerator.ddp_handler is not None:
+            # Gradients lie in the buckets that DDP sends, and not beside them: less memory, and no copy back.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self._token_mask: Tensor | None = None
         self._label_rows: tuple[Tensor, Tensor] | None = None  # with the labels that they are of
         self._batch_tokens: int | None = None

@@ -1,9 +1,12 @@
-"""One forward and one backward pass as two CUDA graphs, over static tensors.
+"""One forward pass as a CUDA graph, and its backward pass as one or a few, over static tensors.
 
 A graph is launched by one call, whatever the number of kernels in it; the kernels read and write the addresses that
 they had when they were captured. All graphs of a stack share one memory pool: what a forward pass keeps for its
 backward pass is dead once that has run, so the next graph may use the same memory. That holds as long as no other
 forward pass is replayed between the two, which is for the caller (`model.graphs`) to see to.
+
+The backward pass is cut into segments where gradients are to leave before the whole of it is done: DDP sends what the
+last layers gave while the first ones are still computed.
 
 Random numbers: torch registers the device's default generator with a capture, and each replay takes its numbers from
 where the generator then stands and moves it on, as eager code does. So dropout draws a new mask each time, and the
@@ -13,7 +16,9 @@ capture itself, in which nothing runs, draws none.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -104,47 +109,64 @@ class CudaRecorder:
         self._pool, self._pool_bytes = None, 0
 
 
-class Captured:
-    """The pass that `run` makes, recorded; of the tensors of each pass its shapes alone are kept.
+@dataclass
+class Segment:
+    """Some layers in a row, whose backward pass is a graph of its own.
 
     Args:
-        run: from tensors like `inputs` to the output, through `owners`' parameters.
-        inputs: distinct tensors, of which the first alone may require a gradient.
-        owners: the modules that hold `parameters`.
-        parameters: what is trained, in the order of `parameter_gradients`.
+        run: from the hidden states, and tensors like the pass's inputs, to the hidden states behind the layers.
+        parameters: of these layers, those that are trained.
+    """
+
+    run: Callable[[Tensor, Sequence[Tensor]], Tensor]
+    parameters: Sequence[nn.Parameter]
+
+
+class Captured:
+    """A pass through `segments`, recorded; of the tensors of each pass its shapes alone are kept.
+
+    Args:
+        inputs: distinct tensors; the first, of which alone a gradient may be required, are the hidden states.
+        owners: the modules that hold the segments' parameters.
         sibling: another pass through the same parameters, whose gradients' memory this one uses too.
     """
 
     def __init__(
         self,
         recorder: Recorder,
-        run: Callable[[Sequence[Tensor]], Tensor],
+        segments: Sequence[Segment],
         inputs: Sequence[Tensor],
         owners: Sequence[nn.Module],
-        parameters: Sequence[nn.Parameter],
         sibling: Captured | None = None,
     ) -> None:
         device_type = inputs[0].device.type
         self.inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
+        self.parameters = [segment.parameters for segment in segments]
         # Stand-ins on the same memory: a parameter of the model's own may have hooks, which would be captured too, and
         # DDP holds on to its accumulator, which belongs to another stream than the one that captures.
-        leaves = {id(p): nn.Parameter(p.detach()) for p in parameters}
-        wanted = [*self.inputs[:1], *leaves.values()] if inputs[0].requires_grad else list(leaves.values())
-        traced: list[Tensor] = []
+        leaves = {id(p): nn.Parameter(p.detach()) for segment in segments for p in segment.parameters}
+        traced: list[tuple[Tensor, list[nn.Parameter], Tensor]] = []  # of each segment: given, leaves, output
 
         def forward() -> Tensor:
+            traced.clear()
+            output = hidden = self.inputs[0]
             # Autocast's cache would keep the casts of all weights until the caller leaves it, over the backward pass.
             with torch.enable_grad(), _in_place_of(owners, leaves), _autocast_uncached(device_type):
-                traced[:] = [run(self.inputs)]
-            _require_known_leaves(traced[0], wanted)
-            return traced[0].detach()
+                for segment in segments:
+                    hidden = output.detach().requires_grad_(output.requires_grad) if traced else output
+                    output = segment.run(hidden, self.inputs)
+                    own = [leaves[id(p)] for p in segment.parameters]
+                    _require_known_leaves(output, [hidden, *own])
+                    traced.append((hidden, own, output))
+            return output.detach()
 
-        def backward() -> list[Tensor | None]:
+        def backward(grad_output: Tensor, shared: list[Tensor | None] | None) -> list[Tensor | None]:
             # Popped: what the forward pass has kept is freed as the backward pass goes on.
+            hidden, own, output = traced.pop()
+            wanted = [hidden, *own] if hidden.requires_grad else own
             with torch.autocast(device_type, enabled=False):
-                found = torch.autograd.grad(traced.pop(), wanted, self.grad_output, allow_unused=True)
-            gradients: list[Tensor | None] = list(found) if inputs[0].requires_grad else [None, *found]
-            shared = None if sibling is None else sibling.parameter_gradients
+                found = torch.autograd.grad(output, wanted, grad_output, allow_unused=True)
+            gradients: list[Tensor | None] = list(found) if hidden.requires_grad else [None, *found]
             if shared is None or [g is None for g in shared] != [g is None for g in gradients[1:]]:
                 return gradients
             pairs = [(s, g) for s, g in zip(shared, gradients[1:], strict=True) if s is not None and g is not None]
@@ -153,8 +175,21 @@ class Captured:
 
         self._replay_forward, self.output = recorder.record(forward)
         self.grad_output = torch.empty_like(self.output)
-        self._replay_backward, gradients = recorder.record(backward)
-        self.grad_hidden, self.parameter_gradients = gradients[0], gradients[1:]
+        self._replay_backward: dict[int, Callable[[], None]] = {}
+        self.grad_hidden: Tensor | None = self.grad_output
+        self.parameter_gradients: list[list[Tensor | None]] = [[None] * len(each.parameters) for each in segments]
+        for index in reversed(range(len(segments))):
+            if self.grad_hidden is None or not traced[-1][2].requires_grad:  # nothing is trained from here on down
+                break
+            shared = None if sibling is None else sibling.parameter_gradients[index]
+            work = functools.partial(backward, self.grad_hidden, shared)
+            self._replay_backward[index], gradients = recorder.record(work)
+            self.grad_hidden, self.parameter_gradients[index] = gradients[0], gradients[1:]
+        traced.clear()
+
+    def __len__(self) -> int:
+        """Segments."""
+        return len(self.parameters)
 
     @torch.no_grad()
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -165,36 +200,51 @@ class Captured:
         return self.output.clone()
 
     @torch.no_grad()
-    def backward(self, grad_output: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of the hidden states and of the parameters, as memory of their own.
+    def backward(self, index: int, grad_output: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+        """Gradients of the hidden states before segment `index`, the last first, and of its parameters.
 
-        The next micro-batch overwrites the static ones, which `torch.autograd.grad` would hand out as they are.
-        (`.grad` becomes the very tensor that autograd is given only if nobody else holds it; else it is copied, one
-        by one.)
+        As memory of their own: the next micro-batch overwrites the static ones, which `torch.autograd.grad` would
+        hand out as they are. (`.grad` becomes the very tensor that autograd is given only if nobody else holds it;
+        else it is copied, one by one.) Between segments the gradient of the hidden states stays in the static one.
+
+        Args:
+            grad_output: of the last segment's output; of the others' not read.
         """
-        self.grad_output.copy_(grad_output)
-        self._replay_backward()
-        hidden = None if self.grad_hidden is None else self.grad_hidden.clone()
-        return hidden, _copies(self.parameter_gradients)
+        if index == len(self) - 1:
+            self.grad_output.copy_(grad_output)
+        self._replay_backward[index]()
+        hidden = self.grad_hidden.clone() if index == 0 and self.grad_hidden is not None else None
+        return hidden, _copies(self.parameter_gradients[index])
 
 
 class Ticket:
     """Stands for what a replayed forward pass has kept, until its backward pass has used it or nobody can."""
 
 
-class Replay(torch.autograd.Function):
-    """The recorded pass in the place of the layers: hidden states and parameters in, hidden states out.
+def replay(captured: Captured, ticket: Ticket, tensors: list[Tensor]) -> Tensor:
+    """The recorded pass in the place of the layers: the hidden states behind them.
 
-    The parameters are arguments for their gradients' sake alone: what accumulates them, DDP's and the user's hooks
-    included, then works as ever (all at the end of the layers' backward pass).
+    One autograd node a segment, in a chain: the hidden states between two nodes are the graphs' own, and an empty
+    tensor stands for them. What accumulates a node's gradients, DDP's and the user's hooks included, runs before the
+    next node does.
     """
+    hidden = tensors[0]
+    for index, parameters in enumerate(captured.parameters):
+        hidden = _Replay.apply(captured, index, ticket, tensors, hidden, *parameters)
+    return hidden
+
+
+class _Replay(torch.autograd.Function):
+    """One segment of a replay. The parameters are arguments for their gradients' sake alone."""
 
     @staticmethod
     def forward(
-        ctx: Any, captured: Captured, ticket: Ticket, tensors: list[Tensor], hidden: Tensor, *parameters: Tensor
-    ) -> Tensor:
-        ctx.captured, ctx.ticket = captured, ticket
-        return captured.forward(tensors)
+        ctx: Any, captured: Captured, index: int, ticket: Ticket, tensors: list[Tensor], hidden: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.captured, ctx.index, ctx.ticket = captured, index, ticket
+        ctx.empty = hidden.new_empty(0)
+        return captured.forward(tensors) if index == len(captured) - 1 else ctx.empty.clone()
 
     @staticmethod
     @once_differentiable
@@ -205,8 +255,8 @@ class Replay(torch.autograd.Function):
                 f"it needs for one. {REMEDY}"
             )
         ctx.ticket = None
-        grad_hidden, gradients = ctx.captured.backward(grad_output)
-        return None, None, None, grad_hidden, *gradients
+        grad_hidden, gradients = ctx.captured.backward(ctx.index, grad_output)
+        return None, None, None, None, grad_hidden if ctx.index == 0 else ctx.empty, *gradients
 
 
 def _copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

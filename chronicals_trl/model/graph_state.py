@@ -86,8 +86,10 @@ class LayerState:
             [[value for value in config.values() if isinstance(value, _VALUES)] for config in self._configs],
         )
 
-    def trainable(self) -> list[nn.Parameter]:
-        return [p for p in self.parameters if p.requires_grad]
+    def trainable(self, layers: Sequence[nn.Module] | None = None) -> list[nn.Parameter]:
+        """What is trained in `layers`, some of these; None for all of them."""
+        inside = {id(p) for layer in (self._layers if layers is None else layers) for p in layer.parameters()}
+        return [p for p in self.parameters if p.requires_grad and id(p) in inside]
 
     def obstacle(self, device: torch.device) -> str | None:
         """Why layers in this state cannot be captured on `device`; None if nothing is known against it."""

@@ -1,4 +1,5 @@
 """The decoder layers as two CUDA graphs, one forward and one backward, so that the host launches two things a step.
+(Under DDP the backward one is cut into a few, between which gradients leave.)
 
 On a fast GPU the layers of a small model finish sooner than Python launches their kernels: the GPU waits for the host.
 Batches of static shapes can be captured: the first passes of a kind run as ever and are looked at (`WARM_UP`), the
@@ -15,6 +16,8 @@ a copy or a pickle of the model is not part of any stack, and its layers run as 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import time
 import types
@@ -28,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from chronicals_trl.model.decoder import DecoderSpec, materialise
-from chronicals_trl.model.graph_capture import REMEDY, Captured, CudaRecorder, Recorder, Replay, Ticket
+from chronicals_trl.model.graph_capture import REMEDY, Captured, CudaRecorder, Recorder, Segment, Ticket, replay
 from chronicals_trl.model.graph_state import (
     Call,
     LayerState,
@@ -125,6 +128,8 @@ class GraphedStack:
     Args:
         layers: patched decoder layers (`decoder_layers`).
         recorder: makes the replays; None for CUDA graphs on the layers' device.
+        segments: graphs that the backward pass is cut into, at most one a layer; above one where the gradients of the
+            last layers are of use before those of the first are done.
 
     Attributes:
         reason: why there are no graphs any more, for good.
@@ -132,8 +137,10 @@ class GraphedStack:
         passes, replays, captures: how many there have been.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], recorder: Recorder | None = None) -> None:
+    def __init__(self, layers: Sequence[nn.Module], recorder: Recorder | None = None, segments: int = 1) -> None:
         self.layers = list(layers)
+        cuts = [len(self.layers) * number // segments for number in range(segments + 1)]
+        self._segments = [range(*ends) for ends in itertools.pairwise(cuts) if len(range(*ends))]
         self.reason: str | None = None
         self.obstacle: str | None = None
         self.passes = self.replays = self.captures = 0
@@ -240,9 +247,9 @@ class GraphedStack:
         args, kwargs = call
         return self.layers[index].__dict__[_UNGRAPHED](hidden, *args, **kwargs)
 
-    def _run(self, hidden: Any, calls: Sequence[Call]) -> Any:
-        for index, call in enumerate(calls):
-            hidden = self._run_layer(index, hidden, call)
+    def _run(self, hidden: Any, calls: Sequence[Call], layers: range | None = None) -> Any:
+        for index in range(len(calls)) if layers is None else layers:
+            hidden = self._run_layer(index, hidden, calls[index])
         return materialise(hidden)
 
     def _begin(self, hidden: Any, call: Call) -> None:
@@ -360,24 +367,17 @@ class GraphedStack:
         self.replays += 1
         ticket = Ticket()
         self._outstanding = weakref.ref(ticket)
-        output: Tensor = Replay.apply(kind.captured, ticket, reading.tensors, current.hidden, *self._state.trainable())
-        return output
+        return replay(kind.captured, ticket, reading.tensors)
 
     def _capture(self, kind: _Kind, tensors: list[Tensor], current: _Pass) -> None:
         if self._recorder is None:
             self._recorder = CudaRecorder(tensors[0].device)
         siblings = (k.captured for k in self._kinds.values() if k.state == kind.state and k.captured is not None)
 
-        def run(statics: Sequence[Tensor]) -> Tensor:
-            replacements = dict(zip(map(id, tensors), statics, strict=True))
-            output: Tensor = self._run(statics[0], [exchange(call, replacements) for call in current.calls])
-            return output
-
         start, cause = time.perf_counter(), ""
         try:
-            kind.captured = Captured(
-                self._recorder, run, tensors, self._state.modules, self._state.trainable(), next(siblings, None)
-            )
+            segments = self._parts(current, tensors)
+            kind.captured = Captured(self._recorder, segments, tensors, self._state.modules, next(siblings, None))
             self._verify(kind.captured, tensors, current)
         except Exception as error:  # a model whose layers cannot be captured is trained without
             cause = _told(error)
@@ -390,6 +390,21 @@ class GraphedStack:
             len(self.layers),
             time.perf_counter() - start,
         )
+
+    def _parts(self, current: _Pass, tensors: list[Tensor]) -> list[Segment]:
+        """The segments of a pass whose arguments hold `tensors`, in the place of which others may be given."""
+
+        def run(layers: range, hidden: Tensor, statics: Sequence[Tensor]) -> Tensor:
+            replacements = dict(zip(map(id, tensors), statics, strict=True))
+            calls = [exchange(call, replacements) for call in current.calls]
+            output: Tensor = self._run(hidden, calls, layers)
+            return output
+
+        trainable = [self._state.trainable(self.layers[layers.start : layers.stop]) for layers in self._segments]
+        return [
+            Segment(functools.partial(run, layers), parameters)
+            for layers, parameters in zip(self._segments, trainable, strict=True)
+        ]
 
     def _verify(self, captured: Captured, tensors: list[Tensor], current: _Pass) -> None:
         """Raise RuntimeError unless a replay gives what the layers give: a kernel that was launched past the capture,

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -28,6 +28,10 @@ PADDED_LENGTHS = graphs.MAX_GRAPHS
 # More padding pays while the GPU waits for Python. An estimate: launching a layer's kernels, both ways, took 9 ms on a
 # slow host (docs/results/profile_step_lora_h100.json), of which a third is assumed; and 4e14 FLOP/s.
 HOST_SECONDS_PER_LAYER, FLOP_RATE = 3e-3, 4e14
+
+# Under DDP the backward pass is cut into graphs of so many bytes of gradients, so that those of one are sent while the
+# next one computes. At most so many, since between two of them a residual addition stands alone.
+SEGMENT_BYTES, MAX_SEGMENTS = 128 * 2**20, 6
 
 # Passes without a single replay after which the user is told why.
 PATIENCE = 16
@@ -108,6 +112,12 @@ class CudaGraphsMixin(Trainer):
         self.data_collator = dataclasses.replace(collator, pad_to_multiple_of=multiple)
         return [f"CUDA graphs: rows are padded to multiples of {multiple} tokens, so that their shapes recur"]
 
+    def _graph_segments(self, layers: list[nn.Module]) -> int:
+        if self.args.world_size == 1:
+            return 1
+        sent = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters() if p.requires_grad)
+        return max(1, min(MAX_SEGMENTS, len(layers), sent // SEGMENT_BYTES))
+
     def _graphs_ruled_out(self) -> str | None:
         args: Any = self.args
         parallelism = self.accelerator.parallelism_config
@@ -139,7 +149,7 @@ class CudaGraphsMixin(Trainer):
             if isinstance(layers, str):
                 self._graphs_off(layers)
             else:
-                self._graphs = graphs.GraphedStack(layers)
+                self._graphs = graphs.GraphedStack(layers, segments=self._graph_segments(layers))
                 self._graphs.install()
         stack = self._graphs
         if not self._graphs_wanted or stack is None:

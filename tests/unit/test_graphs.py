@@ -42,12 +42,14 @@ def patched(family: str = "qwen2", *, lora: float | None = None, **options: Any)
 class Pair:
     """A graphed model and an equal one without graphs, through the same batches."""
 
-    def __init__(self, family: str = "qwen2", recorder: StandIn | None = None, **options: Any) -> None:
+    def __init__(
+        self, family: str = "qwen2", recorder: StandIn | None = None, segments: int = 1, **options: Any
+    ) -> None:
         self.ours, self.theirs = patched(family, **options), patched(family, **options)
         self.recorder = recorder or StandIn()
         layers = decoder_layers(self.ours)
         assert not isinstance(layers, str), layers
-        self.stack = GraphedStack(layers, self.recorder)
+        self.stack = GraphedStack(layers, self.recorder, segments)
         self.stack.install()
         self.seed = 0
 
@@ -112,6 +114,53 @@ def test_lora_training_is_the_same(dropout: float) -> None:
     assert {n for n, p in pair.ours.named_parameters() if p.grad is not None} == {
         n for n, p in pair.ours.named_parameters() if p.requires_grad
     }
+
+
+@pytest.mark.parametrize("segments", [2, 3, 5])
+@pytest.mark.parametrize("options", [{}, {"lora": 0.0}, {"lora": 0.3}, {"family": "gemma2"}], ids=str)
+def test_a_backward_pass_in_segments_is_the_same(segments: int, options: dict[str, Any]) -> None:
+    """Three layers: as many segments at the most."""
+    pair = Pair(segments=segments, **options)
+    assert pair.replayed(WARM_UP + 3) == 3
+    cuts = min(segments, 3)
+    assert pair.recorder.recorded == 1 + cuts and pair.recorder.replayed == 1 + 3 * (1 + cuts)
+    assert pair.replayed(2, micro=2, zero=False) == 4
+
+
+def test_gradients_of_the_last_layers_come_before_the_first_ones_are_made() -> None:
+    pair = Pair(segments=3)
+    pair.replayed(WARM_UP + 1)
+    layers = pair.ours.model.layers
+    seen: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}
+    for index, layer in enumerate(layers):
+        for parameter in layer.parameters():
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, index=index: seen[index].add(pair.recorder.replayed)
+            )
+    before = pair.recorder.replayed
+    assert pair.replayed(1) == 1
+    assert seen == {2: {before + 2}, 1: {before + 3}, 0: {before + 4}}
+
+
+@pytest.mark.parametrize("frozen", [(0,), (0, 1), (1,), (2,), (0, 2)])
+def test_segments_in_which_nothing_is_trained(frozen: tuple[int, ...]) -> None:
+    pair = Pair(segments=3, lora=0.0)
+    for model in (pair.ours, pair.theirs):
+        for index in frozen:
+            model.base_model.model.model.layers[index].requires_grad_(False)
+    assert pair.replayed(WARM_UP + 2) == 2
+    trained = {0, 1, 2} - set(frozen)
+    found = {n.split("layers.")[1][0] for n, p in pair.ours.named_parameters() if p.grad is not None}
+    assert found == set(map(str, trained))
+    assert pair.recorder.recorded == 1 + 3 - min(trained)
+
+
+def test_a_parameter_that_two_segments_share() -> None:
+    pair = Pair(segments=3)
+    for model in (pair.ours, pair.theirs):
+        layers = model.model.layers
+        layers[2].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    assert pair.replayed(WARM_UP + 2) == 2
 
 
 def test_dropout_differs_from_replay_to_replay() -> None:
@@ -199,7 +248,8 @@ def test_shapes_are_captured_one_by_one_and_share_their_gradients_memory() -> No
     assert pair.stack.captures == 2
     one, two = (kind.captured for kind in pair.stack._kinds.values())
     assert one is not None and two is not None
-    assert all(a is b for a, b in zip(one.parameter_gradients, two.parameter_gradients, strict=True))
+    pairs = zip(one.parameter_gradients, two.parameter_gradients, strict=True)
+    assert all(a is b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
 
 
 def test_no_more_graphs_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
