@@ -77,6 +77,14 @@ def _sft(arguments: list[str]) -> int:
     *_, from_config, from_command_line = parser.parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
+    misplaced = _own_settings(from_config + from_command_line)
+    if misplaced:
+        text = json.dumps(misplaced)
+        sys.stderr.write(
+            f"chronicals-trl sft: error: {', '.join(misplaced)} belongs into chronicals_config. Write "
+            f"--chronicals_config '{text}' on the command line, or chronicals_config: {text} in a YAML file.\n"
+        )
+        return 2
     launch_arguments = resolve_accelerate_config_argument(from_config + from_command_line)
     script_arguments = _without(arguments, from_command_line)
     # The YAML file's value has become the parser's default, quoted words and numbers as they are; SFTConfig reads
@@ -90,6 +98,24 @@ def _sft(arguments: list[str]) -> int:
     )
     launch_command(launch)
     return 0
+
+
+def _own_settings(unknown: list[str]) -> dict[str, Any]:
+    """Fields of `ChronicalsConfig` among arguments that TRL's parser does not know, with their values."""
+    from chronicals_trl.config import ChronicalsConfig, _parse_text
+
+    found: dict[str, Any] = {}
+    fields = {field.name for field in dataclasses.fields(ChronicalsConfig)}
+    for index, argument in enumerate(unknown):
+        name, has_value, value = argument.partition("=")
+        key = name[2:].replace("-", "_")
+        if not name.startswith("--") or key not in fields:
+            continue
+        following = unknown[index + 1 : index + 2]
+        if not has_value and following and not following[0].startswith("--"):
+            (value,) = following
+        found[key] = _parse_text(key, value or "true")  # without a value it is meant as a switch
+    return found
 
 
 def _without(items: list[str], taken: list[str]) -> list[str]:

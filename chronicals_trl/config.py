@@ -6,6 +6,7 @@ the explicit argument, then the environment (`CHRONICALS_<FIELD>`), then the def
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -68,6 +69,9 @@ def _positive_int(where: str, value: object) -> int:
 
 
 def _positive_float(where: str, value: object) -> float:
+    if isinstance(value, str):  # YAML reads 1e-4, which has no dot, as text; transformers takes that for its own rates
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{where} must be a finite number above 0, got {value!r} of type {type(value).__name__}.")
     try:

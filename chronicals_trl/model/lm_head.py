@@ -275,6 +275,8 @@ def head_linears(model: PreTrainedModel) -> list[nn.Linear] | str:
         return f"modules_to_save wraps a {type(head.original_module).__name__}, not a Linear"
     if kind == "TrainableTokensWrapper":
         return "trainable_token_indices on the head: TRL's own path is kept"
+    if hasattr(head, "lora_A"):
+        return "LoRA on the head: its own forward is kept"
     return f"the head is a {kind}, not a Linear: TRL's own path is kept"
 
 

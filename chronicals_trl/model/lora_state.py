@@ -136,13 +136,17 @@ class _Stored(NamedTuple):
 
 def _stored_in_4bit(base: Any, x: Tensor) -> _Stored | None:
     """The weight of a 4-bit linear if it computes on x in x's own dtype, from a weight that is laid out as (O, I)."""
+    if torch.compiler.is_compiling():  # which cannot trace what PEFT's own path leaves to bitsandbytes' ops
+        return None
+    # What its forward does first, done by now for the reason that `_stored_in_8bit` has.
+    if not base.compute_type_is_set:
+        base.set_compute_type(x)
+        base.compute_type_is_set = True
     state = getattr(base.weight, "quant_state", None)
     fits_x = (
         state is not None
-        and not torch.compiler.is_compiling()  # which cannot trace what PEFT's own path leaves to bitsandbytes' ops
         and not getattr(state, "packing_format_for_cpu", False)
         and tuple(state.shape) == (base.out_features, base.in_features)
-        and base.compute_type_is_set  # by the first call of the layer, which is then bitsandbytes' own
         and (base.compute_dtype or x.dtype) == x.dtype == (autocast_dtype(x) or x.dtype)
     )
     return _Stored(base.weight, functools.partial(_unpack_4bit, state)) if fits_x else None

@@ -6,12 +6,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -55,6 +57,8 @@ class LoraPlusMixin(Trainer):
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._chronicals is not None and checkpoint is not None:
+            _require_same_layers(self.model, checkpoint)
         configured = _rates_to_first(self.optimizer)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -129,6 +133,36 @@ class LoraPlusMixin(Trainer):
         if {"loss", "learning_rate"} <= logs.keys():
             logs.update({key: float(rate) for key, rate in self._logged_rates.items()})
         super().log(logs, start_time)
+
+
+def _require_same_layers(model: Any, checkpoint: str) -> None:
+    """Raise ValueError if a checkpoint's adapter is on other layers than the model's.
+
+    PEFT loads what fits, with a warning, and torch gives the optimizer's state to whatever tensor has its place.
+    """
+    file = Path(checkpoint) / "adapter_model.safetensors"
+    names = getattr(model, "active_adapters", None)
+    if not file.is_file() or not isinstance(names, list) or len(names) != 1:  # several are in folders of their own
+        return
+    with safe_open(file, "pt") as saved:
+        there = {name.partition(".lora_")[0] for name in saved.keys() if ".lora_" in name}
+    here = {
+        name
+        for name, module in model.named_modules()
+        if any(names[0] in getattr(module, part, ()) for part in ("lora_A", "lora_embedding_A"))
+    }
+    if there and here and there != here:
+        raise ValueError(
+            f"{checkpoint} holds an adapter on other layers than this run's: {_kinds(there - here) or 'none'} there "
+            f"alone, {_kinds(here - there) or 'none'} here alone. Resume with the target_modules of its "
+            "adapter_config.json; or train the new adapter from its start, without resume_from_checkpoint."
+        )
+
+
+def _kinds(layers: set[str]) -> str:
+    """The last names of layers, with how many have each."""
+    counts = Counter(name.rpartition(".")[2] for name in layers)
+    return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
 
 
 def _rates_to_first(optimizer: Any) -> list[float]:

@@ -248,3 +248,21 @@ def test_a_checkpoint_with_a_ratio_where_the_optimizer_has_turned_it_off(tmp_pat
     resumed = make(tmp_path, optimizer_cls_and_kwargs=(torch.optim.Muon, {"lr": LR}), **options)
     with pytest.raises(ValueError, match=r"written with LoRA\+ on, and this run has other .*\(LoRA\+ off\)"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        (["o_proj"], r"q_proj \(2\) there alone, o_proj \(2\) here alone"),  # as many tensors, of the same shapes
+        (["q_proj", "v_proj"], r"none there alone, v_proj \(2\) here alone"),
+    ],
+)
+def test_a_checkpoint_of_other_layers_is_refused(tmp_path: Path, targets: list[str], told: str) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make(tmp_path, peft_config=lora(), **saves).train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    with pytest.raises(ValueError, match=told):
+        make(tmp_path, peft_config=lora(target_modules=targets)).train(resume_from_checkpoint=checkpoint)
+    make(
+        tmp_path, peft_config=lora(target_modules="all-linear", exclude_modules=r".*([kvo]|gate|up|down)_proj")
+    ).train(resume_from_checkpoint=checkpoint)  # the same layers in other words

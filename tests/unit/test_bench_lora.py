@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import types
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from chronicals_trl import cli
 from chronicals_trl.bench import report
 from chronicals_trl.bench.lora import cases as lora
 from chronicals_trl.bench.lora import check as lora_check
+from chronicals_trl.bench.lora import command as lora_command
 from chronicals_trl.bench.lora import layer as lora_layer
 from chronicals_trl.bench.lora import measure as lora_measure
 from chronicals_trl.bench.lora import report as lora_report
@@ -26,13 +27,12 @@ from chronicals_trl.bench.lora import sides as lora_sides
 from chronicals_trl.bench.lora import timing as lora_timing
 from chronicals_trl.bench.lora import verdict as lora_verdict
 from chronicals_trl.bench.lora import worker as lora_worker
-from chronicals_trl.bench.lora.cases import LAYERS, SETTINGS, tiny
+from chronicals_trl.bench.lora.cases import SETTINGS, TINY
 from chronicals_trl.bench.lora.timing import Samples, take_queued, take_stepped
 
 pytest.importorskip("peft")
 
 CPU = torch.device("cpu")
-TINY = tiny(LAYERS["qwen2.5-0.5b"])
 FAKE_UNSLOTH = """
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -78,7 +78,7 @@ def test_dry_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main(["bench", "lora", *arguments, "--output", str(tmp_path / "new")]) == 0
     text = capsys.readouterr().out
     assert text.startswith(report.DRY_RUN) and "Verdict: none" in text
-    assert "[1/1] qwen2.5-0.5b autocast, ms: peft" in text
+    assert "[1/1] tiny autocast, ms: peft" in text
     result = json.loads((tmp_path / "new" / "bench_lora_cpu.json").read_text())
     assert (result["benchmark"], result["dry_run"], result["gpu"], result["verdict"]) == ("lora", True, None, [])
     (case,) = result["cases"]
@@ -129,7 +129,7 @@ def test_a_part_of_the_layers_has_a_file_of_its_own(tmp_path: Path, monkeypatch:
         with pytest.raises(KeyboardInterrupt):
             cli.main(["bench", "lora", *arguments, "--output", str(tmp_path)])
     assert {path.name for path in tmp_path.glob("*.json")} == {"bench_lora_cpu.json", "bench_lora_qwen257b_cpu.json"}
-    assert [len(each.layers) for each in seen] == [2, 1, 1] and [len(each.settings) for each in seen] == [7, 7, 1]
+    assert [each.layers for each in seen] == [[TINY]] * 3 and [len(each.settings) for each in seen] == [7, 7, 1]
     assert list(seen[0].skipped) == ["peft-compiled", "unsloth"] and list(seen[0].sides) == ["peft", "ours"]
 
 
@@ -140,7 +140,7 @@ def test_the_settings() -> None:
         for adapters, autocast in (("float32", True), ("bfloat16", False), ("float32", False))
         for dropout in (0.0, 0.05)
     }
-    assert [(layer.tokens, layer.row, layer.checked) for layer in LAYERS.values()] == [
+    assert [(layer.tokens, layer.row, layer.checked) for layer in lora.LAYERS.values()] == [
         (16384, 2048, 512),
         (8192, 2048, 512),
     ]
@@ -360,7 +360,7 @@ def test_every_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     lora_report.print_tables(kept[-1])
     text = capsys.readouterr().out
     assert "unsloth: not offered (its loader makes adapters in fp32" in text
-    assert "qwen2.5-0.5b bf16, qwen2.5-0.5b bf16 dropout" in text
+    assert "tiny bf16, tiny bf16 dropout" in text
 
 
 def test_fp64_has_the_weights_that_the_model_computes_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,5 +555,14 @@ def test_tables_and_plot_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert lora_report.write_plot(result, tmp_path / "x.png") is None and (tmp_path / "x.png").exists()
 
 
-def test_tiny_layers_keep_their_names() -> None:
-    assert TINY.name == "qwen2.5-0.5b" and TINY.shape.hidden == 64 and TINY != replace(TINY, tokens=1)
+def test_a_dry_run_times_one_tiny_layer_whatever_layers_were_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_command, "SETTINGS", {"bf16": SETTINGS["bf16"]})
+    arguments = ["--layers", "qwen2.5-7b", "qwen2.5-0.5b", "--sides", "peft", "--output", str(tmp_path)]
+    assert cli.main(["bench", "lora", *arguments]) == 0
+    said = capsys.readouterr()
+    assert "One tiny layer instead of qwen2.5-7b and qwen2.5-0.5b." in said.out and "[1/1] tiny bf16" in said.out
+    assert "Loading weights" not in said.err
+    (layer,) = json.loads((tmp_path / "bench_lora_cpu.json").read_text())["layers"]
+    assert (layer["layer"], layer["hidden"], layer["tokens"]) == ("tiny", 64, 128)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import trl.trainer.sft_config
+import yaml
 from transformers import HfArgumentParser
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import TrlParser
@@ -99,6 +100,8 @@ def test_environment_values(key: str, text: str, value: Any) -> None:
         ({"lora_plus_ratio": -1}, ValueError, ["lora_plus_ratio", "-1", "above 0"]),
         ({"lora_plus_ratio": float("nan")}, ValueError, ["lora_plus_ratio", "nan"]),
         ({"lora_plus_ratio": 10**400}, ValueError, ["lora_plus_ratio", "finite"]),
+        ({"lora_plus_ratio": "nan"}, ValueError, ["lora_plus_ratio", "nan", "above 0"]),
+        ({"lora_plus_ratio": "-8"}, ValueError, ["lora_plus_ratio", "-8", "above 0"]),
         ({"lora_plus_embedding_lr": "fast"}, TypeError, ["lora_plus_embedding_lr", "'fast'"]),
         ("{head: off}", ValueError, ["chronicals_config", "JSON", "{head: off}"]),
         ("[1]", TypeError, ["chronicals_config", "dict", "list"]),
@@ -333,3 +336,10 @@ def test_a_file_says_whether_copies_block(tmp_path: Path) -> None:
         accelerator_config=str(tmp_path / "accelerator.json"),
     )  # fmt: skip
     assert args.accelerator_config.non_blocking is False
+
+
+def test_a_rate_that_yaml_reads_as_text() -> None:
+    settings = yaml.safe_load("{lora_plus_embedding_lr: 1e-4, lora_plus_ratio: '8'}")
+    assert settings == {"lora_plus_embedding_lr": "1e-4", "lora_plus_ratio": "8"}
+    config = ChronicalsConfig.resolve(settings)
+    assert (config.lora_plus_embedding_lr, config.lora_plus_ratio) == (1e-4, 8.0)

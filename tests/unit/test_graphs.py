@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from chronicals_trl import patch_model, unpatch_model
 from chronicals_trl.model import decoder, graphs
+from chronicals_trl.model.graph_capture import Captured
 from chronicals_trl.model.graph_state import LayerState, Unreadable, read_call, surroundings
 from chronicals_trl.model.graphs import WARM_UP, GraphedStack, decoder_layers
 
@@ -766,3 +767,24 @@ def test_what_is_the_same_call() -> None:
     for unreadable in (object(), torch.ones(3).requires_grad_(), torch.ones(3, device="meta"), lambda: 0):
         with pytest.raises(Unreadable):
             key(x, {"mask": unreadable})
+
+
+def test_the_backward_pass_is_recorded_without_autocast_as_it_would_run() -> None:
+    """The capture happens in the forward pass of a training step, which autocast is around."""
+    seen: list[bool] = []
+    layer = nn.Linear(4, 4)
+
+    class Spy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return grad
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs = [torch.randn(2, 4, requires_grad=True)]
+        Captured(StandIn(), lambda t: Spy.apply(layer(t[0])), inputs, [layer], list(layer.parameters()))
+    assert seen == [False]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 
+import pytest
 import tiny_models
 import torch
 
@@ -29,3 +30,9 @@ def test_a_forward_that_was_on_the_instance_still_serves_calls_for_logits() -> N
     unpatch_model(model)
     model(**batch)
     assert len(calls) == 2
+
+
+def test_lora_on_the_head_leaves_it_to_peft_and_says_so() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_models.build("llama"), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    assert patch_model(model)["head"].reason == "LoRA on the head: its own forward is kept"

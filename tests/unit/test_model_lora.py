@@ -331,7 +331,9 @@ def test_a_weight_that_becomes_trainable(calls):
 
 
 @pytest.mark.parametrize("where", ["base_layer", "lora_A", "lora_B"])
-@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_hook", "instance_forward"])
+@pytest.mark.parametrize(
+    "kind", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook", "instance_forward"]
+)
 def test_hooked_parts_are_called(where, kind, calls):
     """ZeRO-3, FSDP units around single linears and offloading gather the weight in hooks."""
     layer = bind(lora_layer())
@@ -434,6 +436,10 @@ def not_finite(x, weight, a, b, scale, *, bias=None, **options):
     return fused_original(x, weight, a, b, scale, bias=bias, **options) * float("nan")
 
 
+def wrong_dtype(x, weight, a, b, scale, *, bias=None, **options):
+    return fused_original(x, weight, a, b, scale, bias=bias, **options).float()
+
+
 def crashing(*args, **kwargs):
     raise RuntimeError("no such kernel")
 
@@ -448,6 +454,7 @@ fused_original = fused.lora_linear
         (wrong_bias, "probe: output differs"),
         (wrong_gradient, r"probe: gradient of lora_A\.default\.weight differs"),
         (not_finite, "probe: output differs from PEFT's by nan"),
+        (wrong_dtype, r"probe: output is \(2, 3, 16\) torch.float32, PEFT's is \(2, 3, 16\) torch.float64"),
         (crashing, "probe failed: RuntimeError: no such kernel"),
     ],
 )
@@ -456,6 +463,16 @@ def test_probe_catches(broken, reason, monkeypatch):
     verdict = fused.verify(lora_layer(), "cpu")
     assert verdict is not None
     assert re.match(reason, verdict)
+
+
+def without_dropout(x, weight, a, b, scale, *, bias=None, **options):
+    return fused_original(x, weight, a, b, scale, bias=bias, **{**options, "dropout": 0.0})
+
+
+def test_probe_catches_a_missing_dropout_where_the_layer_has_one(monkeypatch):
+    monkeypatch.setattr(fused, "lora_linear", without_dropout)
+    assert fused.verify(lora_layer(), "cpu") is None
+    assert "output differs" in (fused.verify(lora_layer(lora_dropout=0.1), "cpu") or "")
 
 
 def test_probe_catches_a_class_that_computes_something_else(monkeypatch):

@@ -8,7 +8,7 @@ import tiny_models
 import torch
 
 from chronicals_trl import patch_model
-from chronicals_trl.model import lora
+from chronicals_trl.model import lora, lora_state
 from chronicals_trl.model.patch import require_finite
 
 peft = pytest.importorskip("peft")
@@ -70,6 +70,33 @@ def test_a_model_learns_the_same(dropout, quant_type, compress_statistics, calls
         assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
+def test_a_dtype_that_the_first_call_settles_is_settled_before_it(calls):
+    """Under gradient checkpointing the first call is made again in the backward pass, and has to go the same way."""
+    model = build()
+    linears = [module for module in model.modules() if type(module) is bnb.nn.Linear4bit]
+    for linear in linears:  # as made without compute_dtype
+        linear.compute_dtype, linear.compute_type_is_set = None, False
+    patch_model(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    calls.clear()
+    ours = gradients(model)
+    assert calls["lora_linear"] == calls["lora_gated_mlp"] > 0
+    assert all(linear.compute_dtype is torch.float32 and linear.compute_type_is_set for linear in linears)
+    expected = gradients(build())
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_a_weight_that_is_laid_out_otherwise_is_its_own_business():
+    layer = build().get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    x = torch.randn(4, 32)
+    assert lora_state.lora_operands(layer, x) is not None
+    state = layer.base_layer.weight.quant_state
+    state.shape = state.shape[::-1]
+    assert lora_state.lora_operands(layer, x) is None
+
+
 @pytest.mark.parametrize("quant_storage", [torch.bfloat16, torch.float32])
 def test_codes_that_are_stored_as_floats(quant_storage, calls):
     """As FSDP wants them. Read as numbers some of the codes are NaN, of which there is nothing to be said."""
@@ -93,7 +120,6 @@ def test_no_unpacked_weight_is_kept():
     layer = build().get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     assert lora.fits(layer) is None and lora.verify(layer, "cpu") is None
     x = torch.randn(40, 32, requires_grad=True)
-    type(layer).forward(layer, x)  # settles the dtype to compute in
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append((t.dtype, t.numel())), t)[1], lambda t: t):
         lora.lora_forward(layer, x)

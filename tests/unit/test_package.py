@@ -218,6 +218,33 @@ def test_sft_refuses_bad_settings_before_it_launches(tmp_path: Path, launched: l
     assert launched == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "yaml", "told"),
+    [
+        (["--lora_plus_ratio", "8"], "", '{"lora_plus_ratio": 8}'),
+        (["--lora-plus-embedding-lr=1e-4", "--strict"], "", '{"lora_plus_embedding_lr": 0.0001, "strict": true}'),
+        ([], "lora_plus_ratio: 4.5\nlora_plus: off\n", '{"lora_plus_ratio": 4.5, "lora_plus": false}'),
+        (["--attention_backend", "sdpa"], "", '{"attention_backend": "sdpa"}'),
+    ],
+)  # fmt: skip
+def test_sft_says_where_a_setting_of_ours_belongs(
+    tmp_path: Path,
+    launched: list[Namespace],
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    yaml: str,
+    told: str,
+) -> None:
+    (tmp_path / "c.yaml").write_text(yaml or "num_processes: 1\n")
+    assert cli.main([*SFT, str(tmp_path), *arguments, "--config", str(tmp_path / "c.yaml")]) == 2
+    text = capsys.readouterr().err
+    assert f"--chronicals_config '{told}' on the command line" in text and f"chronicals_config: {told} in" in text
+    assert launched == []
+    (tmp_path / "right.yaml").write_text(f"chronicals_config: {told}\n")  # the remedy is one
+    assert cli.main([*SFT, str(tmp_path), "--chronicals_config", told]) == 0
+    assert cli.main([*SFT, str(tmp_path), "--config", str(tmp_path / "right.yaml")]) == 0
+
+
 def test_sft_help_lists_the_flag(launched: list[Namespace], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         cli.main(["sft", "--help"])

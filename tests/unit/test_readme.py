@@ -29,6 +29,7 @@ from chronicals_trl import ChronicalsConfig, SFTConfig, patch_model  # noqa: E40
 from chronicals_trl.config import ATTENTION_BACKENDS, PART_STATES, PARTS  # noqa: E402
 from chronicals_trl.model.attention_choice import verify_isolation  # noqa: E402
 from chronicals_trl.observe import ThroughputMeter  # noqa: E402
+from chronicals_trl.observe.flops import TrainingFlops  # noqa: E402
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -120,10 +121,10 @@ def test_configuration_table() -> None:
 def test_every_part_and_log_key_is_explained() -> None:
     parts, logs = ((ROOT / "docs" / name).read_text("utf-8") for name in ("parts.md", "report-and-logs.md"))
     assert re.findall(r"^## `(\w+)`", parts, re.MULTILINE) == list(PARTS)
-    meter = ThroughputMeter("cpu")
+    meter = ThroughputMeter("cpu", flops=TrainingFlops(1.0, 0.0), flop_rate=1.0)
     meter.update(3, 4)
     explained = re.findall(r"^\| `(\w+)` \|", logs, re.MULTILINE)
-    others = {"learning_rate_lora_b", "learning_rate_lora_embedding", "num_tokens"}
+    others = {"learning_rate_lora_b", "learning_rate_lora_embedding", "num_tokens", "host_bound"}
     assert set(meter.read()) | others == set(explained)
 
 

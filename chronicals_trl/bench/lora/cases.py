@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 
 from chronicals_trl.bench.sft.cases import SHAPES, Shape
 
-__all__ = ["LAYERS", "SETTINGS", "SIDES", "Layer", "Setting", "not_offered", "tiny"]
+__all__ = ["LAYERS", "SETTINGS", "SIDES", "TINY", "Layer", "Setting", "not_offered"]
 
 ROW = 2048
 #: The gradients of every side are compared with fp64's on so many tokens.
@@ -68,9 +68,8 @@ LAYERS = {
 }
 
 
-def tiny(layer: Layer) -> Layer:
-    """A layer of the same name for the dry run on a CPU."""
-    return replace(layer, shape=replace(SHAPES["tiny"], layers=1), tokens=128, row=64, checked=64)
+#: Of the dry run on a CPU, in the place of all of them.
+TINY = Layer("tiny", replace(SHAPES["tiny"], layers=1), tokens=128, row=64, checked=64)
 
 
 @dataclass(frozen=True)

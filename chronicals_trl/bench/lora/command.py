@@ -8,7 +8,7 @@ from typing import Any
 
 from chronicals_trl.bench import report
 from chronicals_trl.bench.lora import run as lora_run
-from chronicals_trl.bench.lora.cases import LAYERS, SETTINGS, SIDES, tiny
+from chronicals_trl.bench.lora.cases import LAYERS, SETTINGS, SIDES, TINY
 from chronicals_trl.bench.process import side_and_path
 
 __all__ = ["add_parser", "run"]
@@ -25,7 +25,7 @@ under autocast, in bf16, and in fp32 without autocast, with dropout 0 and 0.05; 
 Every side's gradients are compared with float64's first: no farther off than PEFT's, within a factor of 1.5. Two times
 a side: the GPU's, with all launches queued behind a sleep, and a step's with the host in it. Writes
 bench_lora_GPU.json and .png (with --layers: bench_lora_LAYER_GPU). Without a GPU this is a dry run on the CPU with
-tiny layers, for trying the command: its times mean nothing."""
+one tiny layer, for trying the command: its times mean nothing."""
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -51,7 +51,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """The result, and where its files go, without the ending."""
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one for each time that a layer is loaded, between the lines that tell the times
     for name, _ in [*options.python, *options.pythonpath]:
         if name != "unsloth":
             parser.error(f"only unsloth has a process of its own, not {name!r}")
@@ -59,11 +61,11 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[d
         parser.error(f"--timeout must be above 0, not {options.timeout:g}")
     cuda = torch.cuda.is_available()
     names = list(dict.fromkeys(options.layers or (list(LAYERS)[:1] if options.quick else LAYERS)))
-    layers = [LAYERS[name] if cuda else tiny(LAYERS[name]) for name in names]
+    layers = [LAYERS[name] for name in names] if cuda else [TINY]
     sides = [side for side in SIDES if side in (options.sides or SIDES)]
     skipped: dict[str, str] = {}
     if not cuda:
-        print(report.DRY_RUN + ". Tiny layers.")
+        print(f"{report.DRY_RUN}. One tiny layer instead of {' and '.join(names)}.")
         if options.sides is None:
             skipped = dict.fromkeys(("peft-compiled", "unsloth"), "on a CPU only if --sides names it")
             sides = [side for side in sides if side not in skipped]

@@ -20,7 +20,7 @@ from chronicals_trl.bench.lora import layer as lora_layer
 from chronicals_trl.bench.lora import measure as lora_measure
 from chronicals_trl.bench.lora import sides as lora_sides
 from chronicals_trl.bench.lora import verdict as lora_verdict
-from chronicals_trl.bench.lora.cases import LAYERS, Layer, Setting, not_offered, tiny
+from chronicals_trl.bench.lora.cases import Layer, Setting, not_offered
 from chronicals_trl.bench.lora.timing import STEP_PASSES
 from chronicals_trl.bench.process import run_apart
 from chronicals_trl.bench.sft.cases import LORA_ALPHA, LORA_RANK
@@ -46,7 +46,7 @@ class Settings:
     Args:
         layers, settings, sides: In this order.
         skipped: Side to the reason why it is not run; reported as such.
-        device: A CUDA device, or the CPU for a dry run with tiny layers.
+        device: A CUDA device, or the CPU for a dry run with one tiny layer.
         rounds, samples: Rounds, and samples of each side in each.
         timeout: Seconds for the process of one peer and layer.
         logs: Folder for what each process says.
@@ -207,7 +207,6 @@ def _run_apart(
         json.dumps(
             {
                 "layer": layer.name,
-                "tiny": layer == tiny(LAYERS[layer.name]),
                 "folder": str(folder / "model"),
                 "rounds": settings.rounds,
                 "samples": settings.samples,

@@ -76,8 +76,7 @@ def _measured(task: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     from chronicals_trl.bench.lora import sides as lora_sides
     from chronicals_trl.bench.lora.layer import Inputs, Pass, make_inputs
 
-    layer = lora.LAYERS[task["layer"]]
-    layer = lora.tiny(layer) if task["tiny"] else layer
+    layer = {**lora.LAYERS, lora.TINY.name: lora.TINY}[task["layer"]]
     setting = lora.SETTINGS[case["setting"]]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tensors = torch.load(case["tensors"], map_location=device, weights_only=True)
