@@ -77,10 +77,12 @@ def require_right(cells: tuple[Cell, ...], folder: Path, kind: str) -> None:
     assert {cell.name: why for cell in cells if cell.ours and (why := wrong(cell, rows))} == {}
 
 
+@pytest.mark.timeout(500)  # some 50 s on two free cores
 def test_ddp(tmp_path: Path) -> None:
     require_right(DDP, tmp_path, "ddp")
 
 
+@pytest.mark.timeout(500)
 def test_fsdp2(tmp_path: Path) -> None:
     require_right(FSDP2, tmp_path, "fsdp2")
 
