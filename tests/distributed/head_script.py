@@ -181,7 +181,7 @@ def _sharded_at_the_root(case: Case) -> Iterator[None]:
 
     def prepare(accelerator: Any, model: nn.Module) -> nn.Module:
         policy = accelerator.state.fsdp_plugin.mixed_precision_policy or MixedPrecisionPolicy()
-        for layer in model.model.layers:
+        for layer in getattr(model, "get_base_model", lambda: model)().model.layers:
             fully_shard(layer, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
         return model
