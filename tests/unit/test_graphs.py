@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from chronicals_trl import patch_model, unpatch_model
 from chronicals_trl.model import decoder, graphs
-from chronicals_trl.model.graph_capture import Captured
+from chronicals_trl.model.graph_capture import Captured, Segment
 from chronicals_trl.model.graph_state import LayerState, Unreadable, read_call, surroundings
 from chronicals_trl.model.graphs import WARM_UP, GraphedStack, decoder_layers
 
@@ -786,5 +786,6 @@ def test_the_backward_pass_is_recorded_without_autocast_as_it_would_run() -> Non
 
     with torch.autocast("cpu", torch.bfloat16):
         inputs = [torch.randn(2, 4, requires_grad=True)]
-        Captured(StandIn(), lambda t: Spy.apply(layer(t[0])), inputs, [layer], list(layer.parameters()))
+        segment = Segment(lambda hidden, statics: Spy.apply(layer(hidden)), list(layer.parameters()))
+        Captured(StandIn(), [segment], inputs, [layer])
     assert seen == [False]
