@@ -65,6 +65,7 @@ def test_defaults(no_run: list[sft_run.Settings], tmp_path: Path) -> None:
     assert got.sides == ["chronicals", "trl-tuned", "trl-liger", "unsloth-packing", "torch-compile"]
     assert (tmp_path / "new").is_dir()
     assert got.tokens_per_step % got.row_tokens == 0
+    assert (got.master, got.floor) == ("bf16", False)
 
 
 def test_what_is_given(no_run: list[sft_run.Settings], tmp_path: Path) -> None:
@@ -72,11 +73,13 @@ def test_what_is_given(no_run: list[sft_run.Settings], tmp_path: Path) -> None:
         no_run, tmp_path, "--shape", "qwen2.5-7b", "--mode", "full", "--row-tokens", "4096", "--tokens-per-step",
         "8192", "--sides", "trl", "unsloth", "trl", "--python", "unsloth=/x/python", "--pythonpath", "trl=/y",
         "--chronicals-config", '{"lora_plus": "auto", "rms_norm": "off"}', "--gradient-checkpointing", "default",
+        "--master", "fp32", "--floor",
     )  # fmt: skip
     assert (got.row_tokens, got.tokens_per_step, got.learning_rate, got.steps) == (4096, 8192, 1e-4, 50)
     assert got.sides == ["trl", "unsloth"]
     assert (got.python, got.pythonpath) == ({"unsloth": "/x/python"}, {"trl": "/y"})
     assert got.chronicals == {"lora_plus": "auto", "rms_norm": "off"} and got.checkpointing == "default"
+    assert (got.master, got.floor) == ("fp32", True)
 
 
 def test_short_protocol(no_run: list[sft_run.Settings], tmp_path: Path) -> None:
