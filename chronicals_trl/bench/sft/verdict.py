@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from chronicals_trl.bench.sft.cases import ABLATION_START
 from chronicals_trl.bench.verdict import NOISE, Judged, conclude
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["REFERENCES", "fall", "judge", "judge_validity"]
 
-REFERENCES = ("trl-liger", "trl-tuned", "trl", "torch-compile")
+REFERENCES = ("trl-liger", "trl-tuned", "trl", "torch-compile", ABLATION_START)
 START = 0.1
 FALL_LEAST, FALL_MOST = 0.6, 1.6
 LEARNS = 0.01
