@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_each_side_has_one_part_more() -> None:
     names = ablation_sides("lora", packs=True)
     assert names[0] == "ablation-0-off" and SIDES[names[0]].parts == () and SIDES[names[0]].packs is False
     assert not SIDES[names[0]].ours and all(SIDES[name].ours for name in names[1:])
-    for number, (before, name) in enumerate(zip(names, names[1:], strict=False), start=1):
+    for number, (before, name) in enumerate(pairwise(names), start=1):
         parts, fewer = SIDES[name].parts, SIDES[before].parts
         assert parts is not None and fewer is not None
         assert parts[:-1] == fewer and name == f"ablation-{number}-{parts[-1]}"

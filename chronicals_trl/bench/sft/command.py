@@ -23,8 +23,8 @@ DRY_ROW_TOKENS, DRY_TOKENS_PER_STEP = 256, 512
 
 _DESCRIPTION = """\
 Train the same documents with us and with every peer in turn, each in a process of its own, with its real trainer:
-stock TRL (as it comes, tuned), TRL + Liger with torch's varlen attention, Unsloth (as it comes, packing), and a bare
-torch.compile loop.
+stock TRL (as it comes, tuned), TRL + Liger with torch's varlen attention, the same with Apple's Cut Cross-Entropy,
+Unsloth (as it comes, packing), a bare torch.compile loop, and the package `chronicals` of PyPI.
 
 Random bf16 weights of one seed; AdamW, constant rate, no weight decay, gradients clipped at 1. Real tokens are counted
 from the batches, alike for all. A side that packs sees other rows of the same documents. A row whose gradient is zero
@@ -74,9 +74,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def default_sides(protocol: str) -> list[str]:
     """In the short protocol our strict row and one that packs; in the packed one they would be the same."""
     left_out = {
-        "packed": ("chronicals-packing", "chronicals-offload", "trl", "unsloth"),
-        "short": ("chronicals-offload", "trl-tuned", "torch-compile"),
-    }[protocol]
+        "packed": (
+            "chronicals-packing", "chronicals-offload", "trl", "unsloth", "pypi-chronicals", "pypi-chronicals-bf16",
+        ),
+        "short": ("chronicals-offload", "trl-tuned", "trl-cce", "torch-compile"),
+    }[protocol]  # fmt: skip
     return [name for name, side in SIDES.items() if name not in left_out and side.parts is None]
 
 
