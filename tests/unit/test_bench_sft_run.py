@@ -110,7 +110,7 @@ def test_what_the_file_holds(tmp_path: Path, interpreter: Any) -> None:
     assert (task["rows"], task["packs"], task["row_tokens"], task["windows"]) == (2, True, 256, 3)
     assert kept == [["chronicals"], ["chronicals", "trl-liger"]]
     assert calls(tmp_path) == ["prepare", "chronicals", "trl-liger"]
-    assert result["verdict"] and result["floor"] is None and ours["over_floor"] is None
+    assert result["verdict"] and result["floor"] is None and result["ablation"] is None and ours["over_floor"] is None
 
 
 def test_the_floor_is_a_process_of_the_run(tmp_path: Path, interpreter: Any) -> None:
@@ -140,6 +140,22 @@ def test_the_plot_has_a_line_at_the_floor(tmp_path: Path, interpreter: Any, monk
     assert sft_report.write_plot(result, tmp_path / "plot.png") is None
     (line,) = drawn[0].axes[0].lines[-1:]
     assert list(line.get_xdata()) == [2000.0, 2000.0]  # 400 tokens in 200 ms
+
+
+def test_an_ablation_is_a_table_of_its_own(
+    tmp_path: Path, interpreter: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    works, names = interpreter("works", WORKS), ["ablation-0-off", "ablation-1-packing", "chronicals"]
+    result = run(settings(tmp_path, {"prepare": works, **dict.fromkeys(names, works)}))
+    assert [(each["added"], each["gain"]) for each in result["ablation"]] == [("nothing", None), ("packing", 1.0)]
+    padded, packed = result["rows"][:2]
+    assert (padded["packs"], packed["packs"]) == (False, True)
+    sft_report.print_tables(result)
+    told = capsys.readouterr().out
+    assert "One part more in each row" in told and "1.000x" in told
+    result["ablation"] = None
+    sft_report.print_tables(result)
+    assert "One part more" not in capsys.readouterr().out
 
 
 def test_a_floor_that_fails_leaves_the_sides_their_figures(tmp_path: Path, interpreter: Any) -> None:

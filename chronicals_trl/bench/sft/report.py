@@ -13,7 +13,7 @@ from chronicals_trl.bench.sft.verdict import fall
 __all__ = ["print_tables", "write_plot"]
 
 _COLUMNS = (
-    "side", "status", "tokens/s", "spread", "step ms", "p20-p80", "GiB", "MFU", "of GEMM", "over floor", "ours is",
+    "side", "status", "tokens/s", "spread", "step ms", "p20-p80", "GiB", "MFU", "of GEMM", "/ floor", "ours is",
 )  # fmt: skip
 _TRAINING = ("side", "tokens a step", "filled", "loss from", "falls by", "grad norm", "trained", "attention")
 _ABLATION = ("side", "added", "status", "tokens/s", "GiB", "gain", "over")
