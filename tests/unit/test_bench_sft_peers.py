@@ -164,6 +164,13 @@ def test_its_loss_is_trls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode:
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2) and ours["grad_norm"] > 0
 
 
+@pytest.mark.parametrize(("master", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_weights_are_loaded_as_the_run_says(tmp_path: Path, master: str, dtype: torch.dtype) -> None:
+    sft_models.write_model(TINY, 0, tmp_path / "model")
+    model = sides._load(task(tmp_path, master=master))
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
 def test_who_is_not_here_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for side, package in (("trl-cce", "cut_cross_entropy"), ("pypi-chronicals", "chronicals")):
