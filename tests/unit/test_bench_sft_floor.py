@@ -17,7 +17,7 @@ from chronicals_trl.bench.sft import floor
 from chronicals_trl.bench.sft import models as sft_models
 from chronicals_trl.bench.sft.cases import SHAPES, Shape, training_flops
 from chronicals_trl.bench.sft.floor_head import head_ops
-from chronicals_trl.bench.sft.floor_layer import Attention
+from chronicals_trl.bench.sft.floor_layer import Attention, Group, Linear
 from chronicals_trl.bench.sft.floor_ops import ELEMENTWISE, GEMM, run
 from chronicals_trl.bench.sft.floor_step import Step, make_step
 
@@ -194,6 +194,31 @@ def test_attention_reads_and_feeds_the_products() -> None:
     for index, each in enumerate(grads):
         torch.testing.assert_close(made.grad_of(index)(), each.transpose(1, 2).reshape(6, -1))
     assert made.forward.flops == 2 * 2 * 4 * 36 and made.backward.flops == 2 * made.forward.flops
+
+
+def test_a_group_computes_what_its_layers_do() -> None:
+    """Adapters' factors lie ready, h among them: on both ways it stands for what has its shape."""
+    x, d_x, h, a = (torch.randn(*size) for size in ((6, 8), (6, 8), (6, 64), (64, 8)))
+    linears = [
+        Linear(
+            name, torch.randn(5, 8), torch.empty(6, 5), torch.randn(6, 5), torch.empty(5, 8), bias, torch.randn(5, 32)
+        )
+        for name, bias in (("one", torch.randn(5)), ("two", None))
+    ]
+    group = Group(x, d_x, linears, a, h)
+    run(group.forward())
+    for each, part in zip(linears, h.split(32, 1), strict=True):
+        bias = 0.0 if each.bias is None else each.bias
+        torch.testing.assert_close(each.out, x @ each.weight.t() + bias + 2 * part @ each.b.t())
+    run(group.by_turns())
+    expected = sum(each.grad @ each.weight for each in linears)
+    torch.testing.assert_close(d_x, expected)
+    for each in linears:
+        torch.testing.assert_close(each.d_weight, each.grad.t() @ x)
+    run(group.adapter_gradients(need_x=False))
+    torch.testing.assert_close(d_x, expected)
+    run(group.adapter_gradients(need_x=True))
+    torch.testing.assert_close(d_x, expected + h @ a)
 
 
 class Places(TorchDispatchMode):
