@@ -309,3 +309,6 @@ def test_gradients_that_are_none_are_a_norm_of_zero() -> None:
     weight.grad = torch.tensor([3.0, 4.0])
     trainer.optimizer.step()
     assert np.allclose([float(norm) for norm in norms], [0.0, 5.0])
+    trainer.state.global_step = 0  # what came before was its warm-up
+    trainer.optimizer.step()
+    assert [float(norm) for norm in norms] == [5.0]
