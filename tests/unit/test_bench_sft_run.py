@@ -134,7 +134,7 @@ def test_the_floor_is_a_process_of_the_run(tmp_path: Path, interpreter: Any) -> 
 
 def test_the_plot_has_a_line_at_the_floor(tmp_path: Path, interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     works = interpreter("works", WORKS)
-    result = run(settings(tmp_path, {"prepare": works, "floor": works, "trl-liger": works}, floor=True))  # without ours
+    result = run(settings(tmp_path, {"prepare": works, "floor": works, "trl-liger": works}, floor=True))
     drawn: list[Any] = []
     monkeypatch.setattr(sft_report, "save_plot", lambda figure, path: drawn.append(figure))
     assert sft_report.write_plot(result, tmp_path / "plot.png") is None
