@@ -62,9 +62,10 @@ def test_defaults(no_run: list[sft_run.Settings], tmp_path: Path) -> None:
     assert (got.shape, got.mode, got.protocol, got.checkpointing) == ("tiny", "lora", "packed", "off")
     assert (got.warm_up, got.steps, got.repeats, got.fresh) == (10, 6, 3, False)
     assert got.chronicals == {"lora_plus": "off"} and got.learning_rate == 2e-4
-    assert got.sides == ["chronicals", "trl-tuned", "trl-liger", "unsloth-packing", "torch-compile"]
+    assert got.sides == ["chronicals", "trl-tuned", "trl-liger", "trl-cce", "unsloth-packing", "torch-compile"]
     assert (tmp_path / "new").is_dir()
     assert got.tokens_per_step % got.row_tokens == 0
+    assert (got.master, got.floor) == ("bf16", False)
 
 
 def test_what_is_given(no_run: list[sft_run.Settings], tmp_path: Path) -> None:
@@ -72,11 +73,13 @@ def test_what_is_given(no_run: list[sft_run.Settings], tmp_path: Path) -> None:
         no_run, tmp_path, "--shape", "qwen2.5-7b", "--mode", "full", "--row-tokens", "4096", "--tokens-per-step",
         "8192", "--sides", "trl", "unsloth", "trl", "--python", "unsloth=/x/python", "--pythonpath", "trl=/y",
         "--chronicals-config", '{"lora_plus": "auto", "rms_norm": "off"}', "--gradient-checkpointing", "default",
+        "--master", "fp32", "--floor",
     )  # fmt: skip
     assert (got.row_tokens, got.tokens_per_step, got.learning_rate, got.steps) == (4096, 8192, 1e-4, 50)
     assert got.sides == ["trl", "unsloth"]
     assert (got.python, got.pythonpath) == ({"unsloth": "/x/python"}, {"trl": "/y"})
     assert got.chronicals == {"lora_plus": "auto", "rms_norm": "off"} and got.checkpointing == "default"
+    assert (got.master, got.floor) == ("fp32", True)
 
 
 def test_short_protocol(no_run: list[sft_run.Settings], tmp_path: Path) -> None:
@@ -111,7 +114,8 @@ def test_wrong_arguments(
 
 def test_every_side_has_its_place() -> None:
     every = {*sft_command.default_sides("packed"), *sft_command.default_sides("short")}
-    assert every == set(SIDES) - {"chronicals-offload"}  # which has to be named
+    plain = {name for name, side in SIDES.items() if side.parts is None}
+    assert every == plain - {"chronicals-offload"}  # which has to be named, as an ablation has
 
 
 def test_the_worker_imports_no_trainer() -> None:

@@ -26,11 +26,16 @@ assert module == "chronicals_trl.bench.sft.worker"
 task = json.load(open(given))
 print("hello from", task.get("side", what), "in", os.getcwd())
 with open({calls!r}, "a") as calls:
-    calls.write(task.get("side", what) + " " + os.environ["PYTHONPATH"].split(os.pathsep)[0] + "\\n")
+    who = what if what == "floor" else task.get("side", what)
+    calls.write(who + " " + os.environ["PYTHONPATH"].split(os.pathsep)[0] + "\\n")
 """
 WORKS = """
 if what == "prepare":
     found = {"gpu": "NVIDIA H100 80GB HBM3", "gemm_tflops": 500.0}
+elif what == "floor":
+    found = {"floor_ms": 200.0, "sum_ms": 200.0, "replayed_ms": 210.0, "parts_ms": {"gemm": 150.0, "attention": 50.0},
+             "bandwidth_gbps": 3000.0, "gemm_tflops": 600.0, "seconds": 9.0, "real_tokens": 400, "task": task,
+             "rows": task["rows"], "packs": task["packs"]}
 else:
     steps = task["steps"]
     window = {"seconds": 2.0, "steps": steps, "step_ms": [2000.0 / steps] * steps, "tokens": 1000, "documents": 4,
@@ -63,7 +68,7 @@ def settings(tmp_path: Path, python: dict[str, str], **changes: Any) -> sft_run.
         "fresh": False, "learning_rate": 1e-4, "seed": 0, "timeout": 30.0, "models": None, "logs": tmp_path / "logs",
         "python": python, **changes,
     }  # fmt: skip
-    given["sides"] = [side for side in given["sides"] if side != "prepare"]
+    given["sides"] = [side for side in given["sides"] if side not in ("prepare", "floor")]
     return sft_run.Settings(**given)
 
 
@@ -105,7 +110,63 @@ def test_what_the_file_holds(tmp_path: Path, interpreter: Any) -> None:
     assert (task["rows"], task["packs"], task["row_tokens"], task["windows"]) == (2, True, 256, 3)
     assert kept == [["chronicals"], ["chronicals", "trl-liger"]]
     assert calls(tmp_path) == ["prepare", "chronicals", "trl-liger"]
-    assert result["verdict"]
+    assert result["verdict"] and result["floor"] is None and result["ablation"] is None and ours["over_floor"] is None
+
+
+def test_the_floor_is_a_process_of_the_run(tmp_path: Path, interpreter: Any) -> None:
+    works = interpreter("works", WORKS)
+    sides = {"prepare": works, "floor": works, "trl": works, "trl-liger": works, "chronicals": works}
+    kept: list[bool] = []
+    result = run(settings(tmp_path, sides, sides=["chronicals", "trl-liger", "trl"], floor=True, master="fp32",
+                          keep=lambda so_far: kept.append(so_far["floor"] is not None)))  # fmt: skip
+    assert calls(tmp_path) == ["prepare", "floor", "chronicals", "trl-liger", "trl"] and kept == [True] * 4
+    found = result["floor"]
+    assert (found["floor_ms"], found["task"]["side"], found["task"]["master"]) == (200.0, "chronicals", "fp32")
+    ours, packed, padded = result["rows"]
+    assert ours["runs"][0]["task"]["master"] == "fp32"
+    assert ours["over_floor"] == packed["over_floor"] == 2.5 and padded["over_floor"] is None  # 500 ms; other work
+    assert ours["of_gemm_in_place"] == pytest.approx(ours["tflops"] / 600)
+    told = sft_report.floor_summary(found)
+    assert told.startswith("floor: 200.0 ms (sum 200.0: gemm 150.0, attention 50.0; replayed 210.0)")
+    sft_report.print_tables(result)
+    assert sft_report.write_plot(result, tmp_path / "plot.png") is None
+
+
+def test_the_plot_has_a_line_at_the_floor(tmp_path: Path, interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    works = interpreter("works", WORKS)
+    result = run(settings(tmp_path, {"prepare": works, "floor": works, "trl-liger": works}, floor=True))
+    drawn: list[Any] = []
+    monkeypatch.setattr(sft_report, "save_plot", lambda figure, path: drawn.append(figure))
+    assert sft_report.write_plot(result, tmp_path / "plot.png") is None
+    (line,) = drawn[0].axes[0].lines[-1:]
+    assert list(line.get_xdata()) == [2000.0, 2000.0]  # 400 tokens in 200 ms
+
+
+def test_an_ablation_is_a_table_of_its_own(
+    tmp_path: Path, interpreter: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    works, names = interpreter("works", WORKS), ["ablation-0-off", "ablation-1-packing", "chronicals"]
+    result = run(settings(tmp_path, {"prepare": works, **dict.fromkeys(names, works)}))
+    assert [(each["added"], each["gain"]) for each in result["ablation"]] == [("nothing", None), ("packing", 1.0)]
+    padded, packed = result["rows"][:2]
+    assert (padded["packs"], packed["packs"]) == (False, True)
+    sft_report.print_tables(result)
+    told = capsys.readouterr().out
+    assert "One part more in each row" in told and "1.000x" in told
+    result["ablation"] = None
+    sft_report.print_tables(result)
+    assert "One part more" not in capsys.readouterr().out
+
+
+def test_a_floor_that_fails_leaves_the_sides_their_figures(tmp_path: Path, interpreter: Any) -> None:
+    works = interpreter("works", WORKS)
+    sides = {"prepare": works, "floor": interpreter("crashes", CRASHES), "chronicals": works}
+    result = run(settings(tmp_path, sides, floor=True))
+    (ours,) = result["rows"]
+    assert ours["status"] == "ok" and ours["over_floor"] is None and ours["of_gemm_in_place"] is None
+    assert sft_report.floor_summary(result["floor"]).startswith("floor: failed (exit code 139; its last words:")
+    sft_report.print_tables(result)
+    assert sft_report.write_plot(result, tmp_path / "plot.png") is None
 
 
 def test_a_side_that_fails_is_a_row(tmp_path: Path, interpreter: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from chronicals_trl.bench.sft import figures as sft_figures
 from chronicals_trl.bench.sft import models as sft_models
 from chronicals_trl.bench.sft import verdict as sft_verdict
 from chronicals_trl.bench.sft import worker as sft_worker
@@ -218,6 +219,19 @@ def test_targets() -> None:
         for which in ("on", "off")
     )
     assert "1.2x trl-liger" in on and "1.6x trl-liger" in off
+
+
+def test_a_step_is_held_to_its_floor() -> None:
+    def judged(over: float | None, **run: Any) -> list[tuple[str, str]]:
+        ours = row("chronicals", tokens_per_second=1.0, peak_memory_gib=1.0, mfu=0.5, over_floor=over)
+        found = sft_verdict.judge(settings(**run), [ours])
+        return [(each.target, each.outcome) for each in found if each.target.startswith("step")]
+
+    full = {"mode": "full"}
+    assert judged(1.09, **full) == [("step: at most 1.10 of its floor", "met")]
+    assert judged(1.11, **full) == [("step: at most 1.10 of its floor", "missed")]
+    assert judged(1.12, shape="qwen2.5-7b") == [("step: at most 1.15 of its floor", "met")]
+    assert judged(None, **full) == judged(1.0) == []  # not measured in this run; no target
 
 
 def test_datasheet() -> None:

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "ABLATED",
+    "ABLATION_START",
     "LORA_ALPHA",
     "LORA_RANK",
     "LORA_TARGETS",
@@ -139,26 +141,42 @@ class Side:
         told: In words, for the table.
         packs: True or False, or None: as the protocol's script.
         checkpointing: Under "default": None is as the framework comes.
+        ours: Whether it is this package that trains.
+        parts: Of ours, those that are on; None: as `chronicals_config` says. Without any the flag is off.
     """
 
     name: str
     told: str
     packs: bool | None = None
     checkpointing: bool | None = None
+    ours: bool = False
+    parts: tuple[str, ...] | None = None
 
+
+#: The parts of ours in the order in which an ablation adds them, and the side without any.
+ABLATED = ("packing", "attention", "head", "rms_norm", "gated_mlp", "qk_rope", "lora", "cuda_graphs")
+ABLATION_START = "ablation-0-off"
 
 SIDES = {
     side.name: side
     for side in (
-        Side("chronicals", "ours, flag on, the script as it is"),
-        Side("chronicals-packing", "ours, flag on, packing=True", packs=True),
-        Side("chronicals-offload", "ours, flag on, activation_offloading=True"),
+        Side("chronicals", "ours, flag on, the script as it is", ours=True),
+        Side("chronicals-packing", "ours, flag on, packing=True", packs=True, ours=True),
+        Side("chronicals-offload", "ours, flag on, activation_offloading=True", ours=True),
         Side("trl", "stock TRL as it comes, padded", packs=False),
         Side("trl-tuned", "stock TRL, packing, no checkpointing, flash-attn or else SDPA", True, False),
         Side("trl-liger", "TRL + Liger, packing, torch varlen attention", True, False),
+        Side("trl-cce", "TRL + Apple's Cut Cross-Entropy, Liger's other kernels, varlen, packing", True, False),
         Side("unsloth", "Unsloth as it comes", packs=False),
         Side("unsloth-packing", "Unsloth, packing=True", packs=True),
         Side("torch-compile", "a bare loop: torch.compile, packed rows, full logits", True, False),
+        Side("pypi-chronicals", "PyPI's chronicals 0.1.4 with its own trainer, padded", packs=False),
+        Side("pypi-chronicals-bf16", "the same, fp8=False", packs=False),
+        Side(ABLATION_START, "our trainer, flag off, padded", packs=False, parts=()),
+        *(
+            Side(f"ablation-{count}-{part}", f"the one before, and {part}", ours=True, parts=ABLATED[:count])
+            for count, part in enumerate(ABLATED, start=1)
+        ),
     )
 }
 

@@ -11,6 +11,7 @@ from chronicals_trl.bench import report
 from chronicals_trl.bench.process import side_and_path
 from chronicals_trl.bench.sft import report as sft_report
 from chronicals_trl.bench.sft import run as sft_run
+from chronicals_trl.bench.sft.ablation import ablation_sides
 from chronicals_trl.bench.sft.cases import MASTERS, MODES, PROTOCOLS, SHAPES, SIDES
 
 __all__ = ["add_parser", "default_sides", "run"]
@@ -22,8 +23,8 @@ DRY_ROW_TOKENS, DRY_TOKENS_PER_STEP = 256, 512
 
 _DESCRIPTION = """\
 Train the same documents with us and with every peer in turn, each in a process of its own, with its real trainer:
-stock TRL (as it comes, tuned), TRL + Liger with torch's varlen attention, Unsloth (as it comes, packing), and a bare
-torch.compile loop.
+stock TRL (as it comes, tuned), TRL + Liger with torch's varlen attention, the same with Apple's Cut Cross-Entropy,
+Unsloth (as it comes, packing), a bare torch.compile loop, and the package `chronicals` of PyPI.
 
 Random bf16 weights of one seed; AdamW, constant rate, no weight decay, gradients clipped at 1. Real tokens are counted
 from the batches, alike for all. A side that packs sees other rows of the same documents. A row whose gradient is zero
@@ -38,10 +39,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     add = parser.add_argument
+    plain = [name for name, side in SIDES.items() if side.parts is None]
     add("--shape", choices=list(SHAPES), help="default qwen2.5-0.5b, and tiny without a GPU")
     add("--mode", choices=MODES, default="lora", help="all weights, adapters of rank 32, or those on 4-bit weights")
     add("--protocol", choices=list(PROTOCOLS), default="packed", help="packed rows, or the paper's short padded texts")
-    add("--sides", nargs="+", metavar="SIDE", choices=list(SIDES), help=f"of {' '.join(SIDES)}; default by protocol")
+    add("--sides", nargs="+", metavar="SIDE", choices=list(SIDES), help=f"of {' '.join(plain)}; default by protocol")
     add("--row-tokens", type=_positive, metavar="N", help="longest row; default 2048 packed, 512 short")
     add("--tokens-per-step", type=_positive, default=16_384, metavar="N", help="packed: a multiple of --row-tokens")
     add("--documents-per-step", type=_positive, metavar="N", help="short: default 16, or 2 with adapters")
@@ -62,6 +64,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="of our sides, as in a script; LoRA+ is off unless named here, so that all train alike")  # fmt: skip
     add("--master", choices=MASTERS, default="bf16",
         help="weights loaded in bf16 and trained so, or fp32 ones, whose products autocast makes bf16")  # fmt: skip
+    add("--ablation", action="store_true", help="our parts one after the other, and of --sides only what is named")
     add("--floor", action="store_true", help="measure as well what our side's step takes at the least")
     add("--models", type=Path, metavar="DIR", help="keep the model's folder here for the next run")
     add("--output", type=Path, metavar="DIR", help="folder for the files; default docs/results if it exists, else .")
@@ -71,10 +74,19 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def default_sides(protocol: str) -> list[str]:
     """In the short protocol our strict row and one that packs; in the packed one they would be the same."""
     left_out = {
-        "packed": ("chronicals-packing", "chronicals-offload", "trl", "unsloth"),
-        "short": ("chronicals-offload", "trl-tuned", "torch-compile"),
-    }[protocol]
-    return [side for side in SIDES if side not in left_out]
+        "packed": (
+            "chronicals-packing", "chronicals-offload", "trl", "unsloth", "pypi-chronicals", "pypi-chronicals-bf16",
+        ),
+        "short": ("chronicals-offload", "trl-tuned", "trl-cce", "torch-compile"),
+    }[protocol]  # fmt: skip
+    return [name for name, side in SIDES.items() if name not in left_out and side.parts is None]
+
+
+def _sides(options: argparse.Namespace) -> list[str]:
+    """Each once: what is named, else the default; an ablation alone ends with all of ours."""
+    steps = ablation_sides(options.mode, PROTOCOLS[options.protocol].packs) if options.ablation else []
+    named = options.sides or (["chronicals"] if options.ablation else default_sides(options.protocol))
+    return list(dict.fromkeys([*steps, *named]))
 
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
@@ -103,13 +115,14 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     checkpointing = {"on": "_ckpt", "off": "", "default": "_default"}[options.gradient_checkpointing]
     master = "" if options.master == "bf16" else f"_{options.master}"
     case = f"sft_{shape}_{options.mode}_{options.protocol}{row_tokens}{checkpointing}{master}"
+    case += "_ablation" if options.ablation else ""
     case = case.replace(".", "").replace("-", "")
     path = folder / report.file_stem(gpu, case)
     if not cuda:
         print(f"{report.DRY_RUN}. {shape}, {tokens} tokens.")
     result = sft_run.run(
         sft_run.Settings(
-            sides=list(dict.fromkeys(options.sides or default_sides(options.protocol))),
+            sides=_sides(options),
             mode=options.mode,
             shape=shape,
             protocol=options.protocol,
@@ -140,7 +153,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     without_plot = sft_report.write_plot(result, path.with_suffix(".png"))
     print(f"{path.with_suffix('.json')}; {without_plot or path.with_suffix('.png')}; {result['seconds']} s in all")
     wrong = ("failed", "invalid", "not run")
-    return int(any(row["side"].startswith("chronicals") and row["status"] in wrong for row in result["rows"]))
+    return int(any(SIDES[row["side"]].ours and row["status"] in wrong for row in result["rows"]))
 
 
 def _positive(text: str) -> int:

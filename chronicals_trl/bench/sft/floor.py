@@ -30,9 +30,9 @@ from chronicals_trl.bench.sft.floor_step import Step, make_step, set_bytes
 
 __all__ = ["measure", "recomputes", "tables"]
 
-#: Milliseconds of replays before the first sample: a GPU's clock takes about as long to settle under load.
-WARM_UP_MS = 1500.0
-SAMPLES = 25
+#: Milliseconds of replays before the first sample, which a GPU's clock takes to settle under load, and of all samples.
+WARM_UP_MS, SAMPLED_MS = 1500.0, 2500.0
+FEWEST_SAMPLES = 5
 COPY_SAMPLES = 15
 
 
@@ -116,7 +116,7 @@ def _median_ms(call: Callable[[], Any], device: torch.device) -> float:
     once = timing.sample_ms(graph.replay, device)
     for _ in range(int(WARM_UP_MS / once) + 1):
         graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(SAMPLES + 1)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(max(FEWEST_SAMPLES, int(SAMPLED_MS / once)) + 1)]
     marks[0].record()
     for mark in marks[1:]:
         graph.replay()

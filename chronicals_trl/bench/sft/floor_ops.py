@@ -32,6 +32,8 @@ Operand = Tensor | Callable[[], Tensor]
 
 #: Each of the two areas that copies go between: together several L2 caches, so that no copy finds its data there.
 MOVED_BYTES = 2**28
+#: Copies begin at multiples of so many elements, as tensors do: others would be read and written one by one.
+ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class Mover:
             part = min(elements, self._source.numel() - self._at)
             piece = slice(self._at, self._at + part)
             torch.neg(self._source[piece], out=self._target[piece])
-            self._at = (self._at + part) % self._source.numel()
+            end = -(-(self._at + part) // ALIGNMENT) * ALIGNMENT
+            self._at = end if end < self._source.numel() else 0
             elements -= part
 
 

@@ -152,7 +152,7 @@ def _rotating(step: Step) -> dict[str, Tensor]:
     shape, full = step.shape, step.mode == "full"
     a, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     n, h, i = step.tokens, shape.hidden, shape.intermediate
-    made = {name: _random(step, n, h) for name in ("x", "x2", "o", "down", "d_out", "d_x", "d_x2")}
+    made = {name: _random(step, n, h) for name in ("x", "x2", "o", "d_o", "down", "d_out", "d_x", "d_x2")}
     made |= {name: _random(step, n, i) for name in ("gate", "up", "product", "d_product", "d_gate", "d_up")}
     made |= {name: _random(step, n, a) for name in ("attended", "d_attended", "d_q")}
     made |= {name: _random(step, n, k) for name in ("d_k", "d_v")}
@@ -198,7 +198,7 @@ def _layer(step: Step, of_set: dict[str, Tensor]) -> _Layer:
     qkv = [linear(name, h, out.shape[1], out, attention.grad_of(at), bias) for name, out, at in parts]
     inner = [linear(name, h, i, of_set[name], of_set[f"d_{name}"]) for name in ("gate", "up")]
     joint = [of_set[f"joint_{name}"] for name in ("gate", "up")] if "joint_gate" in of_set else []
-    o = linear("o", a, h, of_set["o"], of_set["d_x2"][:, :h])
+    o = linear("o", a, h, of_set["o"], of_set["d_o"])
     down = linear("down", i, h, of_set["down"], of_set["d_out"])
     return _Layer(
         step,

@@ -48,6 +48,11 @@ class Meter:
         self._peak: tuple[int, int] | None = None
         self.counted: Counted | None = None
 
+    def restart(self) -> None:
+        """Forget the steps so far: a trainer that warms up by itself begins anew."""
+        self._seconds.clear()
+        self._marks.clear()
+
     def begin(self, done: int) -> None:
         """Before the step after `done` steps."""
         if done == 0:

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from chronicals_trl.bench.report import DRY_RUN, print_table, print_verdict, pyplot, save_plot
+from chronicals_trl.bench.sft.cases import SIDES
 from chronicals_trl.bench.sft.figures import floor_summary
 from chronicals_trl.bench.sft.verdict import fall
 
 __all__ = ["print_tables", "write_plot"]
 
 _COLUMNS = (
-    "side", "status", "tokens/s", "spread", "step ms", "p20-p80", "GiB", "MFU", "of GEMM", "over floor", "ours is",
+    "side", "status", "tokens/s", "spread", "step ms", "p20-p80", "GiB", "MFU", "of GEMM", "/ floor", "ours is",
 )  # fmt: skip
 _TRAINING = ("side", "tokens a step", "filled", "loss from", "falls by", "grad norm", "trained", "attention")
+_ABLATION = ("side", "added", "status", "tokens/s", "GiB", "gain", "over")
 _OURS, _PEER, _INVALID = "#d1495b", "#30638e", "#c9cdd6"
 
 
@@ -31,6 +33,8 @@ def print_tables(result: dict[str, Any]) -> None:
     print_table(title, _COLUMNS, [_cells(row, result["dry_run"]) for row in result["rows"]], 2)
     trained = [row for row in result["rows"] if row["tokens_per_second"] is not None]
     print_table("What was trained", _TRAINING, [_training_cells(row) for row in trained], 1)
+    if result["ablation"]:
+        print_table("One part more in each row", _ABLATION, [_gain_cells(each) for each in result["ablation"]], 3)
     for row in result["rows"]:
         if row["reason"]:
             print(f"{row['side']}: {row['status']} ({row['reason']})")
@@ -52,9 +56,7 @@ def write_plot(result: dict[str, Any], path: Path) -> str | None:
     figure, axis = plt.subplots(figsize=(9, 1.4 + 0.5 * len(rows)), layout="constrained")
     names = [row["side"] for row in rows]
     rates = [row["tokens_per_second"] for row in rows]
-    colors = [
-        _INVALID if row["status"] != "ok" else _OURS if row["side"].startswith("chronicals") else _PEER for row in rows
-    ]
+    colors = [_INVALID if row["status"] != "ok" else _OURS if SIDES[row["side"]].ours else _PEER for row in rows]
     lower = [rate - min(row["rates"]) for rate, row in zip(rates, rows, strict=True)]
     upper = [max(row["rates"]) - rate for rate, row in zip(rates, rows, strict=True)]
     bars = axis.barh(names, rates, color=colors, xerr=(lower, upper), error_kw={"linewidth": 0.8})
@@ -97,6 +99,18 @@ def _cells(row: dict[str, Any], dry_run: bool) -> list[str]:
         _number(row["of_gemm"], ".1%"),
         _number(row["over_floor"], ".2f", "x"),
         "" if dry_run or row["side"] == "chronicals" else _number(row["ours_is_faster_by"], ".2f", "x"),
+    ]
+
+
+def _gain_cells(each: dict[str, Any]) -> list[str]:
+    return [
+        each["side"],
+        each["added"],
+        each["status"],
+        _number(each["tokens_per_second"], ",.0f"),
+        _number(each["peak_memory_gib"], ".2f"),
+        _number(each["gain"], ".3f", "x"),
+        each["over"] or "",
     ]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from chronicals_trl.bench.common import versions
 from chronicals_trl.bench.process import run_apart
 from chronicals_trl.bench.sft import verdict as sft_verdict
+from chronicals_trl.bench.sft.ablation import gains
 from chronicals_trl.bench.sft.cases import (
     PROTOCOLS,
     SHAPES,
@@ -123,6 +124,7 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
             "documents": data,
             "validity": judged,
             "rows": rows,
+            "ablation": gains(rows) or None,
             "verdict": [] if gpu is None else [asdict(each) for each in sft_verdict.judge(settings, rows)],
         }
 

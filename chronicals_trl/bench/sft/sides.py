@@ -1,12 +1,13 @@
 """How each side trains. Everything is imported where it is used: a peer's process may hold another TRL.
 
-A side is one function here, of its name with underscores, and one entry in `sft.SIDES`. It is given the task and the
-meter, trains, and returns what ran.
+A side is one function here, of its name with underscores, and one entry in `sft.SIDES`; all of ours have one. It is
+given the task and the meter, trains, and returns what ran.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from typing import Any
 
 import torch
@@ -30,17 +31,17 @@ __all__ = ["four_bit", "train"]
 def train(task: Task, meter: Meter) -> dict[str, Any]:
     """Run the side; returns `logs` and what ran."""
     functions = {
-        "chronicals": _chronicals,
-        "chronicals-packing": _chronicals,
-        "chronicals-offload": _chronicals,
         "trl": _trl,
         "trl-tuned": _trl_tuned,
         "trl-liger": _trl_liger,
+        "trl-cce": _trl_cce,
         "unsloth": _unsloth,
         "unsloth-packing": _unsloth,
         "torch-compile": _torch_compile,
+        "pypi-chronicals": _pypi_chronicals,
+        "pypi-chronicals-bf16": _pypi_chronicals,
     }
-    return functions[task.side](task, meter)
+    return functions.get(task.side, _chronicals)(task, meter)
 
 
 # -- TRL, and ours ------------------------------------------------------------------------------------------------
@@ -48,14 +49,17 @@ def train(task: Task, meter: Meter) -> dict[str, Any]:
 
 def _chronicals(task: Task, meter: Meter) -> dict[str, Any]:
     from chronicals_trl import SFTConfig, SFTTrainer
+    from chronicals_trl.config import PARTS
 
-    extra = {"use_chronicals": True, "chronicals_config": task.chronicals}
+    parts = SIDES[task.side].parts
+    off = {} if parts is None else {part: "off" for part in PARTS if part not in parts}
+    extra = {"use_chronicals": parts != (), "chronicals_config": {**task.chronicals, **off}}
     if task.side == "chronicals-offload":
         if not torch.cuda.is_available():
             raise NotOffered("offloading needs a GPU to offload from")
         extra["activation_offloading"] = True
     trainer, ran = _run_trainer(task, meter, SFTTrainer, SFTConfig, _load(task), extra)
-    return {**ran, "report": trainer.chronicals_report.to_dict()}
+    return ran if parts == () else {**ran, "report": trainer.chronicals_report.to_dict()}
 
 
 def _trl(task: Task, meter: Meter) -> dict[str, Any]:
@@ -81,6 +85,20 @@ def _trl_liger(task: Task, meter: Meter) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise NotOffered("Liger and torch's varlen attention need a GPU")
     return _run_trainer(task, meter, SFTTrainer, SFTConfig, _load(task, register()), {"use_liger_kernel": True})[1]
+
+
+def _trl_cce(task: Task, meter: Meter) -> dict[str, Any]:
+    from trl import SFTConfig, SFTTrainer
+
+    from chronicals_trl.bench.sft import peers
+    from chronicals_trl.bench.sft.attention import register
+
+    trainer = peers.cce_trainer(SFTTrainer, peers.cce_function())
+    extra: dict[str, Any] = {}
+    if importlib.util.find_spec("liger_kernel") is not None:  # as Axolotl's plugins are used together
+        kernels = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+        extra = {"use_liger_kernel": True, "liger_kernel_config": kernels}
+    return _run_trainer(task, meter, trainer, SFTConfig, _load(task, register()), extra)[1]
 
 
 def _load(task: Task, attention: str | None = None) -> Any:
@@ -214,13 +232,19 @@ def _unsloth(task: Task, meter: Meter) -> dict[str, Any]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    loader = unsloth.FastLanguageModel.from_pretrained
+    precision: dict[str, Any] = {}
+    if task.master == "fp32":
+        if "float32_mixed_precision" not in inspect.signature(loader).parameters:
+            raise NotOffered("Unsloth of this version has no fp32 masters")
+        precision["float32_mixed_precision"] = True
     wanted = _checkpointing(task)
     checkpointing: dict[str, Any] = (
         {} if wanted is None else {"use_gradient_checkpointing": "unsloth" if wanted else False}
     )
-    model, _ = unsloth.FastLanguageModel.from_pretrained(
+    model, _ = loader(
         model_name=task.model, max_seq_length=task.row_tokens, dtype=torch.bfloat16, load_in_4bit=task.mode == "qlora",
-        full_finetuning=task.mode == "full", use_exact_model_name=True, **checkpointing,
+        full_finetuning=task.mode == "full", use_exact_model_name=True, **checkpointing, **precision,
     )  # fmt: skip
     if task.mode != "full":
         model = unsloth.FastLanguageModel.get_peft_model(
@@ -256,3 +280,21 @@ def _torch_compile(task: Task, meter: Meter) -> dict[str, Any]:
         model = get_peft_model(model, _lora())
     logs = sft_compile.loop(task, meter, model, checkpointing=bool(_checkpointing(task)))
     return {**_about(model), "logs": logs, "gradient_checkpointing": bool(_checkpointing(task))}
+
+
+# -- the paper's own package --------------------------------------------------------------------------------------
+
+
+def _pypi_chronicals(task: Task, meter: Meter) -> dict[str, Any]:
+    """With PEFT's adapters: its own have names that its trainer does not look for."""
+    from chronicals_trl.bench.sft import peers
+
+    if importlib.util.find_spec("chronicals") is None:
+        raise ModuleNotFoundError("No module named 'chronicals'")
+    model = _load(task)
+    if task.mode != "full":
+        from peft import get_peft_model
+
+        model = get_peft_model(model, _lora())
+    trainer, logs = peers.pypi_trainer(task, meter, model)
+    return {**_about(trainer.model), "logs": logs, "optimizations": str(trainer.get_active_optimizations())}
