@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from chronicals_trl import _inputs
+from chronicals_trl._agreement import compare_starts, patch_alike, started_with
 from chronicals_trl._versions import installed, newer_than_tested
-from chronicals_trl.config import PARTS, ChronicalsConfig, SFTConfig, read_flag, without_trainer_parts
+from chronicals_trl.config import ChronicalsConfig, SFTConfig, read_flag, without_trainer_parts
 from chronicals_trl.model import apart
 from chronicals_trl.model.attention import use_padding
 from chronicals_trl.model.attention_choice import verify_isolation, verify_padding
@@ -34,6 +34,7 @@ from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpa
 from chronicals_trl.model.trainer import CudaGraphsMixin
 from chronicals_trl.observe.throughput import ThroughputMeter
 from chronicals_trl.optim.trainer import LoraPlusMixin
+from chronicals_trl.packing.ranks import require_same_rows
 from chronicals_trl.packing.trainer import PackingMixin
 from chronicals_trl.report import ActivationReport, PartReport
 
@@ -76,9 +77,8 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
         self._data_notes: dict[str, str] = {}
         self._filters_losses = False  # in place of Trainer, until the step is logged
         self._saw_hooks = False
-        # The class's default, "look at the environment", is what stock TRL's pickled arguments fall back to: off.
-        flag = getattr(arguments, "use_chronicals", False)
-        if not (flag and read_flag(flag)):
+        config = compare_starts(lambda: _start(arguments, given), arguments.world_size if arguments else 1)
+        if config is None:
             reason = "use_chronicals=False"
             if arguments is not None and not hasattr(arguments, "use_chronicals"):
                 reason = f"the arguments are a plain {type(arguments).__module__}.{type(arguments).__qualname__}"
@@ -97,15 +97,13 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
                 )
             return
 
-        config = ChronicalsConfig.resolve(arguments.chronicals_config)
-        _inputs.check(arguments, given)
         self._chronicals = config
         self._packing = _inputs.packing_part(arguments, config)
         if self._packing.state == "on":
             self._data_notes |= _inputs.keep_batches_whole(arguments)
         _unpatch(given.get("model"))
         super().__init__(*args, **kwargs)
-        self._check_tokens()
+        self._check_data()
         self._meter = ThroughputMeter(device=self.args.device)
         self._real_tokens: int | Tensor = 0
         self._token_mask: Tensor | None = None
@@ -122,7 +120,11 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
             logger.info(self.chronicals_report.log_line())
         self._save_report()
 
-    def _check_tokens(self) -> None:
+    def _check_data(self) -> None:
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        named = {"train_dataset": self.train_dataset}
+        named |= {f"eval_dataset[{key!r}]" if key else "eval_dataset": data for key, data in evaluation.items()}
+        require_same_rows(named)
         embedding = base_model(self.model).get_input_embeddings()
         vocabulary = getattr(embedding, "num_embeddings", None)
         if vocabulary is None:  # PEFT's layer around one, perhaps
@@ -130,23 +132,17 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
             vocabulary = getattr(inner, "num_embeddings", None)
         if vocabulary is None:
             return
-        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        _inputs.require_known_tokens("train_dataset", self.train_dataset, vocabulary)
-        for key, dataset in evaluation.items():
-            _inputs.require_known_tokens(f"eval_dataset[{key!r}]" if key else "eval_dataset", dataset, vocabulary)
+        for name, dataset in named.items():
+            _inputs.require_known_tokens(name, dataset, vocabulary)
 
     # -- activation --------------------------------------------------------------------------------------------------
 
     def _activate(self, config: ChronicalsConfig) -> ActivationReport:
         """Patch the model, set the trainer's own parts, and agree with the other ranks on what is on."""
         leave_out = _inputs.conflicts(self, SFTTrainer)
-        report = self._patch(config, leave_out)
-        if self.args.world_size > 1:
-            states = gather_object([{part.name: part.state for part in report.parts}])
-            apart = [name for name in PARTS if len({state[name] for state in states}) > 1]
-            if apart:
-                leave_out |= dict.fromkeys(apart, "off on another rank")
-                report = self._patch(config, leave_out)
+        report = patch_alike(
+            lambda on_another_rank: self._patch(config, leave_out | on_another_rank), self.model, self.args.world_size
+        )
         self._lora_plus = report["lora_plus"].state == "on"
         self._lora_plus_rates = report["lora_plus"].backend or ""
         self._head = report["head"].state == "on"
@@ -435,6 +431,17 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
             return super()._save_checkpoint(*args, **kwargs)
         with self._meter.excluding():
             return super()._save_checkpoint(*args, **kwargs)
+
+
+def _start(arguments: Any, given: dict[str, Any]) -> tuple[ChronicalsConfig | None, dict[str, str]]:
+    """The configuration, None with the flag off, and what the ranks have to have alike; bad input is refused here."""
+    # The class's default, "look at the environment", is what stock TRL's pickled arguments fall back to: off.
+    flag = getattr(arguments, "use_chronicals", False)
+    config = None
+    if flag and read_flag(flag):
+        config = ChronicalsConfig.resolve(arguments.chronicals_config)
+        _inputs.check(arguments, given)
+    return config, started_with(config, arguments)
 
 
 def _unpatch(model: Any) -> bool:

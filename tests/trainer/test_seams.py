@@ -10,6 +10,7 @@ import pytest
 import tiny_data
 import tiny_models
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 import trl
 from torch.utils.data import RandomSampler
 from training_runs import SETTINGS, logged
@@ -123,7 +124,14 @@ def test_packed_rows_reach_the_collator_as_arrays(tmp_path: Path) -> None:
 
 def test_one_rank_keeps_the_stock_order(tmp_path: Path) -> None:
     trainer = make(tmp_path, packing=True, gradient_accumulation_steps=2)
-    assert type(trainer._get_train_sampler()) is RandomSampler
+    stock = SeedableRandomSampler(
+        trainer.train_dataset, generator=torch.Generator(), data_seed=trainer.args.data_seed or trainer.args.seed
+    )
+    loader = trainer.get_train_dataloader()
+    for epoch in (0, 1):
+        stock.set_epoch(epoch)
+        loader.set_epoch(epoch)
+        assert list(loader.batch_sampler.sampler) == list(stock)
     assert not any(note.startswith("balance") for note in trainer.chronicals_report.notes)
 
 
@@ -141,7 +149,8 @@ def test_the_sampler_of_several_ranks(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(trainer._get_train_sampler(trainer.train_dataset.select(range(4)))) == 4
 
     off = make(tmp_path, **settings, chronicals_config={"balance_ranks": False})
-    assert type(off._get_train_sampler()) is RandomSampler
+    shuffled = off._get_train_sampler()
+    assert list(shuffled) == shuffled.shuffled(0).tolist()
     # Nothing is dealt, and nothing said, where the training set is not packed, or by TRL.
     for unpacked in ({"eval_packing": True, "packing": False}, {"chronicals_config": {"packing": "off"}}):
         other = make(tmp_path, **{**settings, **unpacked}, eval_dataset=tiny_data.text())
