@@ -38,6 +38,9 @@ _ARGUMENTS = (
 # Beside those that have a floor: what brings kernels, and what moves data and parameters.
 _PACKAGES = ("triton", "datasets", "deepspeed", "bitsandbytes", "flash-attn-4", "flash-attn")
 
+# Told, to explain a difference, and not compared: a variable that an argument overrules does no harm.
+_ENVIRONMENT = f"environment variables {ENV_PREFIX}*"
+
 _SHOWN = 4
 
 
@@ -48,13 +51,11 @@ def started_with(config: ChronicalsConfig | None, arguments: Any = None) -> dict
         config: None where the flag is off; nothing else is compared then.
         arguments: the trainer's, if there is one.
     """
-    facts = {"use_chronicals": str(config is not None)}
+    variables = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(ENV_PREFIX)]
+    facts = {"use_chronicals": str(config is not None), _ENVIRONMENT: ", ".join(sorted(variables)) or "none"}
     if config is None:
         return facts
-    for name, value in config.to_dict().items():
-        variable = ENV_PREFIX + name.upper()
-        source = f" ({variable}={os.environ[variable]!r} is set)" if variable in os.environ else ""
-        facts[f"chronicals_config: {name}"] = f"{value!r}{source}"
+    facts |= {f"chronicals_config: {name}": repr(value) for name, value in config.to_dict().items()}
     facts |= {f"argument {name}": repr(getattr(arguments, name)) for name in _ARGUMENTS if hasattr(arguments, name)}
     found = versions() | {name: installed(name) for name in _PACKAGES} | {"Python": platform.python_version()}
     return facts | {f"version of {name}": version or "not installed" for name, version in found.items()}
@@ -120,12 +121,15 @@ def _require_alike(everyone: list[Facts]) -> None:
     differing: dict[str, int] = {}  # and the first rank that differs from rank 0
     for rank, facts in enumerate(everyone):
         for name in [*first, *(name for name in facts if name not in first)]:
-            if first.get(name) != facts.get(name):
+            if name != _ENVIRONMENT and first.get(name) != facts.get(name):
                 differing.setdefault(name, rank)
     if "use_chronicals" in differing:  # the rest differs because of it
         differing = {"use_chronicals": differing["use_chronicals"]}
     if not differing:
         return
+    for name, rank in list(differing.items()):
+        if name.startswith(("use_chronicals", "chronicals_config")):
+            differing.setdefault(_ENVIRONMENT, rank)
     told = [
         f"{name} is {first.get(name)} on rank 0 and {everyone[rank].get(name)} on rank {rank}"
         for name, rank in list(differing.items())[:_SHOWN]

@@ -3,7 +3,8 @@
 The seams, all of them methods that TRL or transformers calls: `compute_loss` (the head), `get_batch_samples` and
 `_prepare_inputs` (token counts), `log`; in `packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks'
 shares) and `_get_dataloader`; in `optim/trainer.py` `create_optimizer`; in `model/trainer.py` `train`,
-`training_step` and `evaluation_loop`. With the flag off each returns the parent's result as it is.
+`training_step` and `evaluation_loop`; in `observe/out_of_memory.py` errors on their way out. With the flag off each
+returns the parent's result as it is.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from chronicals_trl.model.attention_choice import verify_isolation, verify_paddi
 from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
 from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpatch_model
 from chronicals_trl.model.trainer import CudaGraphsMixin
+from chronicals_trl.observe.out_of_memory import OutOfMemoryMixin
 from chronicals_trl.observe.throughput import ThroughputMeter
 from chronicals_trl.optim.trainer import LoraPlusMixin
 from chronicals_trl.packing.ranks import require_same_rows
@@ -43,7 +45,7 @@ logger = logging.getLogger(__name__)
 REPORT_FILE = "chronicals_report.json"
 
 
-class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
+class SFTTrainer(OutOfMemoryMixin, PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
     """TRL's SFTTrainer; with `SFTConfig(use_chronicals=True)` it trains the same model from packed, fused steps.
 
     Takes exactly what TRL's takes. What is on, and what is off and why, is printed at the start, kept in

@@ -140,8 +140,8 @@ class PackingMixin(Trainer):
             return
         self._steps_of = steps_of
         note = (
-            f"packing: {checkpoint} comes from a run on {then['ranks']} ranks; each step goes on with the rows that it "
-            f"would have had there, dealt to {self._data_ranks()}. Dropout's masks are those of other ranks"
+            f"packing: {checkpoint} comes from a run on {then['ranks']} ranks; each step goes on with the rows that "
+            f"it would have had there, dealt to {self._data_ranks()}. Dropout's masks are those of other ranks"
         )
         self.chronicals_report.notes.append(note)
         self._save_report()

@@ -53,6 +53,10 @@ class Recording(SFTTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
+def adapter(dropout: float) -> peft.LoraConfig:
+    return peft.LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 def train(folder: Path, name: str, layout: str, options: list[str], checkpoint: str | None) -> dict[str, Any]:
     lora = "lora" in options
     sharding = {"fsdp": True, "fsdp_config": {"version": 2}} if layout == "fsdp2" else {}
@@ -86,9 +90,7 @@ def train(folder: Path, name: str, layout: str, options: list[str], checkpoint: 
             ),
             train_dataset=documents().select(range(UNEVEN_DOCUMENTS if "epoch" in options else DOCUMENTS)),
             processing_class=tiny_data.tokenizer(),
-            peft_config=peft.LoraConfig(r=4, lora_dropout=0.0 if "still" in options else 0.3, target_modules="all-linear", task_type="CAUSAL_LM")
-            if lora
-            else None,
+            peft_config=adapter(0.0 if "still" in options else 0.3) if lora else None,
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(folder / checkpoint))
         weights = {plain(n): whole(p) for n, p in trainer.model.named_parameters() if p.requires_grad}
