@@ -3,8 +3,8 @@
 The seams, all of them methods that TRL or transformers calls: `compute_loss` (the head), `get_batch_samples` and
 `_prepare_inputs` (token counts), `log`; in `packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks'
 shares) and `_get_dataloader`; in `optim/trainer.py` `create_optimizer`; in `model/trainer.py` `train`,
-`training_step` and `evaluation_loop`; in `observe/out_of_memory.py` errors on their way out. With the flag off each
-returns the parent's result as it is.
+`training_step` and `evaluation_loop`; in `observe/out_of_memory.py` errors on their way out; in `checkpoints.py` which
+one `train` resumes from. With the flag off each returns the parent's result as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from trl.trainer.utils import get_config_model_id
 from chronicals_trl import _inputs
 from chronicals_trl._agreement import compare_starts, patch_alike, started_with
 from chronicals_trl._versions import installed, newer_than_tested
+from chronicals_trl.checkpoints import CheckpointsMixin
 from chronicals_trl.config import ChronicalsConfig, SFTConfig, read_flag, without_trainer_parts
 from chronicals_trl.model import apart
 from chronicals_trl.model.attention import use_padding
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 REPORT_FILE = "chronicals_report.json"
 
 
-class SFTTrainer(OutOfMemoryMixin, PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
+class SFTTrainer(OutOfMemoryMixin, CheckpointsMixin, PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
     """TRL's SFTTrainer; with `SFTConfig(use_chronicals=True)` it trains the same model from packed, fused steps.
 
     Takes exactly what TRL's takes. What is on, and what is off and why, is printed at the start, kept in

@@ -110,7 +110,10 @@ class PackingMixin(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
-        if self._train_stats is not None and self.args.should_save:
+        if self._train_stats is None:
+            return
+        self.accelerator.wait_for_everyone()  # what this file says of the checkpoint is true once all have written
+        if self.args.should_save:
             folder = Path(self._get_output_dir(kwargs.get("trial", args[1] if len(args) > 1 else None)))
             checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             if checkpoint.is_dir():  # save_total_limit may have removed it again

@@ -10,8 +10,8 @@ import pytest
 import tiny_data
 import tiny_models
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 import trl
+from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import RandomSampler
 from training_runs import SETTINGS, logged
 from transformers import TrainerCallback
