@@ -13,7 +13,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.utils import gather_object
 from transformers import Trainer
@@ -105,11 +105,11 @@ class CheckpointsMixin(Trainer):
     _save_report: Callable[[], None]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if self._chronicals is not None and resume_from_checkpoint:
+        if self._chronicals is not None and resume_from_checkpoint is not None and resume_from_checkpoint is not False:
             resume_from_checkpoint = self._whole_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _whole_checkpoint(self, asked: str | bool) -> str | bool:
+    def _whole_checkpoint(self, asked: str | Literal[True]) -> str | bool:
         """The checkpoint to resume from, the same on all ranks; left to the parent where there is none to look at.
 
         Raises:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from chronicals_trl._agreement import compare_starts, patch_alike, started_with
-from chronicals_trl._inputs import lora_plus_of_model, refuse_deepspeed_rates
+from chronicals_trl._inputs import lora_plus_of_model, model_parallelism, refuse_deepspeed_rates
 from chronicals_trl.config import ChronicalsConfig, without_trainer_parts
 from chronicals_trl.model import apart
 from chronicals_trl.model.patch import patch_model, unpatch_model
@@ -100,7 +100,9 @@ class ChronicalsPlugin:
         config = self.config
         assert isinstance(config, ChronicalsConfig)
         report = patch_alike(
-            lambda on_another_rank: patch_model(model, without_trainer_parts(config), leave_out=on_another_rank),
+            lambda on_another_rank: patch_model(
+                model, without_trainer_parts(config), leave_out=model_parallelism(accelerator) | on_another_rank
+            ),
             model,
             accelerator.num_processes,
         )

@@ -23,11 +23,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from chronicals_trl import _inputs
-from chronicals_trl._agreement import compare_starts, patch_alike, started_with
+from chronicals_trl import _inputs, _start
+from chronicals_trl._agreement import patch_alike
 from chronicals_trl._versions import installed, newer_than_tested
 from chronicals_trl.checkpoints import CheckpointsMixin
-from chronicals_trl.config import ChronicalsConfig, SFTConfig, read_flag, without_trainer_parts
+from chronicals_trl.config import ChronicalsConfig, SFTConfig, without_trainer_parts
 from chronicals_trl.model import apart
 from chronicals_trl.model.attention import use_padding
 from chronicals_trl.model.attention_choice import verify_isolation, verify_padding
@@ -37,7 +37,6 @@ from chronicals_trl.model.trainer import CudaGraphsMixin
 from chronicals_trl.observe.out_of_memory import OutOfMemoryMixin
 from chronicals_trl.observe.throughput import ThroughputMeter
 from chronicals_trl.optim.trainer import LoraPlusMixin
-from chronicals_trl.packing.ranks import require_same_rows
 from chronicals_trl.packing.trainer import PackingMixin
 from chronicals_trl.report import ActivationReport, PartReport
 
@@ -80,7 +79,7 @@ class SFTTrainer(OutOfMemoryMixin, CheckpointsMixin, PackingMixin, LoraPlusMixin
         self._data_notes: dict[str, str] = {}
         self._filters_losses = False  # in place of Trainer, until the step is logged
         self._saw_hooks = False
-        config = compare_starts(lambda: _start(arguments, given), arguments.world_size if arguments else 1)
+        config = _start.start(arguments, given)
         if config is None:
             reason = "use_chronicals=False"
             if arguments is not None and not hasattr(arguments, "use_chronicals"):
@@ -106,7 +105,7 @@ class SFTTrainer(OutOfMemoryMixin, CheckpointsMixin, PackingMixin, LoraPlusMixin
             self._data_notes |= _inputs.keep_batches_whole(arguments)
         _unpatch(given.get("model"))
         super().__init__(*args, **kwargs)
-        self._check_data()
+        _start.check_data(self)
         self._meter = ThroughputMeter(device=self.args.device)
         self._real_tokens: int | Tensor = 0
         self._token_mask: Tensor | None = None
@@ -122,21 +121,6 @@ class SFTTrainer(OutOfMemoryMixin, CheckpointsMixin, PackingMixin, LoraPlusMixin
             self.chronicals_report.print()
             logger.info(self.chronicals_report.log_line())
         self._save_report()
-
-    def _check_data(self) -> None:
-        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        named = {"train_dataset": self.train_dataset}
-        named |= {f"eval_dataset[{key!r}]" if key else "eval_dataset": data for key, data in evaluation.items()}
-        require_same_rows(named)
-        embedding = base_model(self.model).get_input_embeddings()
-        vocabulary = getattr(embedding, "num_embeddings", None)
-        if vocabulary is None:  # PEFT's layer around one, perhaps
-            inner = getattr(embedding, "base_layer", None) or getattr(embedding, "original_module", None)
-            vocabulary = getattr(inner, "num_embeddings", None)
-        if vocabulary is None:
-            return
-        for name, dataset in named.items():
-            _inputs.require_known_tokens(name, dataset, vocabulary)
 
     # -- activation --------------------------------------------------------------------------------------------------
 
@@ -362,10 +346,12 @@ class SFTTrainer(OutOfMemoryMixin, CheckpointsMixin, PackingMixin, LoraPlusMixin
             counts = torch.stack(
                 [torch.as_tensor(count, device=device, dtype=torch.int64) for count in (real, slots, filled)]
             )
-            real, slots, all_filled = self.accelerator.reduce(counts, reduction="sum").unbind()
+            counts = self.accelerator.reduce(counts, reduction="sum")
+            # Ranks that share a model's layers, or a row's tokens, have counted the same batch.
+            real, slots, all_filled = (counts // (self.args.world_size // self._data_ranks())).unbind()
             # TRL's router loss is the mean over the ranks' micro-batches. One of empty rows alone has none: the mean
             # is over the others, as it would be without it.
-            self._router_share = self.args.world_size * len(batches) / all_filled.clamp(min=1)
+            self._router_share = self._data_ranks() * len(batches) / all_filled.clamp(min=1)
         self._real_tokens = self._real_tokens + real
         self._meter.update(real, slots)
 
@@ -434,17 +420,6 @@ class SFTTrainer(OutOfMemoryMixin, CheckpointsMixin, PackingMixin, LoraPlusMixin
             return super()._save_checkpoint(*args, **kwargs)
         with self._meter.excluding():
             return super()._save_checkpoint(*args, **kwargs)
-
-
-def _start(arguments: Any, given: dict[str, Any]) -> tuple[ChronicalsConfig | None, dict[str, str]]:
-    """The configuration, None with the flag off, and what the ranks have to have alike; bad input is refused here."""
-    # The class's default, "look at the environment", is what stock TRL's pickled arguments fall back to: off.
-    flag = getattr(arguments, "use_chronicals", False)
-    config = None
-    if flag and read_flag(flag):
-        config = ChronicalsConfig.resolve(arguments.chronicals_config)
-        _inputs.check(arguments, given)
-    return config, started_with(config, arguments)
 
 
 def _unpatch(model: Any) -> bool:

@@ -16,7 +16,7 @@ from torch.utils.data import RandomSampler
 from training_runs import SETTINGS, logged
 from transformers import TrainerCallback
 
-from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer, _inputs
+from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer, _inputs, _start
 from chronicals_trl.packing import BalancedSampler, pack_dataset
 from chronicals_trl.packing.balance import attention_costs
 
@@ -248,6 +248,21 @@ def test_model_parts_are_off_under_unverified_parallelism(tmp_path: Path, kind: 
     left_out = _inputs.conflicts(trainer, SFTTrainer)
     assert left_out.keys() == {"rms_norm", "gated_mlp", "qk_rope", "attention", "head", "lora"}
     assert all(reason.startswith(f"{kind}_size > 1") for reason in left_out.values())
+
+
+@pytest.mark.parametrize("setting", ["packing", "eval_packing"])
+def test_packed_rows_are_refused_where_sequence_parallelism_would_cut_them(tmp_path: Path, setting: str) -> None:
+    trainer = make(tmp_path)
+    for sizes, packs, refused in (((2, True), True, True), ((1, False), True, False), ((2, True), False, False)):
+        trainer.args.packing = trainer.args.eval_packing = False
+        setattr(trainer.args, setting, packs)
+        parallelism = SimpleNamespace(sp_size=sizes[0], sp_enabled=sizes[1])
+        trainer.accelerator = SimpleNamespace(parallelism_config=parallelism)
+        if refused:
+            with pytest.raises(ValueError, match=f"{setting}=True with sp_size=2.* Set {setting}=False, or sp_size=1"):
+                _start.refuse_shared_rows(trainer)
+        else:
+            _start.refuse_shared_rows(trainer)
 
 
 def test_label_smoothing_takes_the_head_from_nll_alone(tmp_path: Path) -> None:
