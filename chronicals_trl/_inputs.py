@@ -363,11 +363,7 @@ def conflicts(trainer: SFTTrainer, own: type) -> dict[str, str]:
         leave_out |= dict.fromkeys(_ELEMENTWISE, "use_liger_kernel=True replaces the same blocks")
     if getattr(trainer.model, "use_kernels", False):
         leave_out |= dict.fromkeys(_ELEMENTWISE, "use_kernels=True replaces the same blocks with hub kernels")
-    parallelism = trainer.accelerator.parallelism_config
-    for kind in ("tp", "cp", "sp"):
-        if parallelism is not None and getattr(parallelism, f"{kind}_enabled", False):
-            reason = f"{kind}_size > 1: not verified under tensor, context or sequence parallelism"
-            leave_out |= dict.fromkeys((*_ELEMENTWISE, "attention", "head", "lora"), reason)
+    leave_out |= model_parallelism(trainer.accelerator)
     if type(trainer).compute_loss is not own.compute_loss:  # type: ignore[attr-defined]
         owner = next(base for base in type(trainer).__mro__ if "compute_loss" in vars(base))
         leave_out["head"] = f"{owner.__qualname__} overrides compute_loss: TRL's own head serves it"
@@ -375,6 +371,17 @@ def conflicts(trainer: SFTTrainer, own: type) -> dict[str, str]:
         leave_out["head"] = "compute_loss_func needs the logits"
     elif trainer.label_smoother is not None and args.loss_type == "nll":
         leave_out["head"] = "label_smoothing_factor needs the logits"
+    return leave_out
+
+
+def model_parallelism(accelerator: Any) -> dict[str, str]:
+    """part -> reason, for what is not verified where ranks share a model's layers or the tokens of a row."""
+    parallelism = accelerator.parallelism_config
+    leave_out = dict[str, str]()
+    for kind in ("tp", "cp", "sp"):
+        if parallelism is not None and getattr(parallelism, f"{kind}_enabled", False):
+            reason = f"{kind}_size > 1: not verified under tensor, context or sequence parallelism"
+            leave_out |= dict.fromkeys((*_ELEMENTWISE, "attention", "head", "lora"), reason)
     return leave_out
 
 

@@ -18,7 +18,8 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from chronicals_trl._inputs import lora_plus_of_model, refuse_deepspeed_rates
+from chronicals_trl._agreement import compare_starts, patch_alike, started_with
+from chronicals_trl._inputs import lora_plus_of_model, model_parallelism, refuse_deepspeed_rates
 from chronicals_trl.config import ChronicalsConfig, without_trainer_parts
 from chronicals_trl.model import apart
 from chronicals_trl.model.patch import patch_model, unpatch_model
@@ -45,6 +46,7 @@ class ChronicalsPlugin:
         reports: one ActivationReport for each prepared model, in order.
 
     Raises (in `prepare`):
+        ValueError: ranks with other settings, packages or models; on every rank.
         ValueError, RuntimeError: as `patch_model` does; RuntimeError where LoRA+ is left out (an optimizer with a
             scheduler or with state, say) and `strict=True` or `lora_plus="on"` is set; ValueError for a DeepSpeed
             configuration with its own optimizer or scheduler, which would undo LoRA+ without a word.
@@ -74,6 +76,8 @@ class ChronicalsPlugin:
         def prepare(*objects: Any, **kwargs: Any) -> Any:
             models = [item for item in objects if _is_language_model(item)]
             optimizers = [item for item in objects if isinstance(item, Optimizer)]
+            if models:
+                compare_starts(lambda: (None, started_with(config)), accelerator.num_processes)
             reports = []
             for model in models:
                 report = self._patch(model, optimizers if len(models) == 1 else None, accelerator)
@@ -95,7 +99,13 @@ class ChronicalsPlugin:
     ) -> ActivationReport:
         config = self.config
         assert isinstance(config, ChronicalsConfig)
-        report = patch_model(model, without_trainer_parts(config))
+        report = patch_alike(
+            lambda on_another_rank: patch_model(
+                model, without_trainer_parts(config), leave_out=model_parallelism(accelerator) | on_another_rank
+            ),
+            model,
+            accelerator.num_processes,
+        )
         report.set(PartReport("packing", "off", reason="a raw loop brings its own batches: see packing.dataset"))
         report.set(PartReport("cuda_graphs", "off", reason="in SFTTrainer's training steps alone"))
         try:

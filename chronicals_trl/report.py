@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from chronicals_trl._files import write_text
 from chronicals_trl._versions import versions
 from chronicals_trl.config import PARTS, ChronicalsConfig
 
@@ -114,19 +114,7 @@ class ActivationReport:
         """Write the JSON to `path`, making its folder; a reader never sees half a file."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(self.to_dict(), file, indent=2)
-                file.write("\n")
-            # mkstemp's mode is for its owner alone; a report is as public as the rest of the output folder.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_text(target, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def raise_for_omissions(self, config: ChronicalsConfig) -> None:
         """Raise RuntimeError when a part was left out that the user wanted in.

@@ -3,8 +3,8 @@
 The seams, all of them methods that TRL or transformers calls: `compute_loss` (the head) and `_prepare_inputs`; in
 `packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks' shares) and `_get_dataloader`; in
 `optim/trainer.py` `create_optimizer`; in `model/trainer.py` `train`, `training_step` and `evaluation_loop`; in
-`observe/trainer.py` `get_batch_samples` (token counts) and `log`. With the flag off each returns the parent's result
-as it is.
+`observe/trainer.py` `get_batch_samples` (token counts) and `log`; in `observe/out_of_memory.py` errors on their way
+out; in `checkpoints.py` which one `train` resumes from. With the flag off each returns the parent's result as it is.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from chronicals_trl import _inputs
+from chronicals_trl import _inputs, _start
+from chronicals_trl._agreement import patch_alike
 from chronicals_trl._versions import installed, newer_than_tested
-from chronicals_trl.config import PARTS, ChronicalsConfig, SFTConfig, read_flag, without_trainer_parts
+from chronicals_trl.checkpoints import CheckpointsMixin
+from chronicals_trl.config import ChronicalsConfig, SFTConfig, without_trainer_parts
 from chronicals_trl.model import apart
 from chronicals_trl.model.attention import use_padding
 from chronicals_trl.model.attention_choice import verify_isolation, verify_padding
 from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
 from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpatch_model
 from chronicals_trl.model.trainer import CudaGraphsMixin
+from chronicals_trl.observe.out_of_memory import OutOfMemoryMixin
 from chronicals_trl.observe.trainer import ThroughputMixin
 from chronicals_trl.optim.trainer import LoraPlusMixin
 from chronicals_trl.packing.trainer import PackingMixin
@@ -43,7 +45,9 @@ logger = logging.getLogger(__name__)
 REPORT_FILE = "chronicals_report.json"
 
 
-class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, ThroughputMixin, TrlSFTTrainer):
+class SFTTrainer(
+    OutOfMemoryMixin, CheckpointsMixin, PackingMixin, LoraPlusMixin, CudaGraphsMixin, ThroughputMixin, TrlSFTTrainer
+):
     """TRL's SFTTrainer; with `SFTConfig(use_chronicals=True)` it trains the same model from packed, fused steps.
 
     Takes exactly what TRL's takes. What is on, and what is off and why, is printed at the start, kept in
@@ -77,9 +81,8 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, ThroughputMixin, 
         self._data_notes: dict[str, str] = {}
         self._filters_losses = False  # in place of Trainer, until the step is logged
         self._saw_hooks = False
-        # The class's default, "look at the environment", is what stock TRL's pickled arguments fall back to: off.
-        flag = getattr(arguments, "use_chronicals", False)
-        if not (flag and read_flag(flag)):
+        config = _start.start(arguments, given)
+        if config is None:
             reason = "use_chronicals=False"
             if arguments is not None and not hasattr(arguments, "use_chronicals"):
                 reason = f"the arguments are a plain {type(arguments).__module__}.{type(arguments).__qualname__}"
@@ -98,15 +101,13 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, ThroughputMixin, 
                 )
             return
 
-        config = ChronicalsConfig.resolve(arguments.chronicals_config)
-        _inputs.check(arguments, given)
         self._chronicals = config
         self._packing = _inputs.packing_part(arguments, config)
         if self._packing.state == "on":
             self._data_notes |= _inputs.keep_batches_whole(arguments)
         _unpatch(given.get("model"))
         super().__init__(*args, **kwargs)
-        self._check_tokens()
+        _start.check_data(self)
         self._start_meter()
         if self.accelerator.ddp_handler is not None:
             # Gradients lie in the buckets that DDP sends, and not beside them: less memory, and no copy back.
@@ -124,31 +125,14 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, ThroughputMixin, 
             logger.info(self.chronicals_report.log_line())
         self._save_report()
 
-    def _check_tokens(self) -> None:
-        embedding = base_model(self.model).get_input_embeddings()
-        vocabulary = getattr(embedding, "num_embeddings", None)
-        if vocabulary is None:  # PEFT's layer around one, perhaps
-            inner = getattr(embedding, "base_layer", None) or getattr(embedding, "original_module", None)
-            vocabulary = getattr(inner, "num_embeddings", None)
-        if vocabulary is None:
-            return
-        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        _inputs.require_known_tokens("train_dataset", self.train_dataset, vocabulary)
-        for key, dataset in evaluation.items():
-            _inputs.require_known_tokens(f"eval_dataset[{key!r}]" if key else "eval_dataset", dataset, vocabulary)
-
     # -- activation --------------------------------------------------------------------------------------------------
 
     def _activate(self, config: ChronicalsConfig) -> ActivationReport:
         """Patch the model, set the trainer's own parts, and agree with the other ranks on what is on."""
         leave_out = _inputs.conflicts(self, SFTTrainer)
-        report = self._patch(config, leave_out)
-        if self.args.world_size > 1:
-            states = gather_object([{part.name: part.state for part in report.parts}])
-            apart = [name for name in PARTS if len({state[name] for state in states}) > 1]
-            if apart:
-                leave_out |= dict.fromkeys(apart, "off on another rank")
-                report = self._patch(config, leave_out)
+        report = patch_alike(
+            lambda on_another_rank: self._patch(config, leave_out | on_another_rank), self.model, self.args.world_size
+        )
         self._lora_plus = report["lora_plus"].state == "on"
         self._lora_plus_rates = report["lora_plus"].backend or ""
         self._head = report["head"].state == "on"

@@ -71,7 +71,8 @@ def main(script_args, training_args, model_args):
 
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint is None and os.path.isdir(training_args.output_dir):
-        checkpoint = get_last_checkpoint(training_args.output_dir)
+        # True: the last whole one, past any that a killed run has left half written.
+        checkpoint = get_last_checkpoint(training_args.output_dir) is not None
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if save_on_signal.interrupted:
         trainer.accelerator.print(

@@ -68,6 +68,9 @@ def patch_model(
     device, dtype = placement(model, device)
     report = ActivationReport.all_off("decided by the trainer, not by patch_model")
     skip = dict(leave_out or {})
+    if layers_are_shared(model):
+        reason = "the model's layers are cut over ranks (tensor parallelism): not verified there"
+        skip = dict.fromkeys((*_BLOCKS, "lora", "attention", "head"), reason) | skip
 
     def settle(name: str, swap: Callable[[], PartReport]) -> None:
         if getattr(resolved, name) == "off":
@@ -128,6 +131,22 @@ def base_model(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     unwrap: Any = getattr(model, "get_base_model", None)
     return model if unwrap is None else unwrap()
+
+
+def layers_are_shared(model: nn.Module) -> bool:
+    """Whether ranks hold parts of the same layers and compute on them as they are (tensor parallelism).
+
+    FSDP's shards are gathered before a module computes, so they do not count.
+    """
+    if (getattr(base_model(model), "_tp_size", None) or 1) > 1:
+        return True
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule  # which take a while to import
+    from torch.distributed.tensor import DTensor
+
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return sharded and not any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def placement(model: nn.Module, device: torch.device | None = None) -> tuple[torch.device, torch.dtype]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class ThroughputMixin(Trainer):
     # Of the trainer that mixes this in.
     _chronicals: ChronicalsConfig | None
     _metrics: dict[str, dict[str, list[Any]]]
+    _data_ranks: Callable[[], int]
 
     _meter: ThroughputMeter
     _real_tokens: int | Tensor = 0
@@ -52,10 +54,12 @@ class ThroughputMixin(Trainer):
             counts = torch.stack(
                 [torch.as_tensor(count, device=device, dtype=torch.int64) for count in (real, slots, squares, filled)]
             )
-            real, slots, squares, all_filled = self.accelerator.reduce(counts, reduction="sum").unbind()
+            counts = self.accelerator.reduce(counts, reduction="sum")
+            # Ranks that share a model's layers, or a row's tokens, have counted the same batch.
+            real, slots, squares, all_filled = (counts // (self.args.world_size // self._data_ranks())).unbind()
             # TRL's router loss is the mean over the ranks' micro-batches. One of empty rows alone has none: the mean
             # is over the others, as it would be without it.
-            self._router_share = self.args.world_size * len(batches) / all_filled.clamp(min=1)
+            self._router_share = self._data_ranks() * len(batches) / all_filled.clamp(min=1)
         self._real_tokens = self._real_tokens + real
         self._meter.update(real, slots, squares)
 

@@ -7,17 +7,20 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from chronicals_trl import _inputs
+from chronicals_trl._files import write_text
 from chronicals_trl.config import ChronicalsConfig
-from chronicals_trl.packing.balance import BalancedSampler, attention_costs
+from chronicals_trl.packing.balance import BalancedSampler, StepLayout, attention_costs, have_tokens
 from chronicals_trl.packing.collator import PackedCollator
 from chronicals_trl.packing.dataset import PackStats, pack_dataset
 from chronicals_trl.packing.label_rows import WithLabelRows
@@ -48,6 +51,7 @@ class PackingMixin(Trainer):
 
     _train_stats: PackStats | None = None
     _train_prepared: bool = False
+    _steps_of: StepLayout | None = None  # of the run that this one goes on from, where it is another one
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
@@ -100,24 +104,60 @@ class PackingMixin(Trainer):
         self._data_notes[name] = f"packing {name}: {stats.describe()}"
         # The rows of a stream's window are shuffled already, and another buffer of them would not resume.
         shuffles = args.shuffle_dataset and isinstance(packed, Dataset)
-        return packed.shuffle(seed=args.seed) if shuffles else packed
+        return _shuffle_bins(packed, args.seed) if shuffles else packed
 
     # -- a checkpoint knows what it was packed as ---------------------------------------------------------------------
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
-        if self._train_stats is not None and self.args.should_save:
+        if self._train_stats is None:
+            return
+        self.accelerator.wait_for_everyone()  # what this file says of the checkpoint is true once all have written
+        if self.args.should_save:
             folder = Path(self._get_output_dir(kwargs.get("trial", args[1] if len(args) > 1 else None)))
             checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             if checkpoint.is_dir():  # save_total_limit may have removed it again
-                (checkpoint / PACKING_FILE).write_text(json.dumps(self._packed_as(), indent=2) + "\n")
+                write_text(checkpoint / PACKING_FILE, json.dumps(self._packed_as(), indent=2) + "\n")
+
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: Any = None,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        self._steps_of = None
+        then = _packed_as_of(resume_from_checkpoint) if self._chronicals is not None else None
+        if then is not None:
+            self._go_on_with_steps_of(str(resume_from_checkpoint), then)
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _go_on_with_steps_of(self, checkpoint: str, then: dict[str, Any]) -> None:
+        """Have each step train on the rows that it would have had in the run that wrote the checkpoint."""
+        steps = then.get("steps")
+        if steps is None or not self._shuffles_bins(self.train_dataset):
+            return
+        steps_of, layout = StepLayout(**steps), self._step_layout()
+        if steps_of == layout or steps_of.rows != layout.rows:
+            return
+        self._steps_of = steps_of
+        note = (
+            f"packing: {checkpoint} comes from a run on {then['ranks']} ranks; each step goes on with the rows that "
+            f"it would have had there, dealt to {self._data_ranks()}. Dropout's masks are those of other ranks"
+        )
+        self.chronicals_report.notes.append(note)
+        self._save_report()
+        logger.info("chronicals-trl: %s", note)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self._train_stats is None or not (Path(checkpoint) / PACKING_FILE).is_file():
+        then = _packed_as_of(checkpoint)
+        if then is None or self._train_stats is None:
             return
-        then, now = json.loads((Path(checkpoint) / PACKING_FILE).read_text()), self._packed_as()
-        other = [name for name in now if then.get(name) != now[name]]
+        now = self._packed_as()
+        other = [name for name in now if then.get(name) != now[name] and name not in ("ranks", "steps")]
+        other += self._other_steps(then, now)
         if other:
             told = ", ".join(f"{name} {then.get(name)} then, {now[name]} now" for name in other)
             note = (
@@ -136,8 +176,20 @@ class PackingMixin(Trainer):
         named = {"max_length": "capacity", "packing_strategy": "strategy", "packing_window": "window"}
         counted = ("documents", "tokens", "bins")
         packed = {name: figures[key] for name, key in named.items()} | {name: figures[name] for name in counted}
-        ranks = self.args.world_size
-        return packed | {"ranks": ranks, "balance_ranks": ranks > 1 and self._chronicals.balance_ranks}
+        return packed | {
+            "ranks": self.args.world_size,
+            "rows_per_step": self._step_layout().rows,
+            "steps": asdict(self._steps_of or self._step_layout()),
+        }
+
+    def _other_steps(self, then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+        """What gives the steps other rows than they had on the ranks of then, although the data set is the same."""
+        if then.get("rows_per_step") != now["rows_per_step"]:
+            return []  # which is named by itself
+        same = self._shuffles_bins(self.train_dataset) or (
+            isinstance(self.train_dataset, Dataset) and self.args.train_sampling_strategy == "sequential"
+        )
+        return [] if same or then.get("ranks") == now["ranks"] else ["ranks"]
 
     def _note_truncation(self, name: str, dataset: Dataset, max_length: int) -> None:
         lengths = _inputs.list_lengths(dataset, "input_ids")
@@ -205,15 +257,25 @@ class PackingMixin(Trainer):
         return _inputs.balance_off(self, self._chronicals, PackingMixin)
 
     def _balanced_sampler(self, dataset: Dataset) -> BalancedSampler:
-        ranks = self._data_ranks()
-        shares = ranks if self.accelerator.split_batches else 1
+        layout = self._step_layout()
         return BalancedSampler(
             attention_costs(dataset, self.args.max_length),
-            ranks=ranks,
-            batch_size=max(1, self._train_batch_size // shares),
-            accumulation=self.args.gradient_accumulation_steps,
+            ranks=layout.ranks,
+            batch_size=layout.batch_size,
+            accumulation=layout.accumulation,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            real=have_tokens(dataset),
+            steps_of=self._steps_of,
         )
+
+    def _step_layout(self) -> StepLayout:
+        """Of the present run. Where the ranks are not balanced, the plain shuffle is cut into steps."""
+        ranks, accumulation = self._data_ranks(), self.args.gradient_accumulation_steps
+        shares = ranks if self.accelerator.split_batches else 1
+        batch_size = max(1, self._train_batch_size // shares)
+        if ranks > 1 and self._balance_off() is None:
+            return StepLayout(ranks, batch_size, accumulation)
+        return StepLayout(1, ranks * batch_size * accumulation, 1)
 
     def _data_ranks(self) -> int:
         """Ranks that get rows of their own; those of one tensor- or context-parallel group share theirs."""
@@ -223,9 +285,36 @@ class PackingMixin(Trainer):
         return ranks
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self._deals_packed_rows() or self._balance_off():
-            return super()._get_train_sampler(train_dataset)
-        return self._balanced_sampler(self.train_dataset if train_dataset is None else train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return self._balanced_sampler(dataset) if self._shuffles_bins(dataset) else super()._get_train_sampler(dataset)
+
+    def _shuffles_bins(self, dataset: Any) -> bool:
+        """Whether the rows are packed and come in the order of `BalancedSampler`, on one rank too."""
+        return (
+            self._chronicals is not None
+            and self._packing.state == "on"
+            and self.args.packing
+            and isinstance(dataset, Dataset)
+            and "seq_lengths" in dataset.column_names
+            and self.args.train_sampling_strategy == "random"
+            and type(self).get_train_dataloader is PackingMixin.get_train_dataloader
+        )
+
+
+def _packed_as_of(checkpoint: str | None) -> dict[str, Any] | None:
+    """What the run that wrote a checkpoint says of its rows, if it packed them."""
+    file = Path(checkpoint or "") / PACKING_FILE
+    if checkpoint is None or not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def _shuffle_bins(packed: Dataset, seed: int) -> Dataset:
+    """The rows in another order, those without tokens last: how many there are depends on the number of ranks."""
+    real = have_tokens(packed)
+    shuffled = packed.select(np.flatnonzero(real)).shuffle(seed=seed)
+    return shuffled if real.all() else concatenate_datasets([shuffled, packed.select(np.flatnonzero(~real))])
 
 
 def _python_rows_of_bins(dataset: Any) -> bool:

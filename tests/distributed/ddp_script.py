@@ -15,6 +15,7 @@ from ranks import leave
 from transformers import TrainerCallback
 
 from chronicals_trl import SFTConfig, SFTTrainer
+from chronicals_trl.model import patch
 
 MAX_LENGTH = 96
 RANKS = int(os.environ["WORLD_SIZE"])
@@ -80,12 +81,13 @@ def evaluate(output: Path, family: str, batch_size: int) -> dict[str, dict[str, 
 
 def apart(output: Path) -> dict[str, Any]:
     """The report of rank 0 when a part is off on the last rank alone."""
+    kinds = dict(patch._BLOCKS)
     if RANKS > 1 and int(os.environ["RANK"]) == RANKS - 1:
-        os.environ["CHRONICALS_RMS_NORM"] = "off"
+        patch._BLOCKS["rms_norm"] = (lambda module: False, *kinds["rms_norm"][1:])
     try:
         return make(output).chronicals_report.to_dict()
     finally:
-        os.environ.pop("CHRONICALS_RMS_NORM", None)
+        patch._BLOCKS.update(kinds)
 
 
 def main(output: Path) -> None:

@@ -20,6 +20,7 @@ class Case:
         bf16: Mixed precision: the policy of FSDP2, autocast elsewhere, DeepSpeed's bf16 under ZeRO.
         accumulation: Batches of a rank in the step.
         ignored: Whether every label of the last rank is ignored.
+        lora: Whether adapters alone are trained, in all layers; the head is frozen.
         ours: use_chronicals.
     """
 
@@ -29,11 +30,13 @@ class Case:
     accumulation: int = 1
     ignored: bool = False
     ours: bool = True
+    lora: bool = False
 
     @property
     def name(self) -> str:
         told = [self.mode, self.weights, "bf16" if self.bf16 else "fp32", f"accumulation {self.accumulation}"]
         told += ["one rank ignored"] * self.ignored + ["stock TRL"] * (not self.ours)
+        told += ["LoRA"] * self.lora
         return ", ".join(told)
 
 
@@ -52,6 +55,10 @@ CI = (
     Case("fsdp2 root", accumulation=2),
     Case("fsdp2 root", "tied", ignored=True),
     Case("fsdp2 root", "tied", bf16=True),
+    Case("ddp", ignored=True, lora=True),
+    Case("ddp", "tied", accumulation=2, ignored=True, lora=True),
+    Case("fsdp2 tail unit", ignored=True, lora=True),
+    Case("fsdp2 tail unit", "tied", accumulation=2, ignored=True, lora=True),
 )
 #: The same for DeepSpeed, where it is installed.
 ZERO = (

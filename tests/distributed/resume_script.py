@@ -2,8 +2,8 @@
 
 Arguments: a folder for all checkpoints, a file for what was found, and runs NAME=LAYOUT[+OPTION ...][@CHECKPOINT]: the
 folder that the checkpoints go to, how the run is sharded, and the checkpoint (below the first folder) that it goes on
-from. Options: lora, with dropout, in place of the whole model; balance, rows that `balance_ranks` deals; epoch, one
-epoch of an odd number of rows.
+from. Options: lora, with dropout, in place of the whole model; still, without dropout; balance, rows that
+`balance_ranks` deals; epoch, one epoch of an odd number of rows.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ from torch.distributed.tensor import DTensor
 
 from chronicals_trl import SFTConfig, SFTTrainer
 
-STEPS, ROWS, ACCUMULATION, CAPACITY = 6, 4, 2, 64  # rows of a micro-batch, over all ranks
-# 56 rows, a multiple of ROWS: else two ranks have empty rows appended and one has not, and another number of rows is
-# shuffled into another order.
-DOCUMENTS = 253
+STEPS, ROWS, ACCUMULATION, CAPACITY = 7, 4, 2, 64  # rows of a micro-batch, over all ranks
+# 54 rows, one epoch of the steps: two and four ranks have empty rows appended, one rank has not.
+DOCUMENTS = 242
 # 9 rows: of two ranks with a row each, the second one's last is empty.
 UNEVEN_DOCUMENTS = 30
 RANKS = int(os.environ["WORLD_SIZE"])
@@ -48,10 +47,14 @@ class Recording(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         # Of its labelled tokens: what fills a row up depends on the batch.
         rows = zip(inputs["input_ids"].view(-1, CAPACITY), inputs["labels"].view(-1, CAPACITY), strict=True)
-        real = [row[labels != -100].numpy().tobytes() for row, labels in rows]
+        real = [row[labels != -100].numpy().tobytes() for row, labels in rows if (labels != -100).any()]
         hashes = [hashlib.sha256(tokens).hexdigest()[:16] for tokens in real]
         self.seen.setdefault(self.state.global_step + 1, []).extend(hashes)
         return super().training_step(model, inputs, *args, **kwargs)
+
+
+def adapter(dropout: float) -> peft.LoraConfig:
+    return peft.LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def train(folder: Path, name: str, layout: str, options: list[str], checkpoint: str | None) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def train(folder: Path, name: str, layout: str, options: list[str], checkpoint: 
             }
         }  # fmt: skip
     steps: dict[str, Any] = {
-        "max_steps": STEPS, "save_strategy": "steps", "save_steps": STEPS // 2,
+        "max_steps": STEPS, "save_strategy": "steps", "save_steps": 3,
         "per_device_train_batch_size": ROWS // RANKS, "gradient_accumulation_steps": ACCUMULATION,
     }  # fmt: skip
     if "epoch" in options:
@@ -87,9 +90,7 @@ def train(folder: Path, name: str, layout: str, options: list[str], checkpoint: 
             ),
             train_dataset=documents().select(range(UNEVEN_DOCUMENTS if "epoch" in options else DOCUMENTS)),
             processing_class=tiny_data.tokenizer(),
-            peft_config=peft.LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
-            if lora
-            else None,
+            peft_config=adapter(0.0 if "still" in options else 0.3) if lora else None,
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(folder / checkpoint))
         weights = {plain(n): whole(p) for n, p in trainer.model.named_parameters() if p.requires_grad}
@@ -102,6 +103,7 @@ def train(folder: Path, name: str, layout: str, options: list[str], checkpoint: 
         "rows": {step: sorted(row for rank in seen for row in rank[step]) for step in trainer.seen},
         "weights": weights,
         "notes": notes,
+        "bins": len(trainer.train_dataset),
         "ranks": trainer.args.world_size,
     }
 

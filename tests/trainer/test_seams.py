@@ -11,11 +11,12 @@ import tiny_data
 import tiny_models
 import torch
 import trl
+from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import RandomSampler
 from training_runs import SETTINGS, logged
 from transformers import TrainerCallback
 
-from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer, _inputs
+from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer, _inputs, _start
 from chronicals_trl.packing import BalancedSampler, pack_dataset
 from chronicals_trl.packing.balance import attention_costs
 
@@ -123,7 +124,14 @@ def test_packed_rows_reach_the_collator_as_arrays(tmp_path: Path) -> None:
 
 def test_one_rank_keeps_the_stock_order(tmp_path: Path) -> None:
     trainer = make(tmp_path, packing=True, gradient_accumulation_steps=2)
-    assert type(trainer._get_train_sampler()) is RandomSampler
+    stock = SeedableRandomSampler(
+        trainer.train_dataset, generator=torch.Generator(), data_seed=trainer.args.data_seed or trainer.args.seed
+    )
+    loader = trainer.get_train_dataloader()
+    for epoch in (0, 1):
+        stock.set_epoch(epoch)
+        loader.set_epoch(epoch)
+        assert list(loader.batch_sampler.sampler) == list(stock)
     assert not any(note.startswith("balance") for note in trainer.chronicals_report.notes)
 
 
@@ -141,7 +149,8 @@ def test_the_sampler_of_several_ranks(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(trainer._get_train_sampler(trainer.train_dataset.select(range(4)))) == 4
 
     off = make(tmp_path, **settings, chronicals_config={"balance_ranks": False})
-    assert type(off._get_train_sampler()) is RandomSampler
+    shuffled = off._get_train_sampler()
+    assert list(shuffled) == shuffled.shuffled(0).tolist()
     # Nothing is dealt, and nothing said, where the training set is not packed, or by TRL.
     for unpacked in ({"eval_packing": True, "packing": False}, {"chronicals_config": {"packing": "off"}}):
         other = make(tmp_path, **{**settings, **unpacked}, eval_dataset=tiny_data.text())
@@ -239,6 +248,21 @@ def test_model_parts_are_off_under_unverified_parallelism(tmp_path: Path, kind: 
     left_out = _inputs.conflicts(trainer, SFTTrainer)
     assert left_out.keys() == {"rms_norm", "gated_mlp", "qk_rope", "attention", "head", "lora"}
     assert all(reason.startswith(f"{kind}_size > 1") for reason in left_out.values())
+
+
+@pytest.mark.parametrize("setting", ["packing", "eval_packing"])
+def test_packed_rows_are_refused_where_sequence_parallelism_would_cut_them(tmp_path: Path, setting: str) -> None:
+    trainer = make(tmp_path)
+    for sizes, packs, refused in (((2, True), True, True), ((1, False), True, False), ((2, True), False, False)):
+        trainer.args.packing = trainer.args.eval_packing = False
+        setattr(trainer.args, setting, packs)
+        parallelism = SimpleNamespace(sp_size=sizes[0], sp_enabled=sizes[1])
+        trainer.accelerator = SimpleNamespace(parallelism_config=parallelism)
+        if refused:
+            with pytest.raises(ValueError, match=f"{setting}=True with sp_size=2.* Set {setting}=False, or sp_size=1"):
+                _start.refuse_shared_rows(trainer)
+        else:
+            _start.refuse_shared_rows(trainer)
 
 
 def test_label_smoothing_takes_the_head_from_nll_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 from trl import pack_dataset as trl_pack_dataset
 
 from chronicals_trl.packing import BalancedSampler, pack_dataset, pack_lengths
-from chronicals_trl.packing.balance import WINDOW_ROWS, attention_costs, imbalance
+from chronicals_trl.packing.balance import WINDOW_ROWS, StepLayout, attention_costs, have_tokens, imbalance
 
 SHAREGPT = Path(__file__).parents[3] / "shared" / "data" / "lengths" / "sharegpt_recovered.npy"
 SIZES = [(2, 1, 1), (2, 1, 4), (2, 3, 2), (3, 2, 1), (8, 2, 4)]
@@ -237,3 +237,74 @@ def test_two_ranks_on_chat_lengths(strategy: str, accumulation: int) -> None:
         assert balanced.micro_step <= 0.02 and balanced.step <= 0.02
         shuffled = imbalance(costs[sampler.shuffled(epoch)], **sizes)
         assert shuffled.micro_step > 0.1 and shuffled.step > 0.05
+
+
+def steps_of(order: np.ndarray, rows: int, real: np.ndarray) -> list[set[int]]:
+    """The rows with tokens of each optimizer step."""
+    return [{int(row) for row in order[i : i + rows] if real[row]} for i in range(0, len(order), rows)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    count=st.integers(0, 150),
+    began=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
+    now=st.integers(0, 5),
+    window_rows=st.integers(1, 12),
+    seed=st.integers(0, 2**63),
+)
+def test_other_ranks_get_the_steps_that_a_run_began_with(
+    count: int, began: tuple[int, int, int], now: int, window_rows: int, seed: int
+) -> None:
+    """Each filled up with as many rows without tokens as its own ranks need."""
+    rows = began[0] * began[1] * began[2]
+    divisions = [(r, b, rows // r // b) for r in range(1, rows + 1) for b in range(1, rows + 1) if not rows % (r * b)]
+    costs = random_costs(count, seed % 1000)
+
+    def sampler(sizes: tuple[int, int, int], steps: StepLayout | None) -> tuple[BalancedSampler, np.ndarray]:
+        empty = -count % (sizes[0] * sizes[1])
+        real = np.arange(count + empty) < count
+        made = BalancedSampler(
+            np.append(costs, np.full(empty, 10_000)), ranks=sizes[0], batch_size=sizes[1], accumulation=sizes[2],
+            seed=seed, window_rows=window_rows, real=real, steps_of=steps,
+        )  # fmt: skip
+        return made, real
+
+    first, real = sampler(began, None)
+    resumed, real_now = sampler(divisions[now % len(divisions)], StepLayout(*began))
+    for epoch in (0, 1):
+        order = resumed.order(epoch)
+        assert sorted(order.tolist()) == list(range(len(real_now)))
+        assert not real_now[order[count:]].any()  # rows without tokens are last
+        found, expected = steps_of(order, rows, real_now), steps_of(first.order(epoch), rows, real)
+        assert [step for step in found if step] == [step for step in expected if step]
+
+
+def test_steps_of_another_run_are_balanced_for_the_ranks_of_now() -> None:
+    costs = np.random.default_rng(0).integers(1_000, 3_000, 4_000)
+    now: dict[str, int] = {"ranks": 4, "batch_size": 2, "accumulation": 2}
+    for began in (StepLayout(2, 4, 2), StepLayout(1, 16, 1)):  # balanced for two ranks; only shuffled
+        resumed = BalancedSampler(costs, **now, steps_of=began)
+        as_it_was = BalancedSampler(costs, ranks=began.ranks, batch_size=began.batch_size, accumulation=2)
+        dealt = imbalance(costs[resumed.order(0)], **now).step
+        left = imbalance(costs[as_it_was.order(0) if began.ranks > 1 else resumed.shuffled(0)], **now).step
+        assert dealt < 0.35 * left
+        assert resumed.order(0).tolist() != BalancedSampler(costs, **now).order(0).tolist()
+
+
+def test_steps_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="steps_of has 8 rows a step, and ranks · batch_size · accumulation are 4"):
+        BalancedSampler(random_costs(20), ranks=2, batch_size=2, steps_of=StepLayout(2, 2, 2))
+
+
+def test_rows_without_tokens_come_last_and_do_not_move_the_others() -> None:
+    packed, _ = pack_dataset(documents(200), 32, pad_bins_to_multiple_of=7)
+    filled, more = pack_dataset(documents(200), 32, pad_bins_to_multiple_of=64)
+    assert more.empty_bins and have_tokens(filled).sum() == more.bins == have_tokens(packed).sum()
+    for sizes in ({"ranks": 1, "batch_size": 4}, {"ranks": 2, "batch_size": 2, "accumulation": 2}):
+        orders = [
+            BalancedSampler(attention_costs(rows, 32), **sizes, real=have_tokens(rows)).order(1)
+            for rows in (packed, filled)
+        ]
+        assert orders[0][: more.bins].tolist() == orders[1][: more.bins].tolist()
+    shuffled = filled.shuffle(seed=3)
+    assert have_tokens(shuffled).tolist() == [bool(row) for row in shuffled["input_ids"]]

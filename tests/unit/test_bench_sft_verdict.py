@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from chronicals_trl.bench.sft import figures as sft_figures
 from chronicals_trl.bench.sft import models as sft_models
 from chronicals_trl.bench.sft import verdict as sft_verdict
 from chronicals_trl.bench.sft import worker as sft_worker
