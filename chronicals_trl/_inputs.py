@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch import nn
 
-from chronicals_trl.config import ChronicalsConfig
+from chronicals_trl.config import PARTS, ChronicalsConfig
 from chronicals_trl.optim.lora_plus import has_adapter, trainable_kinds, why_frozen
 from chronicals_trl.packing.bfd import STRATEGIES
-from chronicals_trl.report import PartReport
+from chronicals_trl.report import ActivationReport, PartReport
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from chronicals_trl.trainer import SFTTrainer
 
 _ELEMENTWISE = ("rms_norm", "gated_mlp", "qk_rope")
@@ -363,11 +366,7 @@ def conflicts(trainer: SFTTrainer, own: type) -> dict[str, str]:
         leave_out |= dict.fromkeys(_ELEMENTWISE, "use_liger_kernel=True replaces the same blocks")
     if getattr(trainer.model, "use_kernels", False):
         leave_out |= dict.fromkeys(_ELEMENTWISE, "use_kernels=True replaces the same blocks with hub kernels")
-    parallelism = trainer.accelerator.parallelism_config
-    for kind in ("tp", "cp", "sp"):
-        if parallelism is not None and getattr(parallelism, f"{kind}_enabled", False):
-            reason = f"{kind}_size > 1: not verified under tensor, context or sequence parallelism"
-            leave_out |= dict.fromkeys((*_ELEMENTWISE, "attention", "head", "lora"), reason)
+    leave_out |= parallelism_conflicts(trainer.accelerator)
     if type(trainer).compute_loss is not own.compute_loss:  # type: ignore[attr-defined]
         owner = next(base for base in type(trainer).__mro__ if "compute_loss" in vars(base))
         leave_out["head"] = f"{owner.__qualname__} overrides compute_loss: TRL's own head serves it"
@@ -376,6 +375,22 @@ def conflicts(trainer: SFTTrainer, own: type) -> dict[str, str]:
     elif trainer.label_smoother is not None and args.loss_type == "nll":
         leave_out["head"] = "label_smoothing_factor needs the logits"
     return leave_out
+
+
+def parallelism_conflicts(accelerator: Accelerator) -> dict[str, str]:
+    """part -> reason, for what tensor, context and sequence parallelism rule out."""
+    parallelism, leave_out = accelerator.parallelism_config, dict[str, str]()
+    for kind in ("tp", "cp", "sp"):
+        if parallelism is not None and getattr(parallelism, f"{kind}_enabled", False):
+            reason = f"{kind}_size > 1: not verified under tensor, context or sequence parallelism"
+            leave_out |= dict.fromkeys((*_ELEMENTWISE, "attention", "head", "lora"), reason)
+    return leave_out
+
+
+def off_elsewhere(report: ActivationReport) -> dict[str, str]:
+    """part -> reason, for the parts whose state differs between ranks. A collective: each rank has to call it."""
+    states = gather_object([{part.name: part.state for part in report.parts}])
+    return {name: "off on another rank" for name in PARTS if len({state[name] for state in states}) > 1}
 
 
 def other_attention(model: Any) -> str:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
@@ -25,7 +24,7 @@ from trl.trainer.utils import get_config_model_id
 
 from chronicals_trl import _inputs
 from chronicals_trl._versions import installed, newer_than_tested
-from chronicals_trl.config import PARTS, ChronicalsConfig, SFTConfig, read_flag, without_trainer_parts
+from chronicals_trl.config import ChronicalsConfig, SFTConfig, read_flag, without_trainer_parts
 from chronicals_trl.model import apart
 from chronicals_trl.model.attention import use_padding
 from chronicals_trl.model.attention_choice import verify_isolation, verify_padding
@@ -142,10 +141,9 @@ class SFTTrainer(PackingMixin, LoraPlusMixin, CudaGraphsMixin, TrlSFTTrainer):
         leave_out = _inputs.conflicts(self, SFTTrainer)
         report = self._patch(config, leave_out)
         if self.args.world_size > 1:
-            states = gather_object([{part.name: part.state for part in report.parts}])
-            apart = [name for name in PARTS if len({state[name] for state in states}) > 1]
-            if apart:
-                leave_out |= dict.fromkeys(apart, "off on another rank")
+            elsewhere = _inputs.off_elsewhere(report)
+            if elsewhere:
+                leave_out |= elsewhere
                 report = self._patch(config, leave_out)
         self._lora_plus = report["lora_plus"].state == "on"
         self._lora_plus_rates = report["lora_plus"].backend or ""
