@@ -245,9 +245,9 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def shapes_table() -> str:
     rows = []
     for s in SHAPES:
-        dims = f"{s.layers} × {s.hidden:,}, MLP {s.intermediate:,}, heads {s.heads}/{s.kv_heads} × {s.head_dim}"
+        dims = f"{s.layers} x {s.hidden:,}, MLP {s.intermediate:,}, heads {s.heads}/{s.kv_heads} x {s.head_dim}"
         rows.append([s.name, dims, f"{s.vocab:,}", f"{s.parameters:,}", f"{s.adapters / 1e6:,.0f}M"])
-    return markdown(["model", "layers × hidden", "vocabulary", "parameters", f"adapters, rank {RANK}"], rows)
+    return markdown(["model", "layers x hidden", "vocabulary", "parameters", f"adapters, rank {RANK}"], rows)
 
 
 def activations_table() -> str:
