@@ -15,14 +15,14 @@ FULL_PRECISION = ["--mixed_precision", "no", "--main_process_port", "0"]
 
 
 def run(command: list[str], *, variables: Mapping[str, str] | None = None, timeout: int = 280) -> str:
-    """Run a command from the repository's root, `command[0]` a module; returns what it printed.
+    """Run Python with these arguments in the repository's root; returns what it printed.
 
     Raises AssertionError with the end of its errors when it fails.
     """
     path = os.pathsep.join([str(ON_CPUS), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, env={**environment, **(variables or {})},
+        [sys.executable, *command], cwd=ROOT, env={**environment, **(variables or {})},
         capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-4000:])

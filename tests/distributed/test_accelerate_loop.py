@@ -31,7 +31,7 @@ def loop(folder: Path, layout: str, switch: str) -> tuple[str, dict[str, torch.T
     arguments = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl"), "--output_dir", str(output)]
     steps = ["--max_steps", "4", "--batch_size", "2", "--learning_rate", "1e-3"]
     printed = run(
-        ["accelerate.commands.launch", *config, "examples/accelerate_loop.py", *arguments, *steps],
+        ["-m", "accelerate.commands.launch", *config, "examples/accelerate_loop.py", *arguments, *steps],
         variables={"CHRONICALS_USE_CHRONICALS": switch},
     )
     return printed, load_file(output / "model.safetensors")
