@@ -32,6 +32,7 @@ from training_runs import saved_model  # noqa: E402
 from chronicals_trl import SFTConfig, cli  # noqa: E402
 
 PAGE = (ROOT / "examples" / "multi_gpu.md").read_text("utf-8")
+CONSOLE_SCRIPT = "from chronicals_trl.cli import main; main()"
 VARIABLES = {"$NODE": "0", "$FIRST_NODE": "127.0.0.1"}
 
 
@@ -154,7 +155,7 @@ def trains(command: list[str]) -> bool:
 
 
 def made_small(command: list[str], folder: Path, output: Path) -> list[str]:
-    """`command` as a module to start, on two processes and for two steps of a tiny model; nothing else is changed."""
+    """Arguments for Python that start `command` on two processes and for two steps of a tiny model; nothing else is changed."""
     data = folder / "data"
     if "examples/accelerate_loop.py" in command:
         small = [
@@ -169,8 +170,8 @@ def made_small(command: list[str], folder: Path, output: Path) -> list[str]:
         ]
     else:
         small = [
-            "--model_name_or_path", folder / "model", "--dataset_name", data, "--output_dir", output, "--max_steps", "2",
-            "--max_length", "64", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2",
+            "--model_name_or_path", folder / "model", "--dataset_name", data, "--output_dir", output,
+            "--max_steps", "2", "--max_length", "64", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2",
             "--bf16", "False", "--dtype", "float32", "--report_to", "none", "--logging_steps", "1",
             "--learning_rate", "1e-3", "--warmup_steps", "0", "--save_steps", "2",
         ]  # fmt: skip
@@ -181,13 +182,23 @@ def made_small(command: list[str], folder: Path, output: Path) -> list[str]:
     machines = ["--num_machines", "1"] if "--num_machines" in command else []
     words = list(map(str, small))
     if command[0] == "chronicals-trl":
-        return ["chronicals_trl.cli", "sft", *command[2:], *processes, *FULL_PRECISION, *words]
+        return ["-c", CONSOLE_SCRIPT, *command[1:], *processes, *FULL_PRECISION, *words]
     if command[0] == "accelerate":
         at = command.index("-m") if "-m" in command else command.index("examples/accelerate_loop.py")
-        start = ["accelerate.commands.launch", *command[2:at], *processes, *machines, *FULL_PRECISION]
+        start = ["-m", "accelerate.commands.launch", *command[2:at], *processes, *machines, *FULL_PRECISION]
         return [*start, *command[at:], *words]
     at = command.index("-m")
-    return ["torch.distributed.run", *command[1:at], "--nnodes", "1", "--nproc-per-node", "2", *command[at:], *words]
+    return [
+        "-m",
+        "torch.distributed.run",
+        *command[1:at],
+        "--nnodes",
+        "1",
+        "--nproc-per-node",
+        "2",
+        *command[at:],
+        *words,
+    ]
 
 
 def trained(command: list[str], folder: Path, output: Path) -> None:
