@@ -155,7 +155,7 @@ def trains(command: list[str]) -> bool:
 
 
 def made_small(command: list[str], folder: Path, output: Path) -> list[str]:
-    """Arguments for Python that start `command` on two processes and for two steps of a tiny model; nothing else is changed."""
+    """Arguments for Python that start `command` on two processes, for two steps of a tiny model; the rest stays."""
     data = folder / "data"
     if "examples/accelerate_loop.py" in command:
         small = [
@@ -171,7 +171,8 @@ def made_small(command: list[str], folder: Path, output: Path) -> list[str]:
     else:
         small = [
             "--model_name_or_path", folder / "model", "--dataset_name", data, "--output_dir", output,
-            "--max_steps", "2", "--max_length", "64", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2",
+            "--max_steps", "2", "--max_length", "64", "--per_device_train_batch_size", "1",
+            "--gradient_accumulation_steps", "2",
             "--bf16", "False", "--dtype", "float32", "--report_to", "none", "--logging_steps", "1",
             "--learning_rate", "1e-3", "--warmup_steps", "0", "--save_steps", "2",
         ]  # fmt: skip
