@@ -158,16 +158,8 @@ def made_small(command: list[str], folder: Path, output: Path) -> list[str]:
     """Arguments for Python that start `command` on two processes, for two steps of a tiny model; the rest stays."""
     data = folder / "data"
     if "examples/accelerate_loop.py" in command:
-        small = [
-            "--model",
-            folder / "model",
-            "--data",
-            data / "train.jsonl",
-            "--max_steps",
-            "2",
-            "--output_dir",
-            output,
-        ]
+        small = ["--model", folder / "model", "--data", data / "train.jsonl", "--output_dir", output]
+        small += ["--max_steps", "2"]
     else:
         small = [
             "--model_name_or_path", folder / "model", "--dataset_name", data, "--output_dir", output,
