@@ -59,6 +59,31 @@ def option(command: list[str], name: str) -> str | None:
     return command[command.index(name) + 1] if name in command else None
 
 
+# -- read -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("accelerate.accelerator", "a model and optimizer must be passed together to"),
+        ("accelerate.accelerator", "FSDP2 mapping failed (missing: "),
+        ("accelerate.utils.fsdp_utils", "non-floating frozen Params4bit"),
+        ("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDP expects uniform original parameter dtype"),
+        ("deepspeed.ops.op_builder.builder", "Unable to JIT load the "),
+        ("chronicals_trl.packing.ranks", " data set is not the same on all ranks"),
+        ("chronicals_trl._inputs", "off on another rank"),
+        ("chronicals_trl._inputs", "has its own "),
+        ("chronicals_trl.model.apart", "hooks on the linears inside"),
+    ],
+)
+def test_messages_are_those_that_are_raised(module: str, said: str) -> None:
+    assert said in PAGE
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        pytest.skip("not installed")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and said in Path(str(spec.origin)).read_text("utf-8")
+
+
 # -- parsed ----------------------------------------------------------------------------------------------------------
 
 
