@@ -247,7 +247,7 @@ def test_one_variable_switches_it_off(
     monkeypatch.delenv("CHRONICALS_USE_CHRONICALS", raising=False)
     if text is not None:
         monkeypatch.setenv("CHRONICALS_USE_CHRONICALS", text)
-    found = ChronicalsPlugin({"strict": True, "cuda_graphs": "off"}, use_chronicals=given)
+    found = ChronicalsPlugin({"strict": True, "head": "on"}, use_chronicals=given)
     model = lora()
     optimizer = adam(model)
     found.attach(Accelerator(cpu=True)).prepare(model, optimizer)
