@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from chronicals_trl.model.patch import patch_model, unpatch_model
     from chronicals_trl.optim.lora_plus import split_lora_plus_groups
     from chronicals_trl.packing.bfd import pack_lengths
-    from chronicals_trl.plugin import ChronicalsPlugin
+    from chronicals_trl.plugin import ChronicalsAccelerator, ChronicalsPlugin
     from chronicals_trl.report import ActivationReport
     from chronicals_trl.trainer import SFTTrainer
 
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationReport",
+    "ChronicalsAccelerator",
     "ChronicalsConfig",
     "ChronicalsPlugin",
     "SFTConfig",
@@ -37,6 +38,7 @@ __all__ = [
 
 _HOME = {
     "ActivationReport": "report",
+    "ChronicalsAccelerator": "plugin",
     "ChronicalsConfig": "config",
     "ChronicalsPlugin": "plugin",
     "SFTConfig": "config",

@@ -256,15 +256,18 @@ class _FromEnvironment:
 _FROM_ENVIRONMENT = cast(bool, _FromEnvironment())
 
 
-def read_flag(value: object) -> bool:
-    """`use_chronicals` as a bool: from the environment where it was not given (the default, or None).
+def read_flag(value: object, *, default: bool = False) -> bool:
+    """`use_chronicals` as a bool: from the environment where it was not given (the class's default, or None).
+
+    Args:
+        default: what counts where the environment says nothing either.
 
     Raises:
         TypeError, ValueError: neither a bool nor one of the words for it; "off" counted as true would train with the
             flag on.
     """
     if value is None or isinstance(value, _FromEnvironment):
-        return _word("environment variable " + ENV_FLAG, os.environ.get(ENV_FLAG, "").strip() or "off")
+        return _word("environment variable " + ENV_FLAG, os.environ.get(ENV_FLAG, "").strip() or default)
     return _word("use_chronicals", value)
 
 

@@ -2,19 +2,22 @@
 
     accelerate launch examples/accelerate_loop.py --model DIR_OR_NAME --data train.jsonl
 
-`--data` is a JSON Lines file of {"text": ...}. Two lines are chronicals-trl's: `attach`, which patches the models that
-pass through `accelerator.prepare`, and `fused_lm_head=True`, which takes the loss without building the logits.
-`model(**batch).loss` goes on working as it is.
+`--data` is a JSON Lines file of {"text": ...}. Two things in it are chronicals-trl's: `ChronicalsAccelerator` in place
+of `Accelerator`, which patches the models that pass through `prepare`, and `fused_lm_head=True`, which takes the loss
+without building the logits. `model(**batch).loss` goes on working as it is, and CHRONICALS_USE_CHRONICALS=0 in the
+environment makes the loop a stock one. On several GPUs add a file of integrations/accelerate to the command, such as
+`--config_file integrations/accelerate/fsdp2.yaml`. A batch counts as much as any other there, however many tokens it
+has.
 """
 
 import argparse
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import set_seed
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
 
-from chronicals_trl import ChronicalsPlugin
+from chronicals_trl import ChronicalsAccelerator
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", required=True)
@@ -26,8 +29,8 @@ parser.add_argument("--batch_size", type=int, default=4)
 parser.add_argument("--learning_rate", type=float, default=2e-5)
 options = parser.parse_args()
 
-accelerator = Accelerator()
-ChronicalsPlugin().attach(accelerator)
+accelerator = ChronicalsAccelerator()
+set_seed(0)
 
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 if tokenizer.pad_token is None:
@@ -49,7 +52,7 @@ loader = torch.utils.data.DataLoader(
     collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm=False),
 )
 
-# The model and its optimizer in one call: a LoRA model's optimizer gets LoRA+'s groups here.
+# The model and its optimizer in one call: FSDP2 wants it so, and a LoRA model's optimizer gets LoRA+'s groups here.
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 model.train()
@@ -63,7 +66,8 @@ while step < options.max_steps:
         optimizer.zero_grad()
         step += 1
         if step % 10 == 0 or step == options.max_steps:
-            accelerator.print(f"step {step}: loss {loss.item():.4f}")
+            mean = accelerator.reduce(loss.detach(), "mean")
+            accelerator.print(f"step {step}: loss {mean.item():.4f}")
         if step == options.max_steps:
             break
 

@@ -59,9 +59,9 @@ def test_deepspeed_json(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["full", "lora", "qlora"])
 def test_trl_yaml(name: str) -> None:
-    parser = trl.TrlParser((trl.ScriptArguments, SFTConfig, trl.ModelConfig))
+    parser = trl.TrlParser((trl.ScriptArguments, SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig))
     path = FOLDER / "trl" / f"{name}.yaml"
-    _, training, model = parser.parse_args_and_config(
+    script, training, model, _ = parser.parse_args_and_config(
         ["--config", str(path), "--dataset_name", "data", "--use_cpu", "True"], fail_with_unknown_args=True
     )
     assert (
@@ -70,6 +70,10 @@ def test_trl_yaml(name: str) -> None:
     assert (model.use_peft, model.load_in_4bit) == {
         "full": (False, False), "lora": (True, False), "qlora": (True, True)
     }[name]  # fmt: skip
+    assert (script.dataset_name, training.max_length) == ("data", 4096)
+    if name != "full":
+        assert training.chronicals_config == {"lora_plus_ratio": 16.0}
+        assert trl.get_peft_config(model).target_modules == "all-linear"
     if name == "qlora":
         # FSDP2 shards the packed weights only where they are stored in the dtype of all others.
         assert model.bnb_4bit_quant_storage == model.dtype == "bfloat16"

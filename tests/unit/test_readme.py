@@ -151,8 +151,8 @@ def test_python_blocks(block: str) -> None:
             assert {keyword.arg for keyword in node.keywords if keyword.arg} <= fields
         if isinstance(node, ast.keyword) and node.arg == "chronicals_config":
             ChronicalsConfig.resolve(ast.literal_eval(node.value), {})
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) == "ChronicalsPlugin" and node.args:
-            ChronicalsConfig.resolve(ast.literal_eval(node.args[0]), {})
+        if isinstance(node, ast.keyword) and node.arg == "chronicals_plugin":
+            ChronicalsConfig.resolve(ast.literal_eval(node.value), {})
 
 
 @pytest.mark.parametrize("block", code_blocks("bash"))
@@ -170,7 +170,7 @@ def test_shell_blocks(block: str) -> None:
                 ChronicalsConfig.resolve(None, {word.partition("=")[0]: value})
         elif word == "make":
             assert re.search(rf"^{following}:", (ROOT / "Makefile").read_text(), re.MULTILINE), following
-        elif word.startswith(("examples/", "tests/")):
+        elif word.startswith(("examples/", "integrations/", "tests/")):
             assert (ROOT / word).is_file(), word
         elif word.startswith(".["):
             for extra in word[2:-1].split(","):
