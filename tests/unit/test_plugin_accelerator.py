@@ -194,15 +194,29 @@ def test_unverified_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_part_that_is_off_on_another_rank_is_off_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(states: list[dict[str, str]]) -> list[dict[str, str]]:
-        return [*states, {**states[0], "gated_mlp": "off"}]
+    def other(told: list[tuple[dict[str, str], str | None]]) -> list[tuple[dict[str, str], str | None]]:
+        facts, error = told[0]
+        return [*told, ({**facts, "gated_mlp": "off"} if "gated_mlp" in facts else facts, error)]
 
-    monkeypatch.setattr("chronicals_trl._inputs.gather_object", other)
+    monkeypatch.setattr("chronicals_trl._agreement.gather_object", other)
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
     accelerator = ChronicalsAccelerator(cpu=True)
     accelerator.prepare(tiny_models.build("llama"))
     [report] = accelerator.chronicals_plugin.reports
     assert report["gated_mlp"].reason == "off on another rank" and report["rms_norm"].state == "on"
+
+
+def test_ranks_with_other_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(told: list[tuple[dict[str, str], str | None]]) -> list[tuple[dict[str, str], str | None]]:
+        facts, error = told[0]
+        return [*told, ({**facts, "chronicals_config: strict": "True"}, error)]
+
+    monkeypatch.setattr("chronicals_trl._agreement.gather_object", other)
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    model = tiny_models.build("llama")
+    with pytest.raises(ValueError, match="strict is False on rank 0 and True on rank 1"):
+        ChronicalsAccelerator(cpu=True).prepare(model)
+    assert not is_patched(model)
 
 
 # -- the environment -------------------------------------------------------------------------------------------------
