@@ -125,7 +125,8 @@ def settings(cell: Cell, folder: str) -> dict[str, Any]:
     options: dict[str, Any] = {
         "output_dir": folder, "use_chronicals": cell.ours, "max_steps": cell.steps, "max_grad_norm": 0.0,
         "per_device_train_batch_size": cell.rows * share, "gradient_accumulation_steps": cell.accumulation,
-        "learning_rate": 1e-4, "lr_scheduler_type": "constant",
+        # At 1e-4 all weights of the 7B shape, which are random, went astray with the flag on and off.
+        "learning_rate": 1e-5 if cell.shape == "qwen2.5-7b" else 1e-4, "lr_scheduler_type": "constant",
         "optim": "adamw_torch_fused" if CUDA else "adamw_torch",
         "bf16": bf16, "gradient_checkpointing": cell.checkpointing, "report_to": "none", "save_strategy": "no",
         "disable_tqdm": True, "use_cpu": not CUDA and not sharded, "ddp_find_unused_parameters": False,
