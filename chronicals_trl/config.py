@@ -106,6 +106,7 @@ _CHECKS: dict[str, Any] = {
     "attention_backend": lambda where, value: _choice(where, value, ATTENTION_BACKENDS),
     "logit_budget_mib": lambda where, value: None if value is None else _positive_int(where, value),
     "packing_window": _positive_int,
+    "profile_steps": lambda where, value: None if value is None else _positive_int(where, value),
     "balance_ranks": _boolean,
     "lora_plus_ratio": _positive_float,
     "lora_plus_embedding_lr": _optional_positive_float,
@@ -132,6 +133,8 @@ class ChronicalsConfig:
         logit_budget_mib: Memory for logits in the head, in MiB; at least 1. None: as much as leaves the head's peak no
             higher than that of TRL's fused head, at most 1,024.
         packing_window: Documents that are packed together when the data set is streamed; at least 1.
+        profile_steps: Steps whose GPU time is sorted into a table (`chronicals_profile.txt` in the output directory);
+            at least 1. None: none.
         balance_ranks: Packed rows are dealt so that the ranks have the same attention cost in a step. False: by the
             shuffle alone.
         lora_plus_ratio: Learning rate of LoRA's B matrices over that of A; above 0.
@@ -157,6 +160,7 @@ class ChronicalsConfig:
     attention_backend: str = "auto"
     logit_budget_mib: int | None = None
     packing_window: int = 10_000
+    profile_steps: int | None = None
     balance_ranks: bool = True
     lora_plus_ratio: float = 16.0
     lora_plus_embedding_lr: float | None = None
