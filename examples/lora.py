@@ -1,8 +1,8 @@
-"""LoRA fine-tuning: fused adapters, and LoRA+ learning rates.
+"""LoRA fine-tuning: fused adapters, and LoRA+ (B learns at a higher rate than A).
 
     python examples/lora.py --model DIR_OR_NAME --data train.jsonl
 
-`--data` is a JSON Lines file in any of TRL's formats. `--load_in_4bit` makes it QLoRA (bitsandbytes and a GPU).
+`--data` is a JSON Lines file in any of TRL's formats. For a base model in 4 bits see qlora.py.
 """
 
 import argparse
@@ -19,16 +19,7 @@ parser.add_argument("--data", required=True)
 parser.add_argument("--output_dir", default="outputs/lora")
 parser.add_argument("--max_steps", type=int, default=-1, help="-1: one epoch")
 parser.add_argument("--max_length", type=int, default=2048, help="tokens in a packed row")
-parser.add_argument("--load_in_4bit", action="store_true")
 options = parser.parse_args()
-
-quantization_config = None
-if options.load_in_4bit:
-    from transformers import BitsAndBytesConfig
-
-    quantization_config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )
 
 trainer = SFTTrainer(
     model=options.model,
@@ -49,7 +40,6 @@ trainer = SFTTrainer(
         save_strategy="no",
     ),
     train_dataset=load_dataset("json", data_files=options.data, split="train"),
-    quantization_config=quantization_config,
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
 )
 trainer.train()
