@@ -27,6 +27,7 @@ trainer = SFTTrainer(
         output_dir=options.output_dir,
         use_chronicals=True,
         use_cpu=not torch.accelerator.is_available(),  # TRL trains in bf16, and on a CPU wants that said
+        model_init_kwargs={"dtype": "bfloat16"},  # the frozen weights; TRL's default is float32, twice the memory
         # LoRA+ is on by default: learning_rate is A's, and B gets 16 times that. With {"lora_plus": "off"} both get
         # the same, and the usual rates for LoRA (1e-4 to 1e-3) are the ones to take.
         chronicals_config={"lora_plus_ratio": 16.0},
