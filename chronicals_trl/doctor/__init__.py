@@ -77,7 +77,7 @@ def _examine_machine(
     devices = findings["gpu"]["devices"]
     if _fatal(problems):  # the GPU cannot compute
         return None, problems
-    device = torch.device("cuda" if devices else "cpu")
+    device = torch.device("cuda", 0) if devices else torch.device("cpu")
 
     from chronicals_trl.doctor.attention_checks import attention_problems, check_attention
     from chronicals_trl.doctor.kernel_checks import check_kernels, kernel_problems

@@ -37,9 +37,12 @@ def check_attention(device: torch.device) -> list[Check]:
             broken = None if " needs " in detail else _broken(name, detail)
             checks.append(Check(label, "failed" if broken else "not available", label, broken or detail))
             continue
-        detail = attention_choice.verify_backend(
-            name, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, window=None, device=device
-        )
+        try:
+            detail = attention_choice.verify_backend(
+                name, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, window=None, device=device
+            )
+        except Exception as error:  # not even the inputs could be made: the GPU is full, most often
+            detail = f"{type(error).__name__}: {first_line(error)}"
         seconds = round(time.perf_counter() - start, 3)
         checks.append(Check(label, "ok" if detail is None else "failed", label, detail, seconds))
     return checks

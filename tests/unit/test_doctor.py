@@ -387,6 +387,15 @@ def test_wrong_numbers_and_none_that_are_right(monkeypatch: pytest.MonkeyPatch) 
     assert problem.fatal and "varlen: wrong; sdpa: wrong too" in problem.what
 
 
+def test_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(name: str, **_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    monkeypatch.setattr(attention_choice, "verify_backend", full)
+    check = attention_checks.check_attention(CPU)[-1]
+    assert (check.state, check.detail) == ("failed", "OutOfMemoryError: CUDA out of memory")
+
+
 def test_a_torch_without_varlen_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu(monkeypatch)
     verified(monkeypatch)
