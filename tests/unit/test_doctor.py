@@ -170,9 +170,11 @@ def test_a_library_that_cannot_be_imported(
     assert "gpu" not in found
 
 
-def test_what_a_library_prints_stays_out_of_the_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_library_prints_stays_out_of_the_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(packages.importlib, "import_module", lambda name: print("welcome"))
-    assert packages.examine_imports() == []
+    assert packages.examine_imports() == [] and capsys.readouterr().out == ""
 
 
 def test_the_environment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
