@@ -68,14 +68,14 @@ class Setting:
 def choose(shape: Shape, kind: str, mebibytes: int) -> Setting | None:
     """Without checkpointing, which costs a third more work, while `ENOUGH` tokens fit; else with it; None: neither.
 
-    With checkpointing as many tokens as fit, and where fewer than `ENOUGH` do, whichever way has more of them.
+    With checkpointing at least twice as many tokens fit as without, for every shape here.
     """
     usable = SHARE * mebibytes * 2**20
     found = {
         checkpointing: next((n for n in TOKENS if memory(shape, kind, checkpointing, n) <= usable), 0)
         for checkpointing in (False, True)
     }
-    if found[False] >= min(ENOUGH, found[True] or 1):
+    if found[False] >= ENOUGH:
         return Setting(found[False], False)
     return Setting(found[True], True) if found[True] else None
 
