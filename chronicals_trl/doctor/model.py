@@ -43,6 +43,7 @@ def what_would_be_on(model: str, device: torch.device | None = None) -> Activati
         "lora": "a LoRA adapter",
         "lora_plus": "a LoRA adapter",
         "cuda_graphs": "packing=True and a GPU",
+        "recompute": "a GPU and gradient_checkpointing left at its default",
     }.items():
         if getattr(settings, name) != "off":
             report.set(PartReport(name, "off", reason=f"not looked at: it takes {needs}, in a run"))
