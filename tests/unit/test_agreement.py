@@ -131,9 +131,9 @@ def test_of_a_rank_without_the_flag_nothing_else_is_told(others: Others) -> None
 
 
 def test_a_few_are_shown_and_the_rest_counted(others: Others) -> None:
-    others(with_facts(**{name: "2" for name in "abcdef"}))
+    others(with_facts(**dict.fromkeys("abcdef", "2")))
     with pytest.raises(ValueError) as told:
-        compare(**{name: "1" for name in "abcdef"})
+        compare(**dict.fromkeys("abcdef", "1"))
     assert "d is 1 on rank 0 and 2 on rank 1; and 2 more. Start all" in str(told.value)
 
 
@@ -159,7 +159,7 @@ def test_an_error_of_another_rank_is_one_here(others: Others) -> None:
         compare(a="1")
 
 
-# -- the parts of a model ----------------------------------------------------------------------------------------------
+# -- the parts of a model --------------------------------------------------------------------------------------------
 
 
 class Patching:
