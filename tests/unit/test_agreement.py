@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from chronicals_trl import _agreement
-from chronicals_trl._agreement import compare_starts, patch_alike, started_with
+from chronicals_trl._agreement import compare_starts, lone_note, patch_alike, started_with
 from chronicals_trl._environment import ENV_PREFIX
 from chronicals_trl.config import PARTS, ChronicalsConfig
 from chronicals_trl.report import ActivationReport, PartReport
@@ -157,6 +157,22 @@ def test_an_error_of_another_rank_is_one_here(others: Others) -> None:
     others(same, failing("ValueError: no text"))
     with pytest.raises(RuntimeError, match=r"Rank 2 cannot start, so none does. It says: ValueError: no text"):
         compare(a="1")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ranks", "told"),
+    [("2", 1, True), ("2", 2, False), ("1", 1, False), (None, 1, False), ("x", 1, False)],
+)
+def test_processes_that_do_not_know_of_each_other(
+    world_size: str | None, ranks: int, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What two processes on CPUs are, where Accelerate was not told to use these: two trainings in one folder."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    note = lone_note(ranks)
+    assert (note is not None) is told
+    assert not told or ("2 processes were started" in str(note) and "ACCELERATE_USE_CPU=1" in str(note))
 
 
 # -- the parts of a model --------------------------------------------------------------------------------------------
