@@ -99,6 +99,7 @@ def train(folder: Path, name: str, layout: str, options: list[str], checkpoint: 
     seen = gather_object([trainer.seen])
     return {
         "losses": {entry["step"]: entry["loss"] for entry in logs},
+        "norms": {entry["step"]: float(entry["grad_norm"]) for entry in logs},
         "rates": {entry["step"]: entry["learning_rate"] for entry in logs},
         "rows": {step: sorted(row for rank in seen for row in rank[step]) for step in trainer.seen},
         "weights": weights,

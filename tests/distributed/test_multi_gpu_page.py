@@ -258,7 +258,7 @@ def first(*words: str) -> list[str]:
 @pytest.mark.parametrize(
     "command",
     [
-        first("accelerate", "integrations/accelerate/ddp.yaml", "examples/sft.py"),
+        first("accelerate", "integrations/accelerate/ddp.yaml", "examples/sft.py", "integrations/trl/full.yaml"),
         first("chronicals-trl", "integrations/accelerate/fsdp2.yaml", "integrations/trl/lora.yaml"),
     ],
     ids=label,

@@ -94,6 +94,7 @@ def require_same(resumed: dict[str, Any], whole: dict[str, Any], steps: tuple[in
         assert resumed["rows"][step] == whole["rows"][step]
         assert resumed["rates"][step] == pytest.approx(whole["rates"][step], rel=1e-9)
         assert resumed["losses"][step] == pytest.approx(whole["losses"][step], rel=1e-5)
+        assert resumed["norms"][step] == pytest.approx(whole["norms"][step], rel=1e-4)
     assert resumed["weights"].keys() == whole["weights"].keys()
     for name, value in whole["weights"].items():
         assert (resumed["weights"][name] - value).norm() / value.norm() < 1e-4, name

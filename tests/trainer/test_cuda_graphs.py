@@ -236,14 +236,8 @@ def test_on(tmp_path: Path, recorder: StandIn) -> None:
         (2, 8, 1, 6),  # the most that there are
     ],
 )
-def test_segments_of_the_backward_pass_by_the_bytes_that_are_sent(
-    tmp_path: Path,
-    recorder: StandIn,
-    monkeypatch: pytest.MonkeyPatch,
-    ranks: int,
-    layers: int,
-    kib: int,
-    expected: int,
+def test_segments_of_the_backward_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, layers: int, kib: int, expected: int
 ) -> None:
     """So many bytes of gradients each."""
     trainer = make(tmp_path)
