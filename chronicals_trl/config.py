@@ -19,9 +19,21 @@ from typing import Any, ClassVar, cast
 from trl.trainer.sft_config import SFTConfig as TrlSFTConfig
 
 from chronicals_trl._environment import ENV_FLAG, ENV_PREFIX, check_environment
+from chronicals_trl._explicit import named_by_user
 from chronicals_trl._versions import check_floors
 
-PARTS = ("rms_norm", "gated_mlp", "qk_rope", "attention", "head", "packing", "lora", "lora_plus", "cuda_graphs")
+PARTS = (
+    "rms_norm",
+    "gated_mlp",
+    "qk_rope",
+    "attention",
+    "head",
+    "packing",
+    "lora",
+    "lora_plus",
+    "cuda_graphs",
+    "recompute",
+)
 PART_STATES = ("auto", "on", "off")
 ATTENTION_BACKENDS = ("auto", "flash_attn_4", "varlen", "flash_attn_3", "flash_attn_2", "sdpa")
 
@@ -94,6 +106,7 @@ _CHECKS: dict[str, Any] = {
     "attention_backend": lambda where, value: _choice(where, value, ATTENTION_BACKENDS),
     "logit_budget_mib": lambda where, value: None if value is None else _positive_int(where, value),
     "packing_window": _positive_int,
+    "profile_steps": lambda where, value: None if value is None else _positive_int(where, value),
     "balance_ranks": _boolean,
     "lora_plus_ratio": _positive_float,
     "lora_plus_embedding_lr": _optional_positive_float,
@@ -110,8 +123,8 @@ class ChronicalsConfig:
     """The settings of chronicals-trl; `chronicals_config` on the arguments holds the ones that the user gave.
 
     Args:
-        rms_norm, gated_mlp, qk_rope, attention, head, packing, lora, lora_plus, cuda_graphs: "auto" (on where it
-            fits), "on" (leaving it out is an error) or "off". Booleans are taken as "on" and "off".
+        rms_norm, gated_mlp, qk_rope, attention, head, packing, lora, lora_plus, cuda_graphs, recompute: "auto" (on
+            where it fits), "on" (leaving it out is an error) or "off". Booleans are taken as "on" and "off".
         strict: Every part that is left out of its own accord is an error.
         recompute_mlp: MLPs keep gate and up alone and compute their product again in the backward pass: less memory,
             slightly slower.
@@ -120,6 +133,8 @@ class ChronicalsConfig:
         logit_budget_mib: Memory for logits in the head, in MiB; at least 1. None: as much as leaves the head's peak no
             higher than that of TRL's fused head, at most 1,024.
         packing_window: Documents that are packed together when the data set is streamed; at least 1.
+        profile_steps: Steps whose GPU time is sorted into a table (`chronicals_profile.txt` in the output directory);
+            at least 1. None: none.
         balance_ranks: Packed rows are dealt so that the ranks have the same attention cost in a step. False: by the
             shuffle alone.
         lora_plus_ratio: Learning rate of LoRA's B matrices over that of A; above 0.
@@ -139,11 +154,13 @@ class ChronicalsConfig:
     lora: str = "auto"
     lora_plus: str = "auto"
     cuda_graphs: str = "auto"
+    recompute: str = "auto"
     strict: bool = False
     recompute_mlp: bool = False
     attention_backend: str = "auto"
     logit_budget_mib: int | None = None
     packing_window: int = 10_000
+    profile_steps: int | None = None
     balance_ranks: bool = True
     lora_plus_ratio: float = 16.0
     lora_plus_embedding_lr: float | None = None
@@ -180,7 +197,7 @@ class ChronicalsConfig:
 
 def without_trainer_parts(config: ChronicalsConfig) -> ChronicalsConfig:
     """`config` for `patch_model`, which cannot tell whether the parts that its caller sets afterwards will be on."""
-    return dataclasses.replace(config, packing="auto", lora_plus="auto", cuda_graphs="auto")
+    return dataclasses.replace(config, packing="auto", lora_plus="auto", cuda_graphs="auto", recompute="auto")
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(ChronicalsConfig))
@@ -316,6 +333,16 @@ class SFTConfig(TrlSFTConfig):
             f"Keys: {', '.join(_FIELDS)}."
         },
     )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SFTConfig:
+        made = super().__new__(cls)
+        made.__dict__["_given"] = frozenset(kwargs)
+        return made
+
+    def was_given(self, name: str) -> bool:
+        """Whether the user named the setting `name`, in a script, on the command line or in its YAML file."""
+        fields = [field for field in dataclasses.fields(self) if field.init]
+        return named_by_user(name, self.__dict__.get("_given", ()), len(fields))
 
     def __post_init__(self) -> None:
         # A misspelt CHRONICALS_USE_CHRONICALS leaves the flag off, and would pass unseen.

@@ -2,9 +2,10 @@
 
 The seams, all of them methods that TRL or transformers calls: `compute_loss` (the head) and `_prepare_inputs`; in
 `packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks' shares) and `_get_dataloader`; in
-`optim/trainer.py` `create_optimizer`; in `model/trainer.py` `train`, `training_step` and `evaluation_loop`; in
-`observe/trainer.py` `get_batch_samples` (token counts) and `log`; in `observe/out_of_memory.py` errors on their way
-out; in `checkpoints.py` which one `train` resumes from. With the flag off each returns the parent's result as it is.
+`optim/trainer.py` `create_optimizer`; in `model/trainer.py` (CUDA graphs) and `model/recompute_trainer.py` `train`,
+`training_step` and `evaluation_loop`; in `observe/trainer.py` `get_batch_samples` (token counts) and `log`; in
+`observe/out_of_memory.py` errors on their way out; in `checkpoints.py` which one `train` resumes from. With the flag
+off each returns the parent's result as it is.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from chronicals_trl.model.attention import use_padding
 from chronicals_trl.model.attention_choice import verify_isolation, verify_padding
 from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
 from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpatch_model
+from chronicals_trl.model.recompute_trainer import RecomputeMixin
 from chronicals_trl.model.trainer import CudaGraphsMixin
 from chronicals_trl.observe.out_of_memory import OutOfMemoryMixin
 from chronicals_trl.observe.trainer import ThroughputMixin
@@ -46,7 +48,14 @@ REPORT_FILE = "chronicals_report.json"
 
 
 class SFTTrainer(
-    OutOfMemoryMixin, CheckpointsMixin, PackingMixin, LoraPlusMixin, CudaGraphsMixin, ThroughputMixin, TrlSFTTrainer
+    OutOfMemoryMixin,
+    CheckpointsMixin,
+    PackingMixin,
+    LoraPlusMixin,
+    RecomputeMixin,
+    CudaGraphsMixin,
+    ThroughputMixin,
+    TrlSFTTrainer,
 ):
     """TRL's SFTTrainer; with `SFTConfig(use_chronicals=True)` it trains the same model from packed, fused steps.
 
@@ -157,7 +166,9 @@ class SFTTrainer(
         if "lora_plus" in leave_out and lora_plus.state == "on":
             lora_plus = PartReport("lora_plus", "off", reason=leave_out["lora_plus"], omitted=True)
         report.set(lora_plus)
-        report.set(self._graphs_part(config, leave_out.get("cuda_graphs")))
+        recompute = self._recompute_part(config, leave_out.get("recompute"))
+        report.set(recompute)
+        report.set(self._graphs_part(config, leave_out.get("cuda_graphs"), recompute))
         return report
 
     def _device_of_training(self) -> torch.device | None:

@@ -49,12 +49,13 @@ class CudaGraphsMixin(Trainer):
 
     _graphs_wanted: bool = False  # inside `train`, with the part on
     _graphs: graphs.GraphedStack | None = None
+    _graphs_wait: bool = False  # until it is known which layers are computed again
 
-    def _graphs_part(self, config: ChronicalsConfig, leave_out: str | None) -> PartReport:
+    def _graphs_part(self, config: ChronicalsConfig, leave_out: str | None, recompute: PartReport) -> PartReport:
         """Whether the decoder layers will be captured, as far as that is known before the first step."""
         if config.cuda_graphs == "off":
             return PartReport(PART, "off", reason="cuda_graphs='off' in the configuration")
-        reason = self._graphs_pointless()
+        reason = self._graphs_pointless(recompute)
         if reason is not None:
             return PartReport(PART, "off", reason=reason)
         reason = leave_out or self._graphs_ruled_out()
@@ -65,7 +66,7 @@ class CudaGraphsMixin(Trainer):
             return PartReport(PART, "off", reason=reason, omitted=True)
         return PartReport(PART, "on", modules=len(layers), backend=f"captured after {graphs.WARM_UP} batches")
 
-    def _graphs_pointless(self) -> str | None:
+    def _graphs_pointless(self, recompute: PartReport) -> str | None:
         """Why there is nothing to win, so that nobody misses them."""
         args: Any = self.args
         if args.device.type not in DEVICES:
@@ -74,8 +75,8 @@ class CudaGraphsMixin(Trainer):
             reason = self._padding_obstacle()
             if reason is not None:
                 return f"batches are not packed here, so their shapes differ from step to step, and {reason}"
-        if args.gradient_checkpointing:
-            return "gradient_checkpointing=True, the default of SFTConfig: what a layer computes again is not captured"
+        if args.gradient_checkpointing and recompute.state == "off":
+            return "gradient_checkpointing=True: what a layer computes again is not captured"
         return None
 
     def _pads_rows(self) -> bool:
@@ -143,6 +144,8 @@ class CudaGraphsMixin(Trainer):
             self._end_graphs()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._graphs_wait:
+            return super().training_step(*args, **kwargs)
         if self._graphs_wanted and self._graphs is None:
             # Here, and not before: by now the layers are those that are trained, whatever was put around them.
             layers = graphs.decoder_layers(self.model)

@@ -127,6 +127,8 @@ class OutOfMemoryMixin(Trainer):
             found += self._batch_settings(config)
         if self.chronicals_report["cuda_graphs"].state == "on":
             found.append("chronicals_config's cuda_graphs='off' (now on: graphs keep their memory)")
+        if self.chronicals_report["recompute"].state == "on" and not evaluates:
+            found.append("chronicals_config's recompute='off' (now on: not every layer is computed again)")
         if self.args.max_length is not None and place != OPTIMIZER:
             found.append(f"a smaller max_length (now {self.args.max_length:,}), which cuts long documents")
         return found + ([] if evaluates else self._model_settings())

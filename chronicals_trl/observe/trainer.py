@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from chronicals_trl.config import ChronicalsConfig
 from chronicals_trl.observe.flops import datasheet_tflops, training_flops
+from chronicals_trl.observe.profile import StepProfile
 from chronicals_trl.observe.throughput import ThroughputMeter
 
 
@@ -32,6 +33,9 @@ class ThroughputMixin(Trainer):
         rate = datasheet_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         flop_rate = None if rate is None else rate * 1e12 * self.args.world_size * max(1, self.args.n_gpu)
         model: Any = self.model
+        assert self._chronicals is not None
+        if self._chronicals.profile_steps is not None:
+            self.add_callback(StepProfile(self._chronicals.profile_steps))
         self._meter = ThroughputMeter(device, flops=training_flops(model), flop_rate=flop_rate)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:

@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,11 +36,7 @@ from run_qwen_shape import qwen_config  # noqa: E402
 import chronicals_trl  # noqa: E402
 from chronicals_trl import SFTConfig, SFTTrainer  # noqa: E402
 from chronicals_trl.model import decoder, match, patch, rope  # noqa: E402
-
-GEMM = re.compile(r"gemm|nvjet|cutlass|splitK|cublas", re.IGNORECASE)
-ATTENTION = re.compile(r"flash|fmha|attention", re.IGNORECASE)
-HEAD = re.compile(r"linear_?cross_?entropy", re.IGNORECASE)
-CATEGORIES = ("gemm", "attention", "cross-entropy pass", "elementwise", "optimizer and clipping", "copies to the GPU")
+from chronicals_trl.observe.profile import CATEGORIES, sort_kernels, totals  # noqa: E402
 
 
 def model(tiny: bool) -> transformers.PreTrainedModel:
@@ -89,48 +83,6 @@ class Watch(transformers.TrainerCallback):
         if state.global_step == self.steps:
             self._sync()
             self.seconds = time.perf_counter() - self.start
-
-
-def category(kernel: str, ops: list[str]) -> str:
-    if "Memcpy HtoD" in kernel:
-        return "copies to the GPU"
-    # Nothing else in a step works on lists of tensors.
-    if any("Optimizer.step" in op or "_foreach_" in op for op in ops):
-        return "optimizer and clipping"
-    head = any(HEAD.search(op) for op in ops)
-    if head and "gemv" in kernel:  # the entropy's sum of products
-        return "cross-entropy pass"
-    if any(map(ATTENTION.search, [kernel, *ops])):  # before the GEMMs: its name may say that it is built with CUTLASS
-        return "attention"
-    # Memset: split-K products clear their workspace.
-    if GEMM.search(kernel) or (kernel.startswith("Memset") and any("mm" in op for op in ops[:1])):
-        return "gemm"
-    return "cross-entropy pass" if head else "elementwise"
-
-
-def table(profile: torch.profiler.profile, steps: int) -> list[dict]:
-    """Kernels by category, name and launching op, in ms a step."""
-    time_us: dict = defaultdict(float)
-    calls: dict = defaultdict(int)
-    for event in profile.events():
-        ops, parent = [], event
-        while parent is not None:
-            ops.append(parent.name)
-            parent = parent.cpu_parent
-        named = event.kernels if torch.cuda.is_available() else []
-        spent = [(k.name, k.duration) for k in named] or (
-            [] if torch.cuda.is_available() else [(event.name, event.self_cpu_time_total)]
-        )
-        for name, duration in spent:
-            interesting = [op for op in ops if not op.startswith(("cuda", "cuLaunch"))]
-            key = (category(name, ops), name[:120], interesting[0][:80] if interesting else "")
-            time_us[key] += duration
-            calls[key] += 1
-    rows = [
-        {"category": c, "kernel": k, "op": o, "ms": us / 1e3 / steps, "calls": calls[c, k, o] / steps}
-        for (c, k, o), us in time_us.items()
-    ]
-    return sorted(rows, key=lambda row: -row["ms"])
 
 
 @contextmanager
@@ -196,7 +148,7 @@ def run(name: str, tiny: bool, steps: int, lora: bool) -> dict:
             peft_config=adapters() if lora else None,
         )  # fmt: skip
         trainer.train()
-    kernels = table(watch.profile, 3)
+    kernels = sort_kernels(watch.profile, 3, torch.cuda.is_available())
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert logs[-1]["loss"] < logs[0]["loss"] and all(log["grad_norm"] > 0 for log in logs), "nothing was learned"
     timed = steps - 10
@@ -207,7 +159,7 @@ def run(name: str, tiny: bool, steps: int, lora: bool) -> dict:
         "peak_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
         "loss": [logs[0]["loss"], logs[-1]["loss"]],
         "grad_norm": logs[-1]["grad_norm"],
-        "categories_ms": {c: sum(row["ms"] for row in kernels if row["category"] == c) for c in CATEGORIES},
+        "categories_ms": totals(kernels),
         "kernels": [row for row in kernels if row["ms"] > 0.005],
         "report": trainer.chronicals_report.to_dict(),
     }

@@ -59,14 +59,14 @@ def test_each_side_has_one_part_more() -> None:
 def test_every_part_is_added() -> None:
     from chronicals_trl.config import PARTS
 
-    assert {*ABLATED, "lora_plus"} == set(PARTS)  # which trains otherwise, and no faster
+    assert {*ABLATED, "lora_plus", "recompute"} == set(PARTS)  # trains otherwise; is the run's setting
 
 
 @pytest.mark.parametrize(
     ("side", "flag", "off"),
     [
-        ("ablation-0-off", False, {*ABLATED, "lora_plus"}),
-        ("ablation-2-attention", True, {*ABLATED[2:], "lora_plus"}),
+        ("ablation-0-off", False, {*ABLATED, "lora_plus", "recompute"}),
+        ("ablation-2-attention", True, {*ABLATED[2:], "lora_plus", "recompute"}),
         ("chronicals", True, {"lora_plus"}),
     ],
 )

@@ -236,6 +236,7 @@ OTHER_VALUES: dict[str, tuple[str, Any]] = {
     "attention_backend": ("sdpa", "sdpa"),
     "logit_budget_mib": ("135", 135),
     "packing_window": ("77", 77),
+    "profile_steps": ("3", 3),
     "balance_ranks": ("no", False),
     "lora_plus_ratio": ("8", 8.0),
     "lora_plus_embedding_lr": ("1e-6", 1e-6),

@@ -1,0 +1,215 @@
+"""Layers stop being computed again where memory permits; on the CPU, with a memory that the test makes up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_data
+import tiny_models
+import torch
+from graph_stand_in import StandIn
+from training_runs import SETTINGS, logged, run
+
+from chronicals_trl import SFTConfig, SFTTrainer
+from chronicals_trl.model import graphs, recompute_trainer
+from chronicals_trl.model import trainer as graphs_trainer
+
+LAYERS = 2
+LEFT_OPEN = {k: v for k, v in SETTINGS.items() if k != "gradient_checkpointing"}
+
+
+class MadeUp:
+    """`layer` bytes a layer, and room for `layers` of them above a peak of 1,000."""
+
+    def __init__(self, layers: float, layer: int = 100) -> None:
+        self.layers, self.layer, self.reads, self.peaks, self.released = layers, layer, 0, 0, 0
+
+    def allocated(self) -> int:
+        self.reads += 1
+        return self.layer * (self.reads % 2 == 0)
+
+    def begin_peak(self) -> None:
+        self.peaks += 1
+
+    def peak(self) -> int:
+        assert self.peaks == 1
+        return 1000
+
+    def room(self) -> int:
+        return 1000 + int(self.layers * 106)
+
+    def release(self) -> None:
+        self.released += 1
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+    made_up = MadeUp(LAYERS)
+    monkeypatch.setattr(recompute_trainer, "DEVICES", ("cpu",))
+    monkeypatch.setattr(recompute_trainer, "Memory", lambda device: made_up)
+    return made_up
+
+
+def train(tmp_path: Path, **options: Any) -> tuple[Any, list[int]]:
+    """The trainer, and how many layers were computed again in each micro-batch."""
+    counts: list[int] = []
+
+    class Counting(SFTTrainer):
+        def training_step(self, *args, **kwargs):
+            ran: list[int] = []
+            layers = [m for m in self.model.modules() if type(m).__name__ == "LlamaAttention"]
+            handles = [layer.register_forward_hook(lambda *a: ran.append(1)) for layer in layers]
+            loss = super().training_step(*args, **kwargs)
+            for handle in handles:
+                handle.remove()
+            counts.append(len(ran) - len(layers))
+            return loss
+
+    settings = {**LEFT_OPEN, "output_dir": str(tmp_path), "use_chronicals": True, "packing": True, **options}
+    peft_config = settings.pop("peft_config", None)
+    trainer = Counting(
+        model=tiny_models.build("llama"), args=SFTConfig(**settings), train_dataset=tiny_data.text(120),
+        processing_class=tiny_data.tokenizer(), peft_config=peft_config,
+    )  # fmt: skip
+    trainer.train()
+    return trainer, counts
+
+
+@pytest.mark.parametrize(("fits", "again"), [(1e6, 0), (1, 1), (0.5, 2)])
+def test_from_the_third_step_on(tmp_path: Path, memory: MadeUp, fits: float, again: int) -> None:
+    memory.layers = fits
+    memory.layer = 100
+    trainer, counts = train(tmp_path, max_steps=5, chronicals_config={"cuda_graphs": "off"})
+    # The probe's two runs of one layer are in the first count.
+    assert counts[1:] == [LAYERS, again, again, again]
+    part = trainer.chronicals_report["recompute"]
+    assert part.state == "on"
+    assert part.backend == (f"{again} of {LAYERS} layers computed again" if again else "no layer computed again")
+    assert memory.released == 1
+    layers = [m for m in trainer.model.modules() if hasattr(m, "gradient_checkpointing") and hasattr(m, "self_attn")]
+    assert all(layer.gradient_checkpointing for layer in layers), "as they were, after the run"
+
+
+def test_gradients_that_graphs_hold_twice_count(tmp_path: Path, memory: MadeUp) -> None:
+    """All layers would fit; with the layers' gradients a second time they do not."""
+    memory.layers = LAYERS + 0.1
+    trainer, counts = train(tmp_path, max_steps=4, chronicals_config={"cuda_graphs": "off"})
+    assert counts[2:] == [1, 1] and trainer.chronicals_report["recompute"].modules == LAYERS
+
+
+def roomy(memory: MadeUp) -> None:
+    memory.room = lambda: 10**12  # type: ignore[method-assign]
+
+
+def test_the_losses_are_those_of_computing_again(tmp_path: Path, memory: MadeUp) -> None:
+    roomy(memory)
+    losses = {}
+    for setting in ("auto", "off"):
+        trainer, _ = train(tmp_path, max_steps=6, chronicals_config={"recompute": setting, "cuda_graphs": "off"})
+        losses[setting] = logged(trainer, "loss")
+        memory.peaks = 0
+    assert len(losses["auto"]) == 6 and losses["auto"] == pytest.approx(losses["off"], rel=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_graphs_begin_when_no_layer_is_computed_again(
+    tmp_path: Path, memory: MadeUp, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    roomy(memory)
+    recorder = StandIn()
+    monkeypatch.setattr(graphs_trainer, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: recorder)
+    trainer, _ = run(
+        SFTTrainer, SFTConfig, tmp_path, data=tiny_data.text(120),
+        options={"max_steps": 7, "gradient_accumulation_steps": accumulation, "use_chronicals": True, "packing": True,
+                 "gradient_checkpointing": True, "chronicals_config": {"recompute": "on"}},
+    )  # fmt: skip
+    assert recorder.recorded == 2
+    passes = (7 - recompute_trainer.MEASURED_STEPS) * accumulation
+    note = f"CUDA graphs: {passes - graphs.WARM_UP} of {passes} batches replayed"
+    assert any(each.startswith(note) for each in trainer.chronicals_report.notes), trainer.chronicals_report.notes
+
+
+def test_graphs_are_off_where_layers_are_computed_again(
+    tmp_path: Path, memory: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.layers = 1
+    monkeypatch.setattr(graphs_trainer, "DEVICES", ("cpu",))
+    trainer, _ = train(tmp_path, max_steps=4)
+    part = trainer.chronicals_report["cuda_graphs"]
+    assert part.state == "off" and "memory needs 1 layers computed again" in part.reason
+
+
+def test_memory_that_runs_out_after_all(tmp_path: Path, memory: MadeUp) -> None:
+    """The step is made again with every layer computed again, once; the losses are those of a run without all this."""
+    roomy(memory)
+    failures = []
+
+    class Failing(SFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            if self.state.global_step == 3 and not failures:
+                failures.append(1)
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().compute_loss(*args, **kwargs)
+
+    settings = {**LEFT_OPEN, "output_dir": str(tmp_path), "use_chronicals": True, "packing": True, "max_steps": 6}
+    losses = []
+    for trainer_class, config in ((Failing, {}), (SFTTrainer, {"recompute": "off"})):
+        memory.peaks = 0
+        trainer = trainer_class(
+            model=tiny_models.build("llama"), args=SFTConfig(**settings, chronicals_config=config),
+            train_dataset=tiny_data.text(120), processing_class=tiny_data.tokenizer(),
+        )  # fmt: skip
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+        if config == {}:
+            part = trainer.chronicals_report["recompute"]
+            assert part.reason == "memory ran out otherwise" and part.backend == f"all {LAYERS} layers computed again"
+            assert any("ran out in step 4" in note for note in trainer.chronicals_report.notes)
+    assert failures == [1] and losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_memory_that_runs_out_in_a_later_micro_batch_is_an_error(tmp_path: Path, memory: MadeUp) -> None:
+    """What earlier micro-batches have added cannot be told from what this one has."""
+    roomy(memory)
+
+    class Failing(SFTTrainer):
+        calls = 0
+
+        def compute_loss(self, *args, **kwargs):
+            self.calls += self.state.global_step == 3
+            if self.calls == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().compute_loss(*args, **kwargs)
+
+    settings = {**LEFT_OPEN, "output_dir": str(tmp_path), "use_chronicals": True, "packing": True, "max_steps": 6}
+    trainer = Failing(
+        model=tiny_models.build("llama"), args=SFTConfig(**settings, gradient_accumulation_steps=2),
+        train_dataset=tiny_data.text(120), processing_class=tiny_data.tokenizer(),
+    )  # fmt: skip
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"gradient_checkpointing": False}, "gradient_checkpointing=False"),
+        ({"gradient_checkpointing": True}, "was asked for"),
+        ({"chronicals_config": {"recompute": "off"}}, "recompute='off'"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+    ],
+)
+def test_when_it_is_off(tmp_path: Path, memory: MadeUp, options: dict[str, Any], reason: str) -> None:
+    trainer, counts = train(tmp_path, max_steps=4, **options)
+    part = trainer.chronicals_report["recompute"]
+    assert part.state == "off" and reason in part.reason
+    assert set(counts) == ({0} if options.get("gradient_checkpointing") is False else {LAYERS})
+    assert memory.reads == memory.peaks == 0
+
+
+def test_on_a_cpu_it_is_off(tmp_path: Path) -> None:
+    trainer, counts = train(tmp_path, max_steps=3)
+    assert "no CUDA GPU" in trainer.chronicals_report["recompute"].reason and set(counts) == {LAYERS}
