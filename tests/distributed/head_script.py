@@ -136,7 +136,9 @@ class _Gradients(TrainerCallback):
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-                self.trainer.gradients[name.removeprefix("module.")] = grad.detach().float().cpu().clone()  # DDP may own it
+                self.trainer.gradients[name.removeprefix("module.")] = (
+                    grad.detach().float().cpu().clone()
+                )  # DDP may own it
 
 
 def settings(case: Case, output: str) -> dict[str, Any]:
