@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from start_ranks import start_ranks
 
 TESTS = Path(__file__).parents[1]
 
@@ -52,12 +53,7 @@ def environment() -> dict[str, str]:
 
 
 def save(folder: Path, cells: list[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(TESTS / "distributed" / "save_script.py"), str(folder), *cells],
-        capture_output=True, text=True, timeout=280, env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    start_ranks("save_script.py", 2, folder, *cells)
 
 
 def tensors(file: Path) -> tuple[dict[str, torch.Tensor], Any]:
