@@ -1,4 +1,4 @@
-"""Started by torchrun: gradients of patched tiny models under FSDP2 against the whole, unpatched model's."""
+"""Started by test_fsdp2.py: gradients of patched tiny models under FSDP2 against the whole, unpatched model's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Started by test_resume_ranks.py under torchrun: packed runs that stop and go on, on this number of ranks or another.
+"""Started by test_resume_ranks.py: packed runs that stop and go on, on this number of ranks or another.
 
 Arguments: a folder for all checkpoints, a file for what was found, and runs NAME=LAYOUT[+OPTION ...][@CHECKPOINT]: the
 folder that the checkpoints go to, how the run is sharded, and the checkpoint (below the first folder) that it goes on

@@ -1,4 +1,4 @@
-"""Started by test_saves.py under torchrun: two steps; what is saved of them patched, and of the same state unpatched.
+"""Started by test_saves.py: two steps; what is saved of them patched, and of the same state unpatched.
 
 Arguments: the folder for both saves of every cell (NAME/on, NAME/off), and cells LAYOUT+PART+WEIGHTS[+sharded].
 """

@@ -169,6 +169,7 @@ def test_evaluation_has_a_batch_size_of_its_own(tmp_path: Path, monkeypatch: pyt
         note = note_of(run)
         assert "memory ran out in evaluation, in the decoder layers" in note
         assert "(1) per_device_eval_batch_size=3 (now 6)" in note and "train_batch" not in note
+        assert "LoRA in place" not in note and "sharded" not in note
 
 
 def test_auto_find_batch_size_still_finds_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
