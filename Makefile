@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 # Two workers suit two cores; tests keep torch to one thread each.
 WORKERS ?= 2
 
-.PHONY: setup test lint demo docs clean
+.PHONY: setup test test-oldest lint demo docs clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,24 @@ $(STAMP): pyproject.toml constraints.txt
 test: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
+# Not part of `make test`: the oldest libraries that are supported, in an environment of their own, and the tests that
+# rest on them most. torch is the newest that this machine gets, since its oldest release is on PyPI with CUDA alone,
+# some gigabytes; `make test-oldest OLDEST_TORCH=torch==2.11` takes that. Without triton: see tests/oldest.
+OLDEST := .venv-oldest
+OLDEST_TORCH ?= torch
+FLOORS = from chronicals_trl._versions import FLOORS; print(*(f"{n}=={v}" for n, v in FLOORS.items() if n != "torch"))
+
+test-oldest: $(OLDEST)/.setup-done
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/oldest $(OLDEST)/bin/python -m pytest -q -p trl_head_on_cpu \
+		tests/unit/test_patch.py tests/trainer/test_trainer.py
+
+$(OLDEST)/.setup-done: chronicals_trl/_versions.py
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --no-compile $(OLDEST_TORCH) packaging
+	$(OLDEST)/bin/python -m pip install --quiet --no-compile pytest pytest-timeout rich tensorboard \
+		$$($(OLDEST)/bin/python -c '$(FLOORS)')
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,5 +55,5 @@ docs: setup
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

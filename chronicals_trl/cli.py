@@ -6,24 +6,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from chronicals_trl import __version__
-from chronicals_trl._versions import (
-    FLOORS,
-    REQUIRED,
-    TESTED,
-    check_floors,
-    installed,
-    meets_floor,
-    newer_than_tested,
-)
+from chronicals_trl._versions import check_floors
 
 _EPILOG = (
     "`chronicals-trl sft --help` lists the arguments: TRL's, and --use_chronicals and --chronicals_config. "
@@ -45,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="{sft,doctor,bench}")
     commands.add_parser("sft", help="fine-tune, as `trl sft` does, with use_chronicals on", add_help=False)
-    doctor = commands.add_parser("doctor", help="versions, GPUs and back ends; with --model, what would be on")
+    doctor = commands.add_parser(
+        "doctor", help="whether chronicals can run here, checked by number; with --model, what would be on"
+    )
     doctor.add_argument("--model", help="a model's folder or hub id; only its config is read, never its weights")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     commands.add_parser(
@@ -57,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if namespace.command is None:
         parser.print_help()
         return 0
-    return _doctor(namespace.model, namespace.json)
+    from chronicals_trl.doctor import main as doctor_main
+
+    return doctor_main(namespace.model, namespace.json)
 
 
 def _sft(arguments: list[str]) -> int:
@@ -127,139 +121,3 @@ def _without(items: list[str], taken: list[str]) -> list[str]:
         else:
             left.append(item)
     return left
-
-
-def _doctor(model: str | None, as_json: bool) -> int:
-    """Print the findings; 1 when a needed library is missing or too old, or the model cannot be read, else 0."""
-    packages = {name: _package(name) for name in FLOORS}
-    findings: dict[str, Any] = {
-        "chronicals-trl": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": packages,
-    }
-    sound = all(packages[name]["state"] in ("ok", "newer than tested") for name in REQUIRED)
-    # Without torch, or with one too old, the rest could only fail.
-    report, problem = None, None
-    if sound:
-        findings["gpus"] = _gpus()
-        findings["backends"] = _backends()
-        if model is not None:
-            try:
-                report = _what_would_be_on(model)
-                findings["model"] = {"name": model, **report.to_dict()}
-            except Exception as error:  # a wrong name, no network, a configuration of no causal language model ...
-                problem = f"cannot read the model {model!r}: {_first_line(error)}. Pass a model's folder or hub id."
-                findings["model"] = {"name": model, "error": problem}
-    if as_json:
-        print(json.dumps(findings, indent=2))
-    else:
-        print(_as_text(findings))
-        if report is not None:
-            print(f"\nOn {model} (structure only, from its config; weights and quantisation not looked at):")
-            report.print()
-        if problem is not None:
-            print(f"\n{problem}")
-    return 0 if sound and problem is None else 1
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
-
-
-def _package(name: str) -> dict[str, str | None]:
-    found = installed(name)
-    if found is None:
-        state = "missing" if name in REQUIRED else "not installed"
-    elif not meets_floor(name, found):
-        state = f"too old: pip install -U '{name}>={FLOORS[name]}'"
-    elif newer_than_tested(name, found):
-        state = "newer than tested"
-    else:
-        state = "ok"
-    return {"installed": found, "floor": FLOORS[name], "tested": TESTED[name], "state": state}
-
-
-def _gpus() -> list[dict[str, Any]]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found.append(
-            {
-                "name": properties.name,
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-                "capability": f"{properties.major}.{properties.minor}",
-            }
-        )
-    return found
-
-
-def _importable(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ImportError:  # a parent package that is not there, or is broken
-        return False
-
-
-def _backends() -> dict[str, bool]:
-    """Which optional libraries are there. Found, not imported: some take seconds or need a GPU to import."""
-    modules = {
-        "triton": "triton",
-        "torch varlen attention": "torch.nn.attention.varlen",
-        "flash-attn-4": "flash_attn.cute",
-        "flash-attn-3": "flash_attn_interface",
-        "flash-attn": "flash_attn_2_cuda",
-        "peft": "peft",
-        "deepspeed": "deepspeed",
-        "bitsandbytes": "bitsandbytes",
-    }
-    return {label: _importable(module) for label, module in modules.items()}
-
-
-def _what_would_be_on(model: str) -> Any:
-    """The report of `patch_model` on the model's structure, without its weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from chronicals_trl.config import PARTS, ChronicalsConfig
-    from chronicals_trl.model.patch import patch_model
-    from chronicals_trl.report import PartReport
-
-    # To show and not to refuse: "on" and strict, from the environment, are for a run.
-    settings = ChronicalsConfig.resolve(None)
-    wanted: dict[str, Any] = {name: "auto" for name in PARTS if getattr(settings, name) == "on"}
-    settings = dataclasses.replace(settings, strict=False, **wanted)
-
-    config = AutoConfig.from_pretrained(model)
-    with torch.device("meta"):
-        structure = AutoModelForCausalLM.from_config(config)
-    report = patch_model(structure, settings)
-    # These depend on what a run is given, and say nothing about the model.
-    for name, needs in {
-        "packing": "packing=True",
-        "lora": "a LoRA adapter",
-        "lora_plus": "a LoRA adapter",
-        "cuda_graphs": "packing=True and a GPU",
-    }.items():
-        if getattr(settings, name) != "off":
-            report.set(PartReport(name, "off", reason=f"not looked at: it takes {needs}, in a run"))
-    return report
-
-
-def _as_text(findings: dict[str, Any]) -> str:
-    lines = [f"chronicals-trl {findings['chronicals-trl']}, Python {findings['python']}, {findings['platform']}", ""]
-    lines.append(f"{'package':<14}{'installed':<16}{'floor':<8}{'tested':<10}state")
-    for name, package in findings["packages"].items():
-        found = package["installed"] or "-"
-        lines.append(f"{name:<14}{found:<16}{package['floor']:<8}{package['tested']:<10}{package['state']}")
-    if "gpus" in findings:
-        described = [f"{g['name']}, {g['memory_gib']} GiB, capability {g['capability']}" for g in findings["gpus"]]
-        lines += ["", "GPU: " + ("; ".join(described) or "none: the plain-torch reference of each kernel runs")]
-        lines += ["", "back ends:"]
-        lines += [f"  {label:<24}{'found' if found else '-'}" for label, found in findings["backends"].items()]
-    return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""LoRA fine-tuning: fused adapters, and LoRA+ learning rates.
+"""LoRA fine-tuning: fused adapters, and LoRA+ (B learns at a higher rate than A).
 
     python examples/lora.py --model DIR_OR_NAME --data train.jsonl
 
-`--data` is a JSON Lines file in any of TRL's formats. `--load_in_4bit` makes it QLoRA (bitsandbytes and a GPU).
+`--data` is a JSON Lines file in any of TRL's formats. For a base model in 4 bits see qlora.py.
 """
 
 import argparse
@@ -19,16 +19,7 @@ parser.add_argument("--data", required=True)
 parser.add_argument("--output_dir", default="outputs/lora")
 parser.add_argument("--max_steps", type=int, default=-1, help="-1: one epoch")
 parser.add_argument("--max_length", type=int, default=2048, help="tokens in a packed row")
-parser.add_argument("--load_in_4bit", action="store_true")
 options = parser.parse_args()
-
-quantization_config = None
-if options.load_in_4bit:
-    from transformers import BitsAndBytesConfig
-
-    quantization_config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )
 
 trainer = SFTTrainer(
     model=options.model,
@@ -36,6 +27,7 @@ trainer = SFTTrainer(
         output_dir=options.output_dir,
         use_chronicals=True,
         use_cpu=not torch.accelerator.is_available(),  # TRL trains in bf16, and on a CPU wants that said
+        model_init_kwargs={"dtype": "bfloat16"},  # the frozen weights; TRL's default is float32, twice the memory
         # LoRA+ is on by default: learning_rate is A's, and B gets 16 times that. With {"lora_plus": "off"} both get
         # the same, and the usual rates for LoRA (1e-4 to 1e-3) are the ones to take.
         chronicals_config={"lora_plus_ratio": 16.0},
@@ -49,7 +41,6 @@ trainer = SFTTrainer(
         save_strategy="no",
     ),
     train_dataset=load_dataset("json", data_files=options.data, split="train"),
-    quantization_config=quantization_config,
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
 )
 trainer.train()

@@ -35,7 +35,7 @@ MODES = ("full", "LoRA", "QLoRA")
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of Llama's structure with an untied head, by its config.json."""
+    """A decoder of Llama's structure, by its config.json."""
 
     name: str
     hidden: int
@@ -46,6 +46,7 @@ class Shape:
     vocab: int
     qkv_bias: bool
     head_dim: int = 128
+    tied: bool = False  # the head is the embedding
 
     @property
     def linears(self) -> list[tuple[int, int]]:
@@ -68,7 +69,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        return self.layers * self.layer + 2 * self.table + self.hidden
+        return self.layers * self.layer + (1 if self.tied else 2) * self.table + self.hidden
 
     @property
     def adapters(self) -> int:
@@ -96,10 +97,10 @@ def layer_activations(shape: Shape, mode: str) -> int:
     return 2 * (4 * shape.hidden + attention + mlp)
 
 
-def activations(shape: Shape, mode: str, checkpointing: bool) -> int:
+def activations(shape: Shape, mode: str, checkpointing: bool, tokens: int = TOKENS) -> int:
     """All layers' activations; with checkpointing a layer keeps its input, and one layer at a time all of it."""
     whole = layer_activations(shape, mode)
-    return TOKENS * (shape.layers * 2 * shape.hidden + whole if checkpointing else shape.layers * whole)
+    return tokens * (shape.layers * 2 * shape.hidden + whole if checkpointing else shape.layers * whole)
 
 
 def full_logits(shape: Shape) -> int:
@@ -144,9 +145,10 @@ def working(shape: Shape, mode: str, layout: str) -> float:
     return (2 * shape.parameters if layout == "ddp" and mode == "full" else 0) + largest
 
 
-def memory(shape: Shape, mode: str, layout: str, checkpointing: bool, gpus: int) -> float:
-    parts = states(shape, mode, layout, gpus), working(shape, mode, layout), activations(shape, mode, checkpointing)
-    return sum(parts) + LOGIT_BUDGET
+def memory(shape: Shape, mode: str, layout: str, checkpointing: bool, gpus: int, tokens: int = TOKENS) -> float:
+    """`tokens`: of a GPU's micro-step."""
+    kept = activations(shape, mode, checkpointing, tokens)
+    return states(shape, mode, layout, gpus) + working(shape, mode, layout) + kept + LOGIT_BUDGET
 
 
 # -- communication and compute of a micro-step -----------------------------------------------------------------------
@@ -336,9 +338,9 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def filled(page: str) -> str:
+def filled(page: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
     """`page` with each table between its marks."""
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         start, end = f"<!-- {name}:start -->\n", f"<!-- {name}:end -->"
         before, _, rest = page.partition(start)
         _, mark, after = rest.partition(end)

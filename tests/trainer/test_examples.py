@@ -20,10 +20,14 @@ from typing import Any
 
 import pytest
 import tiny_data
+import tiny_models
+import tokenizers
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from training_runs import saved_model
+from transformers import PreTrainedTokenizerFast
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -107,6 +111,94 @@ def test_completion_only(
     ignored = sum(label == -100 for label in row["labels"])
     assert 0 < ignored < len(row["labels"])
     assert "loss on held-out completions: " in capsys.readouterr().out
+
+
+def test_qlora(monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    data = jsonl(tiny_data.text(60), tmp_path / "train.jsonl")
+    trainer = run(monkeypatch, "qlora", "--model", model_dir, "--data", data, "--max_steps", 2, "--max_length", 64,
+                  "--output_dir", tmp_path / "out")["trainer"]  # fmt: skip
+    on = states(tmp_path / "out")
+    assert [name for name, state in on.items() if state == "off"] == ["cuda_graphs"], on
+    quantised = [m for m in trainer.model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(quantised) == 14 and not any(m.weight.requires_grad for m in quantised)  # 7 in each of 2 layers
+    assert all(m.weight.quant_state.nested and m.weight.quant_type == "nf4" for m in quantised)
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(value.abs().max() > 0 for name, value in adapter.items() if "lora_B" in name)
+
+
+TOOLS_TEMPLATE = (
+    "{% if tools %}<|tools|>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</s>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}</s>{% endgeneration %}"
+    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def tools_model_dir(tmp_path: Path) -> Path:
+    """A tiny Llama whose tokenizer loses nothing, and whose template knows tools."""
+    raw = Tokenizer(tokenizers.models.BPE())
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>", "<pad>"], initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(tiny_data.sentences(50), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    folder = tmp_path / "tools-llama"
+    tokenizer.save_pretrained(folder)
+    tiny_models.build("llama", vocab_size=300).save_pretrained(folder)
+    return folder
+
+
+def test_tool_calling(monkeypatch: pytest.MonkeyPatch, tools_model_dir: Path, tmp_path: Path) -> None:
+    def row(question: str, name: str, arguments: dict[str, Any], answer: str) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        schema = {"type": "object", "properties": {key: {"type": "string"} for key in arguments}}
+        return {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "name": name, "content": answer},
+                {"role": "assistant", "content": f"It is {answer}"},
+            ],
+            "tools": [{"type": "function", "function": {"name": name, "parameters": schema}}],
+        }
+
+    weather = row("Weather in Rome?", "weather", {"city": "Rome"}, "18 degrees")
+    rows = [weather, row("3 and 4?", "add", {"x": "3", "y": "4"}, "seven")] * 8
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = run(monkeypatch, "tool_calling", "--model", tools_model_dir, "--data", data, "--max_steps", 2,
+                  "--max_length", 1024, "--output_dir", tmp_path / "out")["trainer"]  # fmt: skip
+    assert weights_moved(tools_model_dir, tmp_path / "out")
+    assert max(len(row["seq_lengths"]) for row in trainer.train_dataset) > 1
+    decode = trainer.processing_class.decode
+    whole = "".join(decode(row["input_ids"]) for row in trainer.train_dataset)
+    learned = "".join(decode([x for x in row["labels"] if x != -100]) for row in trainer.train_dataset)
+    # Each call with its own arguments and no others, and both of the assistant's turns.
+    for text in ('<call>{"name": "weather", "arguments": {"city": "Rome"}}</call>', "It is 18 degrees"):
+        assert text in learned and text in whole
+    assert "null" not in whole
+    for text in ("Weather in Rome?", "<|tool|>18 degrees", '"properties"'):  # read, and not learned
+        assert text in whole and text not in learned
+
+
+def test_streaming(monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path) -> None:
+    for shard in range(2):
+        jsonl(tiny_data.text(30, seed=shard), tmp_path / f"shard-{shard}.jsonl")
+    trainer = run(monkeypatch, "streaming", "--model", model_dir, "--data", tmp_path / "shard-*.jsonl", "--max_steps",
+                  4, "--max_length", 64, "--window", 20, "--output_dir", tmp_path / "out")["trainer"]  # fmt: skip
+    assert isinstance(trainer.train_dataset, IterableDataset)
+    assert weights_moved(model_dir, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "chronicals_report.json").read_text())
+    (packing,) = (part for part in report["parts"] if part["name"] == "packing")
+    assert packing["state"] == "on" and any("in windows of 20 documents" in note for note in report["notes"])
+    assert trainer.state.global_step == 4
 
 
 def test_accelerate_loop(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
 import subprocess
 import sys
 from argparse import Namespace
@@ -87,71 +86,6 @@ def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["train"])
     assert done.value.code == 2
     assert "'train'" in capsys.readouterr().err
-
-
-def test_doctor_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["packages"]["trl"]["installed"] == _versions.installed("trl")
-    assert found["packages"]["torch"]["floor"] == _versions.FLOORS["torch"]
-    assert found["backends"]["torch varlen attention"] is True
-    assert set(found["backends"]) >= {"triton", "flash-attn-4", "flash-attn", "deepspeed", "bitsandbytes", "peft"}
-    assert isinstance(found["gpus"], list)
-
-
-def test_doctor_tells_of_a_library_that_is_too_old(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real = _versions.installed
-    monkeypatch.setattr(cli, "installed", lambda name: "1.0.0" if name == "trl" else real(name))
-    assert cli.main(["doctor"]) == 1
-    assert "too old: pip install -U 'trl>=1.15'" in capsys.readouterr().out
-
-
-def test_doctor_shows_what_would_be_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tiny_models import build
-
-    build("llama").config.save_pretrained(tmp_path)
-    assert cli.main(["doctor", "--model", str(tmp_path), "--json"]) == 0
-    parts = {part["name"]: part for part in json.loads(capsys.readouterr().out)["model"]["parts"]}
-    assert parts["rms_norm"]["state"] == "on"
-    assert parts["rms_norm"]["modules"] == 5  # two in each of two layers, one at the end
-    assert parts["gated_mlp"]["modules"] == 2
-    assert parts["packing"]["reason"] == "not looked at: it takes packing=True, in a run"
-    assert parts["cuda_graphs"]["reason"] == "not looked at: it takes packing=True and a GPU, in a run"
-    assert (
-        parts["lora"]["reason"] == parts["lora_plus"]["reason"] == "not looked at: it takes a LoRA adapter, in a run"
-    )
-    assert cli.main(["doctor", "--model", str(tmp_path)]) == 0
-    text = capsys.readouterr().out
-    assert "gated_mlp" in text
-    assert "transformers" in text
-
-
-def test_doctor_shows_where_a_run_would_refuse(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tiny_models import build
-
-    build("llama").config.save_pretrained(tmp_path)
-    settings = {"CHRONICALS_PACKING": "on", "CHRONICALS_STRICT": "1", "CHRONICALS_LORA": "off"}
-    for name, value in {**settings, "CHRONICALS_ATTENTION_BACKEND": "flash_attn_2"}.items():
-        monkeypatch.setenv(name, value)
-    assert cli.main(["doctor", "--model", str(tmp_path), "--json"]) == 0
-    parts = {part["name"]: part for part in json.loads(capsys.readouterr().out)["model"]["parts"]}
-    assert parts["packing"]["reason"].startswith("not looked at")
-    assert parts["attention"]["state"] == "off" and "flash_attn_2" in parts["attention"]["reason"]
-    assert parts["lora"]["reason"] == "lora='off' in the configuration"
-
-
-def test_doctor_on_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    for name in ("/nonexistent", str(tmp_path)):
-        assert cli.main(["doctor", "--model", name]) == 1
-        text = capsys.readouterr().out
-        assert "transformers" in text and text.splitlines()[-1].startswith(f"cannot read the model {name!r}: ")
-        assert cli.main(["doctor", "--model", name, "--json"]) == 1
-        assert "cannot read" in json.loads(capsys.readouterr().out)["model"]["error"]
 
 
 @pytest.fixture
