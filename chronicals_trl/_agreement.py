@@ -20,7 +20,7 @@ from chronicals_trl._versions import installed, versions
 from chronicals_trl.config import PARTS, ChronicalsConfig
 from chronicals_trl.report import ActivationReport
 
-__all__ = ["compare_starts", "patch_alike", "started_with"]
+__all__ = ["compare_starts", "lone_note", "patch_alike", "started_with"]
 
 T = TypeVar("T")
 Facts = Mapping[str, str]
@@ -97,6 +97,21 @@ def patch_alike(patch: Callable[[dict[str, str]], ActivationReport], model: nn.M
     _require_alike([{"the model": facts["the model"]} for facts in everyone])
     apart = [name for name in PARTS if len({facts[name] for facts in everyone}) > 1]
     return patch(dict.fromkeys(apart, "off on another rank")) if apart else report
+
+
+def lone_note(ranks: int) -> str | None:
+    """What to tell of a launch whose processes are `ranks` of one each, and not of one job; None where that is not so.
+
+    On a CPU Accelerate joins them only when it is told to use the CPU, and says nothing where it does not.
+    """
+    started = os.environ.get("WORLD_SIZE", "")
+    if ranks > 1 or not started.isdigit() or int(started) < 2:
+        return None
+    return (
+        f"{started} processes were started (WORLD_SIZE) and do not know of each other: each trains by itself, on all "
+        "rows, and saves over the others. On CPUs pass --use_cpu True, or set ACCELERATE_USE_CPU=1 for a raw loop; on "
+        "GPUs see that torch finds one for each process"
+    )
 
 
 def _ask_all(prepare: Callable[[], tuple[T, Facts]]) -> tuple[T, list[Facts]]:

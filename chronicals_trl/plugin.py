@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from chronicals_trl import _inputs
-from chronicals_trl._agreement import compare_starts, patch_alike, started_with
+from chronicals_trl._agreement import compare_starts, lone_note, patch_alike, started_with
 from chronicals_trl._environment import check_environment
 from chronicals_trl.config import ChronicalsConfig, read_flag, without_trainer_parts
 from chronicals_trl.model import apart
@@ -179,6 +179,7 @@ class ChronicalsPlugin:
         report.set(PartReport("packing", "off", reason="a raw loop brings its own batches: see packing.dataset"))
         for part in ("cuda_graphs", "recompute"):
             report.set(PartReport(part, "off", reason="in SFTTrainer's training steps alone"))
+        report.notes += filter(None, [lone_note(accelerator.num_processes)])
         self._raise_for_omissions(report)
         return report
 

@@ -25,7 +25,7 @@ from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from chronicals_trl import _inputs, _start
-from chronicals_trl._agreement import patch_alike
+from chronicals_trl._agreement import lone_note, patch_alike
 from chronicals_trl._versions import installed, newer_than_tested
 from chronicals_trl.checkpoints import CheckpointsMixin
 from chronicals_trl.config import ChronicalsConfig, SFTConfig, without_trainer_parts
@@ -152,7 +152,8 @@ class SFTTrainer(
             report.notes += self._use_padded_attention()
         report.notes += self._round_lengths_up(report)
         report.notes += self._notes(config)
-        report.notes += [*self._balance_notes(), *filter(None, [_inputs.copies_note(self.args)])]
+        report.notes += self._balance_notes()
+        report.notes += filter(None, [_inputs.copies_note(self.args), lone_note(self.args.world_size)])
         report.raise_for_omissions(config)
         return report
 

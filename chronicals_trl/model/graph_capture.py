@@ -179,7 +179,7 @@ class Captured:
         self.grad_hidden: Tensor | None = self.grad_output
         self.parameter_gradients: list[list[Tensor | None]] = [[None] * len(each.parameters) for each in segments]
         for index in reversed(range(len(segments))):
-            if self.grad_hidden is None or not traced[-1][2].requires_grad:  # nothing is trained from here on down
+            if self.grad_hidden is None:  # nothing is trained from here on down
                 break
             shared = None if sibling is None else sibling.parameter_gradients[index]
             work = functools.partial(backward, self.grad_hidden, shared)

@@ -1,4 +1,4 @@
-"""Started by test_agreement.py under torchrun: what each rank says when the last one was started in another way."""
+"""Started by test_agreement.py: what each rank says when the last one was started in another way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by test_balance_ranks.py under torchrun: which batches each rank trains on, written by rank 0."""
+"""Run by test_balance_ranks.py: which batches each rank trains on, written by rank 0."""
 
 from __future__ import annotations
 

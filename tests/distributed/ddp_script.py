@@ -1,4 +1,4 @@
-"""Run by test_ddp.py under torchrun: every case on this number of ranks, the figures written by rank 0."""
+"""Run by test_ddp.py: every case on this number of ranks, the figures written by rank 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Started by torchrun: gradients of patched tiny models under FSDP2 against the whole, unpatched model's."""
+"""Started by test_fsdp2.py: gradients of patched tiny models under FSDP2 against the whole, unpatched model's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny_models
+from fsdp_traffic import traffic
 from ranks import leave
 
 from chronicals_trl import patch_model
@@ -69,6 +70,7 @@ if __name__ == "__main__":
     counting(match, "lora_gated_mlp")
     found |= {f"qwen2 {c} LoRA": worst_gradient("qwen2", c, lora=True) for c in (False, True)}
     assert NODES.count("lora_linears") == NODES.count("lora_gated_mlp") == 2 + 4, NODES
+    moved = {str(checkpointing): traffic(checkpointing) for checkpointing in (False, True)}
     if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found))
+        Path(sys.argv[1]).write_text(json.dumps({"gradients": found, "traffic": moved}))
     leave()

@@ -1,4 +1,4 @@
-"""Run by test_graph_ranks.py under torchrun: CUDA graphs under DDP, by the stand-in for a GPU's, on and off."""
+"""Run by test_graph_ranks.py: CUDA graphs under DDP, by the stand-in for a GPU's, on and off."""
 
 from __future__ import annotations
 

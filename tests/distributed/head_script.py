@@ -4,7 +4,7 @@ Every rank trains a step with the library's own trainer, under DDP, FSDP2 or ZeR
 nor of TRL: the unpatched model in float32 in one process, full logits, the summed cross-entropy of all ranks' batches
 over the number of their labels.
 
-Started by test_head_ranks.py under torchrun on two gloo processes, it runs `CI`, or with "zero" after that `ZERO`, and
+Started by test_head_ranks.py on two gloo processes, it runs `CI`, or with "zero" after that `ZERO`, and
 writes what it found to the file that it is given. tests/gpu/run_head_two_gpus.py runs the whole matrix with it on two
 GPUs.
 """

@@ -4,7 +4,7 @@ Each cell of layout_cells.py trains five steps. The reference is plain torch on 
 on each document by itself, full logits, their summed cross-entropy over the step's labels, AdamW. Compared are the
 first step's gradients, gathered, and every step's logged loss and gradient norm.
 
-Started by test_layouts.py under torchrun. Arguments: the file for what was found, and "ddp", "fsdp2", "zero", or "all"
+Started by test_layouts.py. Arguments: the file for what was found, and "ddp", "fsdp2", "zero", or "all"
 and some layouts for every combination.
 """
 

@@ -1,4 +1,4 @@
-"""Started by test_lora_plus_ranks.py under torchrun: LoRA+ in SFTTrainer under DDP, FSDP2 and ZeRO, and resumed.
+"""Started by test_lora_plus_ranks.py: LoRA+ in SFTTrainer under DDP, FSDP2 and ZeRO, and resumed.
 
 The first argument is the file for what was found, the others are modes. "one" is the reference, for a single process:
 stock TRL on all ranks' rows at once, with an optimizer whose groups are made by hand.

@@ -1,4 +1,4 @@
-"""Started by test_lora_shards.py under torchrun: fused LoRA on sharded tiny models, by the layout of the shards.
+"""Started by test_lora_shards.py: fused LoRA on sharded tiny models, by the layout of the shards.
 
 For each layout: the largest relative error of a gradient against the whole, unpatched model's, which nodes ran, and
 what `apart.apart_now` says of it. The arguments are the file for what was found and "fsdp2" or "zero3".

@@ -1,4 +1,4 @@
-"""Run by test_pack_ranks.py under torchrun: packs one data set on all ranks, the figures written by each rank."""
+"""Run by test_pack_ranks.py: packs one data set on all ranks, the figures written by each rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Started by test_resume_ranks.py under torchrun: packed runs that stop and go on, on this number of ranks or another.
+"""Started by test_resume_ranks.py: packed runs that stop and go on, on this number of ranks or another.
 
 Arguments: a folder for all checkpoints, a file for what was found, and runs NAME=LAYOUT[+OPTION ...][@CHECKPOINT]: the
 folder that the checkpoints go to, how the run is sharded, and the checkpoint (below the first folder) that it goes on
@@ -99,6 +99,7 @@ def train(folder: Path, name: str, layout: str, options: list[str], checkpoint: 
     seen = gather_object([trainer.seen])
     return {
         "losses": {entry["step"]: entry["loss"] for entry in logs},
+        "norms": {entry["step"]: float(entry["grad_norm"]) for entry in logs},
         "rates": {entry["step"]: entry["learning_rate"] for entry in logs},
         "rows": {step: sorted(row for rank in seen for row in rank[step]) for step in trainer.seen},
         "weights": weights,

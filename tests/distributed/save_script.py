@@ -1,4 +1,4 @@
-"""Started by test_saves.py under torchrun: two steps; what is saved of them patched, and of the same state unpatched.
+"""Started by test_saves.py: two steps; what is saved of them patched, and of the same state unpatched.
 
 Arguments: the folder for both saves of every cell (NAME/on, NAME/off), and cells LAYOUT+PART+WEIGHTS[+sharded].
 """
@@ -28,6 +28,8 @@ def settings(cell: Cell, sharded: bool, output: str) -> dict[str, Any]:
     options = layout_script.settings(cell, output) | {"max_steps": 2, "logging_strategy": "no"}
     if sharded:
         options["fsdp_config"]["state_dict_type"] = "SHARDED_STATE_DICT"
+    if "deepspeed" in options:
+        options["deepspeed"]["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     return options
 
 
@@ -51,6 +53,8 @@ def save(folder: Path, name: str) -> None:
                 save_fsdp_model(plugin, trainer.accelerator, trainer.model, str(output))
             else:
                 trainer.save_model(str(output))
+        if trainer.is_deepspeed_enabled:
+            trainer.deepspeed.destroy()
         trainer.accelerator.free_memory()
 
 

@@ -1,4 +1,4 @@
-"""Started by test_tensor_parallel.py under torchrun: a tiny model that two ranks share, with the flag on and off."""
+"""Started by test_tensor_parallel.py: a tiny model that two ranks share, with the flag on and off."""
 
 from __future__ import annotations
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-TESTS = Path(__file__).parents[1]
+from start_ranks import start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -20,14 +15,7 @@ pytestmark = pytest.mark.slow
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """[rank][case]"""
     folder = tmp_path_factory.mktemp("agreement")
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(TESTS / "distributed" / "agreement_script.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    start_ranks("agreement_script.py", 2, folder)
     return [json.loads((folder / f"said{rank}.json").read_text()) for rank in range(2)]
 
 

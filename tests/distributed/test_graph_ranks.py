@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-TESTS = Path(__file__).parent.parent
+from start_ranks import start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -21,16 +15,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("graphs")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-        str(TESTS / "distributed" / "graphs_script.py"), str(output),
-    ]  # fmt: skip
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
+    start_ranks("graphs_script.py", 2, output)
     found = json.loads((output / "figures.json").read_text())
     for name, steps in torch.load(output / "gradients.pt").items():
         found[name]["gradients"] = steps

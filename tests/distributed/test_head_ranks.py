@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from head_cases import CI, ZERO, Case
-
-TESTS = Path(__file__).parents[1]
+from start_ranks import start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -34,14 +30,7 @@ UNITS = {
 def run(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
     """What the cases of head_script.py came to, by name."""
     output = folder / "found.json"
-    script = TESTS / "distributed" / "head_script.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*command, str(script), str(output), *arguments], capture_output=True, text=True, timeout=280,
-        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    start_ranks("head_script.py", 2, output, *arguments)
     return {row["name"]: row for row in json.loads(output.read_text())}
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from start_ranks import start_ranks
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS / "distributed"))
@@ -31,14 +30,7 @@ ALWAYS = ("rms_norm", "gated_mlp", "qk_rope", "attention", "head", "packing")
 
 def run(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
     output = folder / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*command, str(TESTS / "distributed" / "layout_script.py"), str(output), kind],
-        capture_output=True, text=True, timeout=400,
-        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    start_ranks("layout_script.py", 2, output, kind, timeout=400)
     return {row["name"]: row for row in json.loads(output.read_text())}
 
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-TESTS = Path(__file__).parents[1]
+from start_ranks import start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -21,14 +17,7 @@ Results = dict[str, dict[str, Any]]
 
 def run(folder: Path, processes: int, *modes: str) -> Results:
     output = folder / f"{modes[0]}.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*command, str(TESTS / "distributed" / "lora_plus_script.py"), str(output), *modes],
-        capture_output=True, text=True, timeout=400,
-        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    start_ranks("lora_plus_script.py", processes, output, *modes, timeout=400)
     return torch.load(output)
 
 

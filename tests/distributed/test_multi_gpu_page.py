@@ -70,8 +70,11 @@ def option(command: list[str], name: str) -> str | None:
         ("accelerate.utils.fsdp_utils", "non-floating frozen Params4bit"),
         ("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDP expects uniform original parameter dtype"),
         ("deepspeed.ops.op_builder.builder", "Unable to JIT load the "),
-        ("chronicals_trl.packing.ranks", " data set is not the same on all ranks"),
-        ("chronicals_trl._inputs", "off on another rank"),
+        ("chronicals_trl.packing.ranks", " is not the same on all ranks"),
+        ("chronicals_trl._agreement", "off on another rank"),
+        ("chronicals_trl._agreement", "The ranks were not started alike"),
+        ("chronicals_trl._agreement", "do not know of each other"),
+        ("chronicals_trl.checkpoints", "is only half written"),
         ("chronicals_trl._inputs", "has its own "),
         ("chronicals_trl.model.apart", "hooks on the linears inside"),
     ],
@@ -255,7 +258,7 @@ def first(*words: str) -> list[str]:
 @pytest.mark.parametrize(
     "command",
     [
-        first("accelerate", "integrations/accelerate/ddp.yaml", "examples/sft.py"),
+        first("accelerate", "integrations/accelerate/ddp.yaml", "examples/sft.py", "integrations/trl/full.yaml"),
         first("chronicals-trl", "integrations/accelerate/fsdp2.yaml", "integrations/trl/lora.yaml"),
     ],
     ids=label,

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pack_script
 import pytest
 from datasets import load_from_disk
-
-TESTS = Path(__file__).parent.parent
+from start_ranks import start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -24,16 +18,7 @@ pytestmark = pytest.mark.slow
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     pack_script.save(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-        str(TESTS / "distributed" / "pack_script.py"), str(folder),
-    ]  # fmt: skip
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    start_ranks("pack_script.py", 2, folder)
     figures = [json.loads((folder / f"figures{rank}.json").read_text()) for rank in range(2)]
     figures[0]["source"] = load_from_disk(str(folder / "data"))["input_ids"][:]
     return figures

@@ -7,16 +7,12 @@ whose generators a checkpoint holds for each rank.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-TESTS = Path(__file__).parents[1]
+from start_ranks import start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -30,14 +26,7 @@ TO_TWO = ["ddp", "ddp+balance", "fsdp2"]
 
 def run(folder: Path, ranks: int, name: str, *runs: str) -> Found:
     output = folder / f"{name}.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*command, str(TESTS / "distributed" / "resume_script.py"), str(folder), str(output), *runs],
-        capture_output=True, text=True, timeout=280,
-        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    start_ranks("resume_script.py", ranks, folder, output, *runs)
     found = torch.load(output)
     assert all(each["ranks"] == ranks for each in found.values())
     return found
@@ -94,6 +83,7 @@ def require_same(resumed: dict[str, Any], whole: dict[str, Any], steps: tuple[in
         assert resumed["rows"][step] == whole["rows"][step]
         assert resumed["rates"][step] == pytest.approx(whole["rates"][step], rel=1e-9)
         assert resumed["losses"][step] == pytest.approx(whole["losses"][step], rel=1e-5)
+        assert resumed["norms"][step] == pytest.approx(whole["norms"][step], rel=1e-4)
     assert resumed["weights"].keys() == whole["weights"].keys()
     for name, value in whole["weights"].items():
         assert (resumed["weights"][name] - value).norm() / value.norm() < 1e-4, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from start_ranks import start_ranks
 
 TESTS = Path(__file__).parents[1]
 
@@ -19,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 CELLS = ["ddp+full+tied", "ddp+lora+untied", "fsdp2+full+tied", "fsdp2+lora+untied", "fsdp2 own unit+lora+untied"]
 SHARDED = "fsdp2+full+untied+sharded"
+ZERO = ["zero 1+full+tied", "zero 2+lora+untied", "zero 3+full+untied", "zero 3+lora+untied"]
 
 # In a process that cannot import this package, as on another machine.
 STOCK = """
@@ -50,12 +53,7 @@ def environment() -> dict[str, str]:
 
 
 def save(folder: Path, cells: list[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(TESTS / "distributed" / "save_script.py"), str(folder), *cells],
-        capture_output=True, text=True, timeout=280, env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    start_ranks("save_script.py", 2, folder, *cells)
 
 
 def tensors(file: Path) -> tuple[dict[str, torch.Tensor], Any]:
@@ -120,3 +118,13 @@ def test_ddp_and_fsdp2(tmp_path: Path) -> None:
 
     assert names == tiny_models.build("llama").state_dict().keys()
     require_readable(tmp_path, CELLS)
+
+
+@pytest.mark.timeout(500)
+def test_zero(tmp_path: Path) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    save(tmp_path, ZERO)
+    for cell in ZERO:
+        require_same_files(tmp_path / cell / "on", tmp_path / cell / "off")
+    require_readable(tmp_path, ZERO)

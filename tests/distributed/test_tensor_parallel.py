@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-TESTS = Path(__file__).parents[1]
+from start_ranks import start_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -22,15 +17,8 @@ MODEL_PARTS = ("rms_norm", "gated_mlp", "qk_rope", "attention", "head", "lora")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """[ranks][case]; one rank has the model to itself."""
     folder = tmp_path_factory.mktemp("tensor_parallel")
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     for ranks in (1, 2):
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-             str(TESTS / "distributed" / "tensor_parallel_script.py"), str(folder)],
-            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-4000:]
+        start_ranks("tensor_parallel_script.py", ranks, folder)
     return {ranks: torch.load(folder / f"of{ranks}.pt") for ranks in (1, 2)}
 
 

@@ -13,7 +13,7 @@ import tiny_models
 import torch
 from training_runs import SETTINGS
 
-from chronicals_trl import SFTConfig, SFTTrainer
+from chronicals_trl import SFTConfig, SFTTrainer, checkpoints
 from chronicals_trl.checkpoints import last_complete, what_is_missing
 
 
@@ -45,14 +45,15 @@ def halve(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    "name",
+    ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"],
 )
-@pytest.mark.parametrize("left", ["half", "nothing", "all but one byte"])
+@pytest.mark.parametrize("left", ["half", "nothing", "20 bytes", "all but one byte"])
 def test_a_file_that_is_cut_off_is_named(folder: Path, name: str, left: str) -> None:
     file = folder / "checkpoint-4" / name
     assert what_is_missing(folder / "checkpoint-4") is None
     size = file.stat().st_size
-    os.truncate(file, {"half": size // 2, "nothing": 0, "all but one byte": size - 1}[left])
+    os.truncate(file, {"half": size // 2, "nothing": 0, "20 bytes": 20, "all but one byte": size - 1}[left])
     if name == "trainer_state.json" and left == "all but one byte":  # which is a newline
         assert what_is_missing(folder / "checkpoint-4") is None
         return
@@ -120,6 +121,33 @@ def test_no_whole_one_and_a_half_written_one_by_name_are_errors(folder: Path) ->
         make(folder).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="No valid checkpoint found"):  # transformers' own words
         make(folder / "empty").train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("of_another", "words"),
+    [
+        (("checkpoint-4", None), None),
+        (("checkpoint-2", None), "is checkpoint-4 on rank 0 and checkpoint-2 on rank 1"),
+        (("checkpoint-4", "checkpoint-4 is only half written"), "Cannot resume: checkpoint-4 is only half written"),
+    ],
+)
+def test_ranks_go_on_from_one_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, of_another: tuple[str, str | None], words: str | None
+) -> None:
+    """On nodes with file systems of their own they would not."""
+    trainer = make(folder)
+    monkeypatch.setattr(SFTConfig, "world_size", property(lambda self: 2))
+
+    def gather(seen: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+        [(chosen, failure)] = seen
+        return [(Path(chosen).name, failure), of_another]
+
+    monkeypatch.setattr(checkpoints, "gather_object", gather)
+    if words is None:
+        assert trainer._whole_checkpoint(True) == str(folder / "checkpoint-4")
+        return
+    with pytest.raises(ValueError, match=words):
+        trainer._whole_checkpoint(True)
 
 
 def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(folder: Path) -> None:

@@ -12,6 +12,7 @@ import tiny_data
 import tiny_models
 import torch
 from graph_stand_in import StandIn
+from torch import nn
 from training_runs import SETTINGS, logged, run
 from transformers import TrainerCallback
 
@@ -223,6 +224,29 @@ def test_on(tmp_path: Path, recorder: StandIn) -> None:
             "cuda_graphs"
         ]
         assert (part.state, part.modules, part.backend) == ("on", 2, "captured after 3 batches")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layers", "kib", "expected"),
+    [
+        (1, 8, 64, 1),  # nobody waits for them
+        (2, 8, 64, 4),  # 256 KiB in all
+        (2, 8, 300, 1),
+        (2, 2, 16, 2),
+        (2, 8, 1, 6),  # the most that there are
+    ],
+)
+def test_segments_of_the_backward_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, layers: int, kib: int, expected: int
+) -> None:
+    """So many bytes of gradients each."""
+    trainer = make(tmp_path)
+    monkeypatch.setattr(graphs_trainer, "SEGMENT_BYTES", kib * 1024)
+    monkeypatch.setattr(SFTConfig, "world_size", property(lambda self: ranks))
+    stack = [nn.Linear(128, 128, bias=False, dtype=torch.bfloat16) for _ in range(layers)]  # 32 KiB of gradients each
+    for layer in stack:
+        layer.register_parameter("frozen", nn.Parameter(torch.zeros(1000, 1000), requires_grad=False))
+    assert trainer._graph_segments(stack) == expected
 
 
 def test_a_step_outside_of_train_is_eager(tmp_path: Path, recorder: StandIn) -> None:

@@ -141,6 +141,25 @@ def test_settings_that_are_spent_are_not_named(tmp_path: Path, monkeypatch: pyte
     assert "(1) a smaller max_length (now 96)" in note
 
 
+@pytest.mark.parametrize(
+    ("ranks", "engine", "words"),
+    [
+        (1, None, "weights and optimizer sharded over several GPUs: fsdp2.yaml or zero3.yaml"),
+        (2, None, "weights and optimizer sharded over the 2 ranks: fsdp2.yaml or zero3.yaml"),
+        (2, "is_fsdp_enabled", "fsdp2_offload.yaml or zero3_offload.yaml of integrations/accelerate, much slower"),
+        (2, "is_deepspeed_enabled", "fsdp2_offload.yaml or zero3_offload.yaml"),
+    ],
+)
+def test_the_next_layout_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, engine: str | None, words: str
+) -> None:
+    trainer = make(tmp_path)
+    monkeypatch.setattr(SFTConfig, "world_size", property(lambda self: ranks))
+    if engine is not None:
+        monkeypatch.setattr(trainer, engine, True)
+    assert trainer._model_settings()[-1].startswith(words)
+
+
 def test_evaluation_has_a_batch_size_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(tmp_path, per_device_eval_batch_size=6, eval_strategy="steps", eval_steps=1)
     linear, projection = torch.nn.functional.linear, trainer.model.model.layers[1].mlp.down_proj
@@ -150,6 +169,7 @@ def test_evaluation_has_a_batch_size_of_its_own(tmp_path: Path, monkeypatch: pyt
         note = note_of(run)
         assert "memory ran out in evaluation, in the decoder layers" in note
         assert "(1) per_device_eval_batch_size=3 (now 6)" in note and "train_batch" not in note
+        assert "LoRA in place" not in note and "sharded" not in note
 
 
 def test_auto_find_batch_size_still_finds_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,6 +199,20 @@ def test_the_report_says_how_batches_are_copied(device: str, pinned: bool, non_b
     assert _inputs.copies_note(args) == note
 
 
+def test_the_report_says_that_processes_do_not_know_of_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chronicals_trl.trainer.lone_note", lambda ranks: f"alone with {ranks}")
+    options = {**SETTINGS, "use_chronicals": True, "output_dir": str(tmp_path)}
+    trainer = SFTTrainer(
+        model=tiny_models.build("llama"),
+        args=SFTConfig(**options),
+        train_dataset=tiny_data.text(8),
+        processing_class=tiny_data.tokenizer(),
+    )
+    assert "alone with 1" in trainer.chronicals_report.notes
+
+
 @pytest.mark.parametrize("layer_types", [None, ["linear_attention", "full_attention"]])
 def test_hybrid_models_get_exact_cu_seqlens(tmp_path: Path, layer_types: list[str] | None) -> None:
     """An empty document would reset the state of a linear-attention layer, or be an error to its kernel."""

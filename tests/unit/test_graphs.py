@@ -239,8 +239,9 @@ def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- batches of other kinds ------------------------------------------------------------------------------------------
 
 
-def test_shapes_are_captured_one_by_one_and_share_their_gradients_memory() -> None:
-    pair = Pair()
+@pytest.mark.parametrize("segments", [1, 3])
+def test_shapes_are_captured_one_by_one_and_share_their_gradients_memory(segments: int) -> None:
+    pair = Pair(segments=segments)
     other = (16, 8, 8)
     assert pair.replayed(WARM_UP + 1) == 1
     assert pair.replayed(graphs.WARM_UP_OF_A_SHAPE, lengths=other) == 0
@@ -249,6 +250,7 @@ def test_shapes_are_captured_one_by_one_and_share_their_gradients_memory() -> No
     assert pair.stack.captures == 2
     one, two = (kind.captured for kind in pair.stack._kinds.values())
     assert one is not None and two is not None
+    assert len(one.parameter_gradients) == segments
     pairs = zip(one.parameter_gradients, two.parameter_gradients, strict=True)
     assert all(a is b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
 

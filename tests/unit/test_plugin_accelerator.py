@@ -193,6 +193,14 @@ def test_unverified_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tp_size > 1" in report.reports[0]["rms_norm"].reason and not is_patched(model)
 
 
+def test_processes_that_do_not_know_of_each_other_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = ChronicalsAccelerator(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    accelerator.prepare(tiny_models.build("llama"))
+    [report] = accelerator.chronicals_plugin.reports
+    assert any("do not know of each other" in note for note in report.notes)
+
+
 def test_a_part_that_is_off_on_another_rank_is_off_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def other(told: list[tuple[dict[str, str], str | None]]) -> list[tuple[dict[str, str], str | None]]:
         facts, error = told[0]

@@ -1,19 +1,11 @@
-"""Started by test_traffic.py under torchrun: what FSDP2 gathers and scatters in a step of a patched model.
-
-Argument: a file for what was found, shares of the model's parameters with and without gradient checkpointing.
-"""
+"""What FSDP2 gathers and scatters in a step of a patched model; for fsdp_script.py."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from unittest import mock
 
 import tiny_models
-import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as groups
-from ranks import leave
 from torch.distributed.fsdp import fully_shard
 
 from chronicals_trl import patch_model
@@ -49,11 +41,3 @@ def traffic(checkpointing: bool) -> dict[str, float]:
             moved.update(gathered=0, scattered=0)
             model(**batch, use_cache=False, fused_lm_head=True).loss.backward()
     return {name: count / parameters for name, count in moved.items()}
-
-
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    found = {str(checkpointing): traffic(checkpointing) for checkpointing in (False, True)}
-    if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found))
-    leave()
