@@ -3,8 +3,9 @@
 The seams, all of them methods that TRL or transformers calls: `compute_loss` (the head) and `_prepare_inputs`; in
 `packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks' shares) and `_get_dataloader`; in
 `optim/trainer.py` `create_optimizer`; in `model/trainer.py` `train`, `training_step` and `evaluation_loop`; in
-`observe/trainer.py` `get_batch_samples` (token counts) and `log`; in `observe/out_of_memory.py` errors on their way
-out; in `checkpoints.py` which one `train` resumes from. With the flag off each returns the parent's result as it is.
+`observe/trainer.py` `get_batch_samples` (token counts) and `log`; in `observe/health/trainer.py` the last two, once
+more, and `create_optimizer`; in `observe/out_of_memory.py` errors on their way out; in `checkpoints.py` which one
+`train` resumes from. With the flag off each returns the parent's result as it is.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from chronicals_trl.model.attention_choice import verify_isolation, verify_paddi
 from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
 from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpatch_model
 from chronicals_trl.model.trainer import CudaGraphsMixin
+from chronicals_trl.observe.health.trainer import HealthMixin
 from chronicals_trl.observe.out_of_memory import OutOfMemoryMixin
 from chronicals_trl.observe.trainer import ThroughputMixin
 from chronicals_trl.optim.trainer import LoraPlusMixin
@@ -46,7 +48,14 @@ REPORT_FILE = "chronicals_report.json"
 
 
 class SFTTrainer(
-    OutOfMemoryMixin, CheckpointsMixin, PackingMixin, LoraPlusMixin, CudaGraphsMixin, ThroughputMixin, TrlSFTTrainer
+    OutOfMemoryMixin,
+    CheckpointsMixin,
+    PackingMixin,
+    HealthMixin,
+    LoraPlusMixin,
+    CudaGraphsMixin,
+    ThroughputMixin,
+    TrlSFTTrainer,
 ):
     """TRL's SFTTrainer; with `SFTConfig(use_chronicals=True)` it trains the same model from packed, fused steps.
 
@@ -61,7 +70,7 @@ class SFTTrainer(
             model does not know, packing into fewer than 2 tokens, or NaN or infinite weights; each before the first
             step.
         RuntimeError: `strict=True`, or a part set to `"on"`, and the part does not fit; packed documents that the
-            model does not keep apart.
+            model does not keep apart. In `train`, with `health="stop"`: the run does not learn as it should.
     """
 
     router_aux_loss_coef: float | Tensor  # TRL's
@@ -143,6 +152,7 @@ class SFTTrainer(
             report.notes += self._use_padded_attention()
         report.notes += self._round_lengths_up(report)
         report.notes += self._notes(config)
+        report.notes += self._health_notes()
         report.notes += [*self._balance_notes(), *filter(None, [_inputs.copies_note(self.args)])]
         report.raise_for_omissions(config)
         return report

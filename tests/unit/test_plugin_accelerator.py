@@ -229,6 +229,7 @@ OTHER_VALUES: dict[str, tuple[str, Any]] = {
     "logit_budget_mib": ("135", 135),
     "packing_window": ("77", 77),
     "balance_ranks": ("no", False),
+    "health": ("off", "off"),
     "lora_plus_ratio": ("8", 8.0),
     "lora_plus_embedding_lr": ("1e-6", 1e-6),
 }
