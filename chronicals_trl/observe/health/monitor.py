@@ -176,6 +176,8 @@ class HealthMonitor:
             had, moved = self._moved.tolist()
             self._moved = None
             found += self._still(had, moved)
+        if self._watches and self._pending is None:  # steps without a label so far, which `step` counts
+            logs = {name: value for name, value in logs.items() if name != "grad_norm"}
         found += self._series.look(logs, full_rate=at_full_rate(self._groups), disturbed=disturbed)
         return self._new(found)
 
