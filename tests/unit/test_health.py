@@ -153,6 +153,7 @@ def test_full_rate() -> None:
 
     assert at(1.0) and at(0.5) and at(torch.tensor(0.7)) and at(1e-3, None)
     assert not at(0.4) and not at(0.0) and not at(0.0, None) and not at(torch.tensor(0.1))
+    assert at(None)  # the optimizer's own affair (Adafactor)
     assert monitor.at_full_rate([{"lr": 0.0}, {"lr": 1.0}]) and not monitor.at_full_rate([])
 
 
@@ -232,6 +233,17 @@ def test_nor_do_those_without_a_learning_rate() -> None:
     assert run.steps(40, grade=first_without).said == []
 
 
+class Rarely(nn.Module):
+    """Its parameters have gradients; the loop takes them away again."""
+
+    def __init__(self, parameters: nn.ParameterDict) -> None:
+        super().__init__()
+        self.parameters_of = parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :3] * sum(self.parameters_of.values())
+
+
 def test_one_expert_of_many_may_go_without() -> None:
     class Mixture(nn.Module):
         def __init__(self) -> None:
@@ -243,6 +255,10 @@ def test_one_expert_of_many_may_go_without() -> None:
             return self.shared(self.experts[0](x))
 
     assert Run(Mixture()).steps(30).said == []
+    rare = nn.ParameterDict({"trainable_tokens_delta": torch.zeros(3), "other": torch.zeros(3)})
+    assert Run(Rarely(rare)).steps(30, grade=nothing).said == [(1, "no_gradient")]
+    del rare["other"]
+    assert Run(Rarely(rare)).steps(30, grade=nothing).said == []
 
 
 def test_movement_is_looked_at_again_and_again() -> None:
@@ -293,6 +309,13 @@ def test_elements_of_packed_and_absent_parameters() -> None:
     packed = SimpleNamespace(quant_state=SimpleNamespace(shape=torch.Size([4, 6])), numel=lambda: 12)
     absent = SimpleNamespace(ds_numel=7, numel=lambda: 0)
     assert start.elements([packed, absent, nn.Parameter(torch.zeros(5))]) == 24 + 7 + 5
+
+
+def test_groups_in_words() -> None:
+    groups = [{"params": [nn.Parameter(torch.zeros(5))], "lr": None}, {"params": [], "lr": 0.5, "weight_decay": 0.1}]
+    assert start.describe_groups(groups) == (
+        "optimizer groups: 1 tensors of 5 numbers; 0 tensors of 0 numbers at learning rate 0.5, weight decay 0.1"
+    )
 
 
 def test_dropped_documents() -> None:

@@ -25,8 +25,8 @@ MOVEMENT_STEPS, MOVEMENT_PERIOD = 10, 100
 #: The first step at which movement is looked at: by then A has a gradient too.
 _FIRST_LOOK = 3
 
-# One expert of a list of them may go without a token for long.
-_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+# What may go without a token for long: one expert of a list of them, and PEFT's few trainable tokens.
+_OCCASIONAL = re.compile(r"(^|\.)experts\.\d+\.|trainable_tokens_delta")
 
 # check -> those that it explains, which then say nothing new
 _EXPLAINS = {
@@ -103,9 +103,9 @@ class HealthMonitor:
         named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
         had = have_gradients([parameter for _, parameter in named], self._device, self._reduce)
         flags = had.tolist()
-        if any(flags):
-            self._pending = [each for each, flag in zip(named, flags, strict=True) if not flag]
-            self._pending = [(name, p) for name, p in self._pending if not _EXPERT.search(name)]
+        due = [not _OCCASIONAL.search(name) for name, _ in named]
+        if any(flags) or not any(due):
+            self._pending = [each for each, flag, d in zip(named, flags, due, strict=True) if d and not flag]
             return []
         if labels is not None and int(labels) == 0:  # of that nothing follows about the model
             self._unlabelled += 1

@@ -34,9 +34,9 @@ def trained_share(model: nn.Module) -> str:
 
 
 def rate_of(group: dict[str, Any]) -> float | None:
-    """A group's learning rate; None where it is on a GPU, since reading it would wait."""
-    rate = group["lr"]
-    return None if getattr(rate, "is_cuda", False) else float(rate)
+    """A group's learning rate; None where the optimizer has its own, or reading a GPU would wait."""
+    rate = group.get("lr")
+    return None if rate is None or getattr(rate, "is_cuda", False) else float(rate)
 
 
 def describe_groups(groups: Sequence[dict[str, Any]]) -> str:
@@ -46,7 +46,7 @@ def describe_groups(groups: Sequence[dict[str, Any]]) -> str:
         rate = rate_of(group)
         count = f"{len(group['params'])} tensors of {elements(group['params']):,} numbers"
         decay = f", weight decay {group['weight_decay']:g}" if group.get("weight_decay") else ""
-        told.append(f"{count} at learning rate {'on the GPU' if rate is None else format(rate, 'g')}{decay}")
+        told.append(count + ("" if rate is None else f" at learning rate {rate:g}") + decay)
     return f"optimizer groups: {'; '.join(told)}"
 
 
