@@ -71,7 +71,8 @@ class HealthMonitor:
         # Parameters without a gradient so far; None until a first step has had one at all.
         self._pending: list[tuple[str, nn.Parameter]] | None = None
         self._pending_had: Tensor | None = None
-        self._missing: Tensor | None = None  # to be read with the next log entry
+        self._missing: Tensor | None = None  # to be read with the next log entry; 0 for a parameter of these names
+        self._missing_names: list[str] = []
         self._movement: Movement | None = None
         self._watched_groups: list[tuple[int, list[nn.Parameter]]] = []
         self._look_began: int | None = None
@@ -109,14 +110,17 @@ class HealthMonitor:
             return []
         if labels is not None and int(labels) == 0:  # of that nothing follows about the model
             self._unlabelled += 1
-            return [_no_labels(self._unlabelled)] if self._unlabelled == LABEL_STEPS else []
+            if self._unlabelled < LABEL_STEPS:
+                return []
+            self._pending = []
+            return [_no_labels(LABEL_STEPS)]
         self._pending = []
         return [no_gradient(self._model)]
 
     def _later_gradients(self) -> None:
         assert self._pending is not None
-        here: Reduce = lambda flags: flags  # noqa: E731  the ranks are asked once, at the end
-        had = have_gradients([parameter for _, parameter in self._pending], self._device, here)
+        # The ranks are asked once, at the end.
+        had = have_gradients([parameter for _, parameter in self._pending], self._device, _this_rank)
         self._pending_had = had if self._pending_had is None else self._pending_had | had
         if self._steps + 1 >= GRADIENT_STEPS:
             self._missing = self._reduce(self._pending_had)
@@ -234,6 +238,10 @@ def at_full_rate(groups: Sequence[dict[str, Any]]) -> bool:
         if rate is None or (rate > 0 and rate >= 0.5 * float(group.get("initial_lr", rate))):
             return True
     return False
+
+
+def _this_rank(flags: Tensor) -> Tensor:
+    return flags
 
 
 def no_gradient(model: nn.Module) -> Finding:
