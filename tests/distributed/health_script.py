@@ -62,6 +62,7 @@ def train(layout: str, fault: str) -> list[Any]:
             model=build(fault), args=SFTConfig(**options), train_dataset=rows(), processing_class=tiny_data.tokenizer()
         )
         assert trainer.args.world_size == 2
+        assert trainer._over_ranks(torch.tensor([dist.get_rank(), 0], dtype=torch.int32)).tolist() == [1, 0]
         if fault == "optimizer does nothing":
             trainer.create_optimizer()
             trainer.optimizer.step = lambda closure=None: None

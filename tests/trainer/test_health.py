@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,11 @@ def model_of(family: str = "llama", **overrides: Any) -> Any:
 
 
 def make(tmp_path: Path, *, model: Any = None, data: Any = None, health: str = "warn", **options: Any) -> SFTTrainer:
-    given = {name: options.pop(name) for name in ("peft_config", "optimizers", "callbacks") if name in options}
+    given = {
+        name: options.pop(name)
+        for name in ("peft_config", "optimizers", "callbacks", "eval_dataset")
+        if name in options
+    }
     settings = {**SETTINGS, "output_dir": str(tmp_path), "use_chronicals": True, "packing": True, "max_steps": STEPS}
     settings |= {"optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
     settings |= {"chronicals_config": {"health": health}}
@@ -270,6 +275,28 @@ def test_what_is_named(tmp_path: Path) -> None:
     assert "an optimizer that updates other tensors" in note(optimizer_does_nothing(tmp_path))
     norms = note(norms_below_resolution(tmp_path))
     assert "group 1 (5 tensors in bfloat16 at learning rate" in norms and "group 0" not in norms
+
+
+@pytest.mark.planted_fault
+def test_steps_are_the_optimizers(tmp_path: Path) -> None:
+    trainer = cut_in_the_middle(tmp_path, health="stop", gradient_accumulation_steps=2)
+    with pytest.raises(RuntimeError, match="first 8 steps"):
+        trainer.train()
+    assert trainer.state.global_step == 8
+
+
+@pytest.mark.parametrize("pause", ["eval", "save"])
+def test_entries_with_an_evaluation_or_a_save_are_not_slow(pause: str, tmp_path: Path) -> None:
+    options = {f"{pause}_strategy": "steps", f"{pause}_steps": 1, "save_total_limit": 1}
+    trainer = slows_down(tmp_path, eval_dataset=tiny_data.text(4), **options)
+    trainer.train()
+    assert said(trainer) == []
+
+
+def test_guessing_has_another_loss_with_dft(tmp_path: Path) -> None:
+    trainer = not_loaded(tmp_path, loss_type="dft")
+    assert trainer._loss_of_guessing() is None
+    assert not_loaded(tmp_path)._loss_of_guessing() == pytest.approx(math.log(tiny_models.VOCAB_SIZE))
 
 
 @pytest.mark.parametrize("fault", [frozen_by_mistake, bos_twice, turns_nan])
