@@ -144,6 +144,8 @@ def test_movement_watches_what_has_a_gradient() -> None:
     with torch.no_grad():
         still += 1
     movement.start()
+    with torch.no_grad():
+        table[0, 0] *= 0.9  # weight decay, say, of an element without a gradient
     assert movement.finish().tolist() == [[1, 1, 0], [0, 0, 0]]
 
 
