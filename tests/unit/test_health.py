@@ -84,6 +84,7 @@ def test_a_spike_is_two_entries_far_above_the_median() -> None:
     assert said(4.0, 2.0, 4.0, 2.0) == []
     assert said(3.0, 3.0, 3.0) == []  # less than half as much again, and less than one nat
     assert checks_of([{"loss": 1.0}] * 6 + [{"loss": 9.0}] * 3) == []  # too few to compare with
+    assert checks_of([{"loss": 0.01}] * 10 + [{"loss": 0.9}] * 2) == []  # texts known by heart, and a new one
     wild = [{"loss": loss} for loss in (1.0, 4.0, 2.0, 5.0, 1.5, 4.5, 3.0, 0.5)]
     assert checks_of([*wild, {"loss": 12.0}, {"loss": 12.0}]) == []
 
@@ -210,6 +211,12 @@ def test_no_gradient_in_the_first_step_and_not_said_again() -> None:
     assert Run().steps(1, grade=nothing).steps(30).said == [(1, "no_gradient")]
 
 
+def test_what_follows_from_a_finding_is_not_said() -> None:
+    run = Run().steps(1, grade=nothing)
+    silent = [run.monitor.log({"loss": 1.0, "grad_norm": 0.0}) for _ in range(4)]
+    assert run.said == [(1, "no_gradient")] and silent == [[]] * 4
+
+
 def test_steps_without_labels_say_nothing_about_the_model() -> None:
     count = torch.tensor(0)
     assert Run().steps(3, grade=nothing, labels=count).steps(30).said == []
@@ -220,6 +227,7 @@ def test_steps_without_labels_say_nothing_about_the_model() -> None:
 
 def test_a_gradient_may_come_later() -> None:
     assert Run().steps(7, grade=first_without).steps(20).said == []
+    assert Run().steps(2, grade=first_without).steps(1).steps(20, grade=first_without).said == []
     assert Run().steps(20, grade=first_without).said == [(8, "missing_gradients")]
 
 

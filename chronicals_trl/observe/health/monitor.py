@@ -93,7 +93,7 @@ class HealthMonitor:
         found = []
         if self._pending is None:
             found += [*self._outside_the_optimizer(), *self._first_gradients(labels)]
-        elif self._pending and not skipped and any(rate_of(group) != 0 for group in self._groups):
+        elif self._pending and any(rate_of(group) != 0 for group in self._groups):
             self._later_gradients()
         if not skipped:
             self._steps += 1

@@ -65,8 +65,7 @@ class LogChecks:
             return None
         return Finding(
             "not_finite",
-            f"the run has {' and '.join(wrong)}: with a gradient like this each step makes the weights NaN, or is "
-            "skipped",
+            f"the run has {' and '.join(wrong)}: such a step makes the weights NaN, unless it is skipped",
             "a learning rate that is too high, overflow in float16, or weights that a step before made infinite",
             "go on from a checkpoint before this step with a lower learning_rate or a longer warm-up, max_grad_norm "
             "above 0, and bf16 in place of fp16",
