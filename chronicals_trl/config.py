@@ -35,6 +35,7 @@ PARTS = (
     "recompute",
 )
 PART_STATES = ("auto", "on", "off")
+HEALTH = ("warn", "stop", "off")
 ATTENTION_BACKENDS = ("auto", "flash_attn_4", "varlen", "flash_attn_3", "flash_attn_2", "sdpa")
 
 _TRUE = ("true", "yes", "on", "1")
@@ -64,6 +65,11 @@ def _part(where: str, value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return _choice(where, value, PART_STATES)
+
+
+def _health(where: str, value: object) -> str:
+    # As with parts: YAML's bare `off` is False. There is no word that True could stand for.
+    return _choice(where, "off" if value is False else value, HEALTH)
 
 
 def _boolean(where: str, value: object) -> bool:
@@ -108,6 +114,7 @@ _CHECKS: dict[str, Any] = {
     "packing_window": _positive_int,
     "profile_steps": lambda where, value: None if value is None else _positive_int(where, value),
     "balance_ranks": _boolean,
+    "health": _health,
     "lora_plus_ratio": _positive_float,
     "lora_plus_embedding_lr": _optional_positive_float,
 }
@@ -137,6 +144,9 @@ class ChronicalsConfig:
             at least 1. None: none.
         balance_ranks: Packed rows are dealt so that the ranks have the same attention cost in a step. False: by the
             shuffle alone.
+        health: What the trainer does when a run does not learn as it should: "warn" (once for each check), "stop"
+            (an error that names the cause; a fall of throughput and the like still only warn) or "off" (nothing is
+            checked).
         lora_plus_ratio: Learning rate of LoRA's B matrices over that of A; above 0.
         lora_plus_embedding_lr: Learning rate of LoRA's embedding matrices; None leaves the optimizer's.
 
@@ -162,6 +172,7 @@ class ChronicalsConfig:
     packing_window: int = 10_000
     profile_steps: int | None = None
     balance_ranks: bool = True
+    health: str = "warn"
     lora_plus_ratio: float = 16.0
     lora_plus_embedding_lr: float | None = None
 

@@ -4,8 +4,9 @@ The seams, all of them methods that TRL or transformers calls: `compute_loss` (t
 `packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks' shares) and `_get_dataloader`; in
 `optim/trainer.py` `create_optimizer`; in `model/trainer.py` (CUDA graphs) and `model/recompute_trainer.py` `train`,
 `training_step` and `evaluation_loop`; in `observe/trainer.py` `get_batch_samples` (token counts) and `log`; in
-`observe/out_of_memory.py` errors on their way out; in `checkpoints.py` which one `train` resumes from. With the flag
-off each returns the parent's result as it is.
+`observe/health/trainer.py` these two, once more, and `create_optimizer`; in `observe/out_of_memory.py` errors on
+their way out; in `checkpoints.py` which one `train` resumes from. With the flag off each returns the parent's result
+as it is.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
 from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpatch_model
 from chronicals_trl.model.recompute_trainer import RecomputeMixin
 from chronicals_trl.model.trainer import CudaGraphsMixin
+from chronicals_trl.observe.health.trainer import HealthMixin
 from chronicals_trl.observe.out_of_memory import OutOfMemoryMixin
 from chronicals_trl.observe.trainer import ThroughputMixin
 from chronicals_trl.optim.trainer import LoraPlusMixin
@@ -51,6 +53,7 @@ class SFTTrainer(
     OutOfMemoryMixin,
     CheckpointsMixin,
     PackingMixin,
+    HealthMixin,
     LoraPlusMixin,
     RecomputeMixin,
     CudaGraphsMixin,
@@ -70,7 +73,7 @@ class SFTTrainer(
             model does not know, packing into fewer than 2 tokens, or NaN or infinite weights; each before the first
             step.
         RuntimeError: `strict=True`, or a part set to `"on"`, and the part does not fit; packed documents that the
-            model does not keep apart.
+            model does not keep apart. In `train`, with `health="stop"`: the run does not learn as it should.
     """
 
     router_aux_loss_coef: float | Tensor  # TRL's
@@ -152,6 +155,7 @@ class SFTTrainer(
             report.notes += self._use_padded_attention()
         report.notes += self._round_lengths_up(report)
         report.notes += self._notes(config)
+        report.notes += self._health_notes()
         report.notes += self._balance_notes()
         report.notes += filter(None, [_inputs.copies_note(self.args), lone_note(self.args.world_size)])
         report.raise_for_omissions(config)

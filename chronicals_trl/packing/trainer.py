@@ -48,6 +48,7 @@ class PackingMixin(Trainer):
     _save_report: Callable[[], None]
     aux_loss_enabled: bool
     data_collator: Any
+    _look_at_documents: Callable[..., None]
 
     _train_stats: PackStats | None = None
     _train_prepared: bool = False
@@ -82,7 +83,10 @@ class PackingMixin(Trainer):
             # The second step of two, so that what is cut off is seen: tokens are there, and are truncated now.
             if args.max_length is not None:
                 self._note_truncation(name, dataset, args.max_length)
-            return prepare(dataset, processing_class, args, False, None, dataset_name)
+            kept = prepare(dataset, processing_class, args, False, None, dataset_name)
+            if training:
+                self._look_at_documents(kept, self._note_dropped(name, len(dataset), len(kept)))
+            return kept
         if args.remove_unused_columns:  # else other columns with one value a token are packed along
             dataset = dataset.select_columns(["input_ids", "labels"])
         if args.shuffle_dataset:
@@ -101,6 +105,7 @@ class PackingMixin(Trainer):
         require_same_on_all_ranks(name, packed, stats)
         if training:
             self._train_stats = stats
+            self._look_at_documents(dataset, stats.dropped_masked or 0)
         self._data_notes[name] = f"packing {name}: {stats.describe()}"
         # The rows of a stream's window are shuffled already, and another buffer of them would not resume.
         shuffles = args.shuffle_dataset and isinstance(packed, Dataset)
@@ -199,6 +204,13 @@ class PackingMixin(Trainer):
                 f"{name}: {len(above):,} of {len(lengths):,} documents truncated to max_length={max_length:,} "
                 f"({int((above - max_length).sum()):,} tokens lost)"
             )
+
+    def _note_dropped(self, name: str, documents: int, kept: int) -> int:
+        """How many documents TRL has left out, since nothing labelled was left of them."""
+        if documents > kept:
+            told = f"{documents - kept:,} of {documents:,} documents left out: no label to learn"
+            self._data_notes[name] = "; ".join(filter(None, [self._data_notes.get(name), told]))
+        return documents - kept
 
     def _packed_collator(self, text_config: Any) -> PackedCollator:
         """The collator of packed rows, around the present one; `text_config` is that of the language model."""

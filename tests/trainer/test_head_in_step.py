@@ -148,6 +148,7 @@ class WithNan:
         return loss + (float("nan") if self.calls == 3 else 0.0) * 1
 
 
+@pytest.mark.planted_fault
 @pytest.mark.parametrize("filtered", [True, False])
 def test_a_nan_is_logged_as_trainer_logs_it(tmp_path: Path, monkeypatch, filtered: bool) -> None:
     tested = []

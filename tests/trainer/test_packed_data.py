@@ -120,6 +120,7 @@ def test_an_evaluation_set_without_labels_is_named(tmp_path: Path) -> None:
         make(tmp_path, data=labelled(30), evaluation={"a": labelled(12), "b": nothing})
 
 
+@pytest.mark.planted_fault
 def test_token_columns_stay_where_the_user_keeps_columns(tmp_path: Path) -> None:
     trainer = make(tmp_path, data=labelled(30))
     assert trainer.train_dataset.column_names == ["input_ids", "labels", "seq_lengths"]

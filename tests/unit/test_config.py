@@ -29,7 +29,7 @@ def test_defaults() -> None:
     config = ChronicalsConfig()
     assert {getattr(config, part) for part in PARTS} == {"auto"}
     assert (config.strict, config.attention_backend, config.logit_budget_mib) == (False, "auto", None)
-    assert config.balance_ranks is True
+    assert (config.balance_ranks, config.health) == (True, "warn")
     assert (config.packing_window, config.lora_plus_ratio, config.lora_plus_embedding_lr) == (10_000, 16.0, None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.strict = True  # type: ignore[misc]
@@ -57,8 +57,8 @@ def test_resolve_reads_the_process_environment(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_booleans_and_case_of_parts() -> None:
-    config = ChronicalsConfig.resolve({"head": False, "lora": True, "qk_rope": "OFF"}, {})
-    assert (config.head, config.lora, config.qk_rope) == ("off", "on", "off")
+    config = ChronicalsConfig.resolve({"head": False, "lora": True, "qk_rope": "OFF", "health": False}, {})
+    assert (config.head, config.lora, config.qk_rope, config.health) == ("off", "on", "off", "off")
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,8 @@ def test_booleans_and_case_of_parts() -> None:
         ("LORA_PLUS_EMBEDDING_LR", "1e-4", 1e-4),
         ("LORA_PLUS_EMBEDDING_LR", "none", None),
         ("ATTENTION_BACKEND", "sdpa", "sdpa"),
+        ("HEALTH", "Stop", "stop"),
+        ("HEALTH", "off", "off"),
     ],
 )
 def test_environment_values(key: str, text: str, value: Any) -> None:
@@ -96,6 +98,8 @@ def test_environment_values(key: str, text: str, value: Any) -> None:
         ({"logit_budget_mib": 0}, ValueError, ["logit_budget_mib", "0", "at least 1"]),
         ({"logit_budget_mib": True}, TypeError, ["logit_budget_mib", "True"]),
         ({"balance_ranks": "auto"}, TypeError, ["balance_ranks", "'auto'", "true or false"]),
+        ({"health": "stopp"}, ValueError, ["health", "'stopp'", "'warn', 'stop', 'off'", "Did you mean 'stop'"]),
+        ({"health": True}, TypeError, ["health", "True", "'warn', 'stop', 'off'"]),
         ({"packing_window": 1.5}, TypeError, ["packing_window", "1.5", "integer"]),
         ({"lora_plus_ratio": -1}, ValueError, ["lora_plus_ratio", "-1", "above 0"]),
         ({"lora_plus_ratio": float("nan")}, ValueError, ["lora_plus_ratio", "nan"]),

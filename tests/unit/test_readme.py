@@ -26,7 +26,7 @@ import torch  # noqa: E402
 
 import chronicals_trl  # noqa: E402
 from chronicals_trl import ChronicalsConfig, SFTConfig, patch_model  # noqa: E402
-from chronicals_trl.config import ATTENTION_BACKENDS, PART_STATES, PARTS  # noqa: E402
+from chronicals_trl.config import ATTENTION_BACKENDS, HEALTH, PART_STATES, PARTS  # noqa: E402
 from chronicals_trl.model.attention_choice import verify_isolation  # noqa: E402
 from chronicals_trl.observe import ThroughputMeter  # noqa: E402
 from chronicals_trl.observe.flops import TrainingFlops  # noqa: E402
@@ -107,6 +107,7 @@ def test_configuration_table() -> None:
     fields = dataclasses.fields(ChronicalsConfig)
     assert [key for key, _, _ in documented] == [field.name for field in fields]
     choices = dict.fromkeys(PARTS, PART_STATES) | {"attention_backend": ATTENTION_BACKENDS}
+    choices |= {"health": HEALTH}
     choices |= dict.fromkeys(("strict", "recompute_mlp", "balance_ranks"), (False, True))
     for (key, default, allowed), field in zip(documented, fields, strict=True):
         assert ast.literal_eval(default.strip("`")) == field.default, key
