@@ -156,14 +156,14 @@ class RecomputeMixin(Trainer):
             f"peak {peak / _GIB:.1f} GiB with all, {self._layer_bytes / _GIB:.2f} GiB a layer, {room / _GIB:.1f} GiB "
             "to be had"
         )  # fmt: skip
-        self._tell(
+        self._report_recompute(
             PartReport(PART, "on", modules=len(layers), backend=told), f"gradient checkpointing: {told} ({why})"
         )
         self._graphs_wait = False
         if again and self.chronicals_report["cuda_graphs"].state == "on":
             self._graphs_wanted = False
             reason = f"memory needs {again} layers computed again, which is not captured"
-            self._tell(PartReport("cuda_graphs", "off", reason=reason), None)
+            self._report_recompute(PartReport("cuda_graphs", "off", reason=reason), None)
             assert self._chronicals is not None
             self.chronicals_report.raise_for_omissions(self._chronicals)
 
@@ -188,13 +188,13 @@ class RecomputeMixin(Trainer):
             self._graphs.release()
         self._memory().release()
         told = f"all {len(layers)} layers computed again"
-        self._tell(
+        self._report_recompute(
             PartReport(PART, "on", modules=len(layers), backend=told, reason="memory ran out otherwise"),
             f"gradient checkpointing: memory ran out in step {self.state.global_step + 1}; from there on {told}",
         )
         return super().training_step(model, given, *args, **kwargs)
 
-    def _tell(self, part: PartReport, note: str | None) -> None:
+    def _report_recompute(self, part: PartReport, note: str | None) -> None:
         self.chronicals_report.set(part)
         if note is not None:
             self.chronicals_report.notes.append(note)
