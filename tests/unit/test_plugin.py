@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from chronicals_trl import ChronicalsPlugin
 from chronicals_trl.model.patch import is_patched
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 
 def _train(model, *, plugin: bool, steps: int = 3, fused: bool = False) -> list[float]:
     accelerator = Accelerator(cpu=True)

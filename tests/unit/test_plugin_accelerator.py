@@ -17,6 +17,8 @@ from chronicals_trl import ChronicalsAccelerator, ChronicalsConfig, ChronicalsPl
 from chronicals_trl.config import PARTS
 from chronicals_trl.model.patch import is_patched, patch_model
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 LR = 1e-3
 
 

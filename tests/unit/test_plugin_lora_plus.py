@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from chronicals_trl import ChronicalsPlugin
 from chronicals_trl.model.patch import is_patched
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 peft = pytest.importorskip("peft")
 
 LR = 1e-3
