@@ -38,6 +38,7 @@ class RecomputeMixin(Trainer):
     _graphs: graphs.GraphedStack | None
     _graphs_wanted: bool
     _graphs_wait: bool
+    _engine_in_the_way: Callable[[], str | None]
 
     _recompute_layers: list[nn.Module] | None = None  # inside `train`, with the part on
     _recompute_probe: LayerMemory | None = None
@@ -70,20 +71,9 @@ class RecomputeMixin(Trainer):
         return PartReport(PART, "on", modules=len(layers), backend=f"measured in {MEASURED_STEPS} steps")
 
     def _recompute_ruled_out(self) -> str | None:
-        args: Any = self.args
-        parallelism = self.accelerator.parallelism_config
-        rules = {
-            "torch_compile=True": args.torch_compile,
-            "activation_offloading=True": getattr(args, "activation_offloading", False),
-            "auto_find_batch_size=True": args.auto_find_batch_size,
-            "DeepSpeed": self.is_deepspeed_enabled,
-            "FSDP": self.is_fsdp_enabled,
-            "several GPUs in one process": args.n_gpu > 1,
-            "tensor, context or sequence parallelism": parallelism is not None
-            and any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")),
-            "compute_metrics, which holds all logits": self.compute_metrics is not None,
-        }
-        return next((f"not measured beside {name}" for name, present in rules.items() if present), None)
+        metrics = None if self.compute_metrics is None else "compute_metrics, which holds all logits"
+        present = self._engine_in_the_way() or metrics
+        return None if present is None else f"not measured beside {present}"
 
     # -- the run -----------------------------------------------------------------------------------------------------
 

@@ -58,7 +58,8 @@ class CudaGraphsMixin(Trainer):
         reason = self._graphs_pointless(recompute)
         if reason is not None:
             return PartReport(PART, "off", reason=reason)
-        reason = leave_out or self._graphs_ruled_out()
+        engine = self._engine_in_the_way()
+        reason = leave_out or (None if engine is None else f"{engine}: not captured beside it")
         layers = graphs.decoder_layers(self.model)
         if reason is None and isinstance(layers, str):
             reason = layers
@@ -119,7 +120,8 @@ class CudaGraphsMixin(Trainer):
         sent = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters() if p.requires_grad)
         return max(1, min(MAX_SEGMENTS, len(layers), sent // SEGMENT_BYTES))
 
-    def _graphs_ruled_out(self) -> str | None:
+    def _engine_in_the_way(self) -> str | None:
+        """What runs or moves the decoder layers in a way of its own, in words; None if nothing does."""
         args: Any = self.args
         parallelism = self.accelerator.parallelism_config
         engines = {
@@ -132,7 +134,7 @@ class CudaGraphsMixin(Trainer):
             "tensor, context or sequence parallelism": parallelism is not None
             and any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")),
         }
-        return next((f"{name}: not captured beside it" for name, present in engines.items() if present), None)
+        return next((name for name, present in engines.items() if present), None)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 

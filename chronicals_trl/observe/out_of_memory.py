@@ -89,16 +89,9 @@ class OutOfMemoryMixin(Trainer):
     _chronicals: ChronicalsConfig | None
     chronicals_report: ActivationReport
 
-    def _inner_training_loop(
-        self,
-        batch_size: int | None = None,
-        args: Any = None,
-        resume_from_checkpoint: str | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._explained(evaluates=False):
-            return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
+            return super()._inner_training_loop(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._explained(evaluates=True):

@@ -67,19 +67,12 @@ class HealthMixin(Trainer):
             self._note(describe_groups(groups))
         return optimizer
 
-    def _inner_training_loop(
-        self,
-        batch_size: int | None = None,
-        args: Any = None,
-        resume_from_checkpoint: str | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._health = None
         if self._checks_health:
             self._tell(self._data_findings)
         try:
-            return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
+            return super()._inner_training_loop(*args, **kwargs)
         finally:
             self._health = None
 
