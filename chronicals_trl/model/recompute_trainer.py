@@ -153,7 +153,8 @@ class RecomputeMixin(Trainer):
         if again and self.chronicals_report["cuda_graphs"].state == "on":
             self._graphs_wanted = False
             reason = f"memory needs {again} layers computed again, which is not captured"
-            self._report_recompute(PartReport("cuda_graphs", "off", reason=reason), None)
+            # The table at the start said that it is on.
+            self._report_recompute(PartReport("cuda_graphs", "off", reason=reason), f"cuda_graphs is off: {reason}")
             assert self._chronicals is not None
             self.chronicals_report.raise_for_omissions(self._chronicals)
 
@@ -184,11 +185,12 @@ class RecomputeMixin(Trainer):
         )
         return super().training_step(model, given, *args, **kwargs)
 
-    def _report_recompute(self, part: PartReport, note: str | None) -> None:
+    def _report_recompute(self, part: PartReport, note: str) -> None:
+        """The part as it is now; a warning where it is less than was said."""
         self.chronicals_report.set(part)
-        if note is not None:
-            self.chronicals_report.notes.append(note)
-            logger.warning("chronicals-trl: %s", note) if part.reason else logger.info("chronicals-trl: %s", note)
+        self.chronicals_report.notes.append(note)
+        if self.args.should_log:
+            logger.log(logging.WARNING if part.reason else logging.INFO, "chronicals-trl: %s", note)
         self._save_report()
 
     def _end_recompute(self) -> None:

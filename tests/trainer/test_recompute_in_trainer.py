@@ -133,13 +133,16 @@ def test_graphs_begin_when_no_layer_is_computed_again(
 
 
 def test_graphs_are_off_where_layers_are_computed_again(
-    tmp_path: Path, memory: MadeUp, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, memory: MadeUp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Said aloud: the table at the start has it on."""
     memory.layers = 1
     monkeypatch.setattr(graphs_trainer, "DEVICES", ("cpu",))
     trainer, _ = train(tmp_path, max_steps=4)
     part = trainer.chronicals_report["cuda_graphs"]
     assert part.state == "off" and "memory needs 1 layers computed again" in part.reason
+    told = [record for record in caplog.records if "cuda_graphs is off" in record.getMessage()]
+    assert [record.levelname for record in told] == ["WARNING"]
 
 
 def test_memory_that_runs_out_after_all(tmp_path: Path, memory: MadeUp) -> None:
