@@ -154,6 +154,7 @@ class GraphedStack:
         self._pass: _Pass | None = None
         self._outstanding: weakref.ref[Ticket] | None = None
         self._shortages = 0
+        self._lends = True  # the gradients' memory
 
     # -- on and off --------------------------------------------------------------------------------------------------
 
@@ -360,6 +361,10 @@ class GraphedStack:
             self._let_go([kind])
             kind.seen = 0
             return self._run(current.hidden, current.calls)
+        if kind.captured is not None and kind.captured.kept():
+            logger.info("chronicals-trl: gradients are kept over a step; the CUDA graphs hand out copies from now on")
+            self._lends = False
+            self._let_go(list(self._kinds.values()))  # whoever keeps them has the old graphs' memory
         if kind.captured is None:
             self._capture(kind, reading.tensors, current)
         if kind.captured is None:
@@ -377,7 +382,9 @@ class GraphedStack:
         start, cause = time.perf_counter(), ""
         try:
             segments = self._parts(current, tensors)
-            kind.captured = Captured(self._recorder, segments, tensors, self._state.modules, next(siblings, None))
+            kind.captured = Captured(
+                self._recorder, segments, tensors, self._state.modules, next(siblings, None), self._lends
+            )
             self._verify(kind.captured, tensors, current)
         except Exception as error:  # a model whose layers cannot be captured is trained without
             cause = _told(error)
