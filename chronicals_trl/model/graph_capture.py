@@ -218,27 +218,13 @@ class Captured:
 
         Args:
             grad_output: of the last segment's output; of the others' not read.
-
-        Raises:
-            RuntimeError: the memory to write to holds gradients that somebody has kept since the forward pass, for
-                which they lay in `.grad`.
         """
-        gradients = self.gradients[index]
-        if self._lends and gradients.kept():
-            raise RuntimeError(
-                "A gradient of the decoder layers that was kept (.grad itself, a view or a detached tensor of it) "
-                f"would be overwritten by this backward pass. Keep a clone. {REMEDY}"
-            )
-        gradients.take_back()
         if index == len(self) - 1:
             self.grad_output.copy_(grad_output)
         self._replay_backward[index]()
         hidden = self.grad_hidden.clone() if index == 0 and self.grad_hidden is not None else None
+        gradients = self.gradients[index]
         return hidden, gradients.lent() if self._lends else gradients.copied()
-
-    def kept(self) -> bool:
-        """Whether somebody holds on to memory that the backward pass will write to, otherwise than by `.grad`."""
-        return self._lends and any(gradients.kept() for gradients in self.gradients)
 
 
 class Ticket:

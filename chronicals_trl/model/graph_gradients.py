@@ -1,10 +1,11 @@
 """The gradients that a captured backward pass writes, lent out as `.grad` instead of copied.
 
 A graph writes to the same memory each time. Copies of all gradients would take as much again, and a pass over them.
-So autograd is given tensors on the graph's own memory, which become `.grad` as they are. Before the graph writes
-again, each `.grad` that still lies there (gradients that accumulate, or are zeroed in place) is moved to memory of its
-own. What else somebody may have kept cannot be moved; that it is there shows in the storage's reference count, and
-the graphs go on with copies (`model.graphs`).
+So autograd is given tensors on the graph's own memory, which become `.grad` as they are. Before any graph is replayed
+again (the forward pass's has used this memory for what was dead by the time the gradients came), each `.grad` that
+still lies there, of gradients that accumulate or are zeroed in place, is moved to memory of its own. What else
+somebody may have kept cannot be moved; that it is there shows in the storage's reference count, and the graphs go on
+with copies (`model.graphs`).
 """
 
 from __future__ import annotations

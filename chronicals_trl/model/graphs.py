@@ -179,14 +179,15 @@ class GraphedStack:
         """Let go of the graphs and their memory; each is captured again when a pass of its kind comes."""
         if any(kind.captured is not None for kind in self._kinds.values()):
             self._let_go(list(self._kinds.values()))
-            if self._recorder is not None:
-                self._recorder.release()
 
     def _let_go(self, kinds: list[_Kind]) -> None:
         if self._recorder is not None:
             self._recorder.wait()
         for kind in kinds:
             kind.captured = None
+        # Nothing can be captured into a pool whose graphs are gone, and of whose memory a `.grad` still has a part.
+        if self._recorder is not None and all(kind.captured is None for kind in self._kinds.values()):
+            self._recorder.release()
 
     @contextmanager
     def enabled(self) -> Iterator[None]:
@@ -208,10 +209,8 @@ class GraphedStack:
     def _give_up(self, reason: str) -> None:
         self.reason = self.obstacle = reason
         self._pass = None
-        self._let_go(list(self._kinds.values()))
+        self._let_go(list(self._kinds.values()))  # and of what a capture that failed has left
         self._kinds.clear()
-        if self._recorder is not None:  # what a capture that failed has left, too
-            self._recorder.release()
 
     # -- a pass ------------------------------------------------------------------------------------------------------
 
@@ -361,10 +360,7 @@ class GraphedStack:
             self._let_go([kind])
             kind.seen = 0
             return self._run(current.hidden, current.calls)
-        if kind.captured is not None and kind.captured.kept():
-            logger.info("chronicals-trl: gradients are kept over a step; the CUDA graphs hand out copies from now on")
-            self._lends = False
-            self._let_go(list(self._kinds.values()))  # whoever keeps them has the old graphs' memory
+        self._take_gradients_back()
         if kind.captured is None:
             self._capture(kind, reading.tensors, current)
         if kind.captured is None:
@@ -373,6 +369,18 @@ class GraphedStack:
         ticket = Ticket()
         self._outstanding = weakref.ref(ticket)
         return replay(kind.captured, ticket, reading.tensors)
+
+    def _take_gradients_back(self) -> None:
+        """Before anything is replayed: what one graph has lent may lie where another one works."""
+        captured = [kind.captured for kind in self._kinds.values() if kind.captured is not None]
+        lent = list({id(each): each for one in captured for each in one.gradients}.values()) if self._lends else []
+        if any(gradients.kept() for gradients in lent):
+            logger.info("chronicals-trl: gradients are kept over a step; the CUDA graphs hand out copies from now on")
+            self._lends = False
+            self.release()  # and whoever keeps them has this memory
+            return
+        for gradients in lent:
+            gradients.take_back()
 
     def _capture(self, kind: _Kind, tensors: list[Tensor], current: _Pass) -> None:
         if self._recorder is None:
