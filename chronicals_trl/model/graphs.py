@@ -129,7 +129,7 @@ class GraphedStack:
         layers: patched decoder layers (`decoder_layers`).
         recorder: makes the replays; None for CUDA graphs on the layers' device.
         segments: graphs that the backward pass is cut into, at most one a layer; above one where the gradients of the
-            last layers are of use before those of the first are done.
+            last layers are sent off before those of the first are done.
 
     Attributes:
         reason: why there are no graphs any more, for good.
@@ -139,8 +139,7 @@ class GraphedStack:
 
     def __init__(self, layers: Sequence[nn.Module], recorder: Recorder | None = None, segments: int = 1) -> None:
         self.layers = list(layers)
-        cuts = [len(self.layers) * number // segments for number in range(segments + 1)]
-        self._segments = [range(*ends) for ends in itertools.pairwise(cuts) if len(range(*ends))]
+        self._segments = _segments(len(self.layers), segments)
         self.reason: str | None = None
         self.obstacle: str | None = None
         self.passes = self.replays = self.captures = 0
@@ -434,6 +433,17 @@ class GraphedStack:
         error = ((results[0] - results[1]).norm() / results[1].norm().clamp_min(1e-30)).item()
         if not error <= TOLERANCE:
             raise RuntimeError(f"a replay's hidden states differ from the layers' own by {error:.1e} of their norm")
+
+
+def _segments(layers: int, segments: int) -> list[range]:
+    """The layers in so many parts of about one size, but for the first layer, which is one by itself.
+
+    Its gradients come last: while they are sent, there is nothing left to compute.
+    """
+    if segments == 1 or layers == 1:
+        return [range(layers)]
+    cuts = [1 + (layers - 1) * number // (segments - 1) for number in range(segments)]
+    return [range(*ends) for ends in itertools.pairwise([0, *cuts]) if len(range(*ends))]
 
 
 def _told(error: BaseException) -> str:

@@ -128,6 +128,18 @@ def test_a_backward_pass_in_segments_is_the_same(segments: int, options: dict[st
     assert pair.replayed(2, micro=2, zero=False) == 4
 
 
+def test_where_the_backward_pass_is_cut() -> None:
+    """The first layer, whose gradients nothing can hide, by itself; each layer once."""
+    assert graphs._segments(24, 1) == [range(24)] and graphs._segments(1, 4) == [range(1)]
+    assert graphs._segments(24, 3) == [range(1), range(1, 12), range(12, 24)]
+    for layers, segments in ((28, 6), (24, 5), (3, 3), (2, 5), (7, 2)):
+        parts = graphs._segments(layers, segments)
+        assert [layer for part in parts for layer in part] == list(range(layers))
+        assert parts[0] == range(1) and len(parts) == min(layers, segments)
+        sizes = [len(part) for part in parts[1:]]
+        assert max(sizes) - min(sizes) <= 1
+
+
 def test_gradients_of_the_last_layers_come_before_the_first_ones_are_made() -> None:
     pair = Pair(segments=3)
     pair.replayed(WARM_UP + 1)
