@@ -87,7 +87,8 @@ def gradients(model: Any, batch: dict[str, Any], seed: int, autocast: bool = Fal
     with torch.autocast("cuda", torch.bfloat16) if autocast else nullcontext():
         loss = model(**batch).loss
     loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    # Clones: gradients that are kept are another test's matter.
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **found}
 
 
