@@ -15,6 +15,7 @@ from typing import Any
 from chronicals_trl import __version__
 from chronicals_trl._versions import check_floors
 
+COMMANDS = ("sft", "doctor", "bench")
 _EPILOG = (
     "`chronicals-trl sft --help` lists the arguments: TRL's, and --use_chronicals and --chronicals_config. "
     "`chronicals-trl bench --help` lists the benchmarks."
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bench(arguments[1:])
     parser = argparse.ArgumentParser(prog="chronicals-trl", description=__doc__, epilog=_EPILOG, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="{sft,doctor,bench}")
+    commands = parser.add_subparsers(dest="command", metavar=f"{{{','.join(COMMANDS)}}}")
     commands.add_parser("sft", help="fine-tune, as `trl sft` does, with use_chronicals on", add_help=False)
     doctor = commands.add_parser(
         "doctor", help="whether chronicals can run here, checked by number; with --model, what would be on"
