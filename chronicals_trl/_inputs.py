@@ -13,8 +13,10 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PreTrainedModel
 
 from chronicals_trl.config import ChronicalsConfig
+from chronicals_trl.model.patch import base_model
 from chronicals_trl.optim.lora_plus import has_adapter, trainable_kinds, why_frozen
 from chronicals_trl.packing.bfd import STRATEGIES
 from chronicals_trl.report import PartReport
@@ -32,6 +34,8 @@ def check(args: Any, given: dict[str, Any]) -> None:
         args: the SFTConfig.
         given: the trainer's arguments by name.
     """
+    if isinstance(given.get("model"), nn.Module):  # of one that is named, only TRL's loading tells
+        require_causal(base_model(given["model"]))
     packs = packing_setting(args)
     if packs and args.max_length is None:
         raise ValueError(
@@ -423,6 +427,20 @@ def refuse_deepspeed_rates(config: dict[str, Any], instead: str) -> None:
                 f"The DeepSpeed configuration has its own {key!r}, which would lose LoRA+'s learning rates. Remove "
                 f"that section ({instead}), or set lora_plus='off'."
             )
+
+
+def require_causal(model: nn.Module) -> None:
+    """Raise ValueError for a transformers model that does not write text from left to right, or has no head to."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    writes = hasattr(model, "generation_config")  # what TRL goes by, too, with an AttributeError
+    if writes and not getattr(model.config, "is_encoder_decoder", False):
+        return
+    kind = "an encoder-decoder" if writes else "no causal language model"
+    raise ValueError(
+        f"`model` is a {type(model).__name__}, {kind}: supervised fine-tuning here is of causal language models. Pass "
+        "one's name or folder, or what AutoModelForCausalLM.from_pretrained gives."
+    )
 
 
 def require_trainable(model: nn.Module) -> None:

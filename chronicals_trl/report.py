@@ -149,7 +149,9 @@ class ActivationReport:
         notes = Text("\n".join(f"- {note}" for note in self.notes)) if self.notes else None
         table = Table(title=_TITLE, title_justify="left", caption=notes, caption_justify="left")
         for column in _COLUMNS:
-            table.add_column(column, justify="right" if column == "modules" else "left", no_wrap=column != "reason")
+            # A word that is longer than the column, such as gradient_checkpointing=False, goes on in the next line.
+            justify, overflow = ("right", "ellipsis") if column == "modules" else ("left", "fold")
+            table.add_column(column, justify=justify, overflow=overflow, no_wrap=column != "reason")
         for row in self._rows():
             style = "green" if row[1] == "on" else "yellow" if self[row[0]].omitted else "dim"
             table.add_row(*(Text(cell, style=style if index == 1 else "") for index, cell in enumerate(row)))
