@@ -81,7 +81,8 @@ def _run_script(script: str, arguments: list[str]) -> None:
     except OSError as error:
         hint = ""
         if script in COMMANDS and isinstance(error, FileNotFoundError):
-            hint = f"\n{script!r} is a command of the console script: {shlex.join(['chronicals-trl', script, *arguments])}"
+            command = shlex.join(["chronicals-trl", script, *arguments])
+            hint = f"\n{script!r} is a command of the console script: {command}"
         _fail(f"can't open file {path!r}: [Errno {error.errno}] {error.strerror}{hint}", 2)
     sys.argv[:] = [script, *arguments]
     # `python -m` put the working directory there; a script has its own folder, unless -P keeps both out.

@@ -360,6 +360,18 @@ def keep_batches_whole(args: Any) -> dict[str, str]:
     return {"dispatch": "dispatch_batches=True cuts packed batches apart: off, each rank reads its own rows"}
 
 
+def masking_notes(args: Any, data: Any) -> dict[str, str]:
+    """A note where the answers alone are asked for and the training set, as it came, does not tell them apart."""
+    if not (args.completion_only_loss and isinstance(data, Dataset)):
+        return {}
+    if {"completion", "completion_mask", "labels"} & set(data.column_names):
+        return {}
+    note = "completion_only_loss=True without a column 'completion': every token is learned"
+    if {"messages", "conversations"} & set(data.column_names):
+        note += " (of the assistant's turns alone: assistant_only_loss=True)"
+    return {"completion_only_loss": note}
+
+
 def conflicts(trainer: SFTTrainer, own: type) -> dict[str, str]:
     """part -> reason, for what the trainer's settings rule out."""
     args, leave_out = trainer.args, dict[str, str]()
