@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -91,7 +92,11 @@ def _sft(arguments: list[str]) -> int:
     launch = launch_command_parser().parse_args(
         [*launch_arguments, "-m", "chronicals_trl", str(sft.__file__), *script_arguments]
     )
-    launch_command(launch)
+    try:
+        launch_command(launch)
+    except subprocess.CalledProcessError as error:
+        # What went wrong stands above, in the run's own words; the launcher's traceback would push it off the screen.
+        return error.returncode if error.returncode > 0 else 128 - error.returncode  # by a signal: as shells have it
     return 0
 
 
