@@ -37,6 +37,7 @@ def test_defaults() -> None:
 def test_a_setting_of_ours_among_the_arguments(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"chronicals_config=\{'strict': True, 'lora_plus_ratio': 8\}"):
         make_args(tmp_path, strict=True, lora_plus_ratio=8)
+    assert make_args(tmp_path, packing=True).packing is True  # TRL's, and a part of ours
     with pytest.raises(TypeError, match="unexpected keyword argument 'use_chronicles'"):
         make_args(tmp_path, use_chronicles=True)
 
