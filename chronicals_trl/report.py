@@ -150,8 +150,9 @@ class ActivationReport:
         table = Table(title=_TITLE, title_justify="left", caption=notes, caption_justify="left")
         for column in _COLUMNS:
             # A word that is longer than the column, such as gradient_checkpointing=False, goes on in the next line.
-            justify: Literal["left", "right"] = "right" if column == "modules" else "left"
-            table.add_column(column, justify=justify, overflow="fold", no_wrap=column != "reason")
+            table.add_column(
+                column, justify="right" if column == "modules" else "left", no_wrap=column != "reason", overflow="fold"
+            )
         for row in self._rows():
             style = "green" if row[1] == "on" else "yellow" if self[row[0]].omitted else "dim"
             table.add_row(*(Text(cell, style=style if index == 1 else "") for index, cell in enumerate(row)))

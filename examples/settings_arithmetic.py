@@ -129,7 +129,7 @@ def changes_table() -> str:
     rows = [
         ["`head` on", "logits", gb(base.full_logits(SEVEN)), f"{gb(base.LOGIT_BUDGET)} at most"],
         ["`logit_budget_mib: 135`", "logits", f"{gb(base.LOGIT_BUDGET)} at most", gb(135 * 2**20)],
-        ["`recompute_mlp`", "activations", gb(kept), gb(base.activations(SEVEN, "LoRA", False))],
+        ["`recompute_mlp` (the default)", "activations", gb(kept), gb(base.activations(SEVEN, "LoRA", False))],
         ["`gradient_checkpointing=True`", "activations", gb(kept), gb(base.activations(SEVEN, "full", True))],
         ["half the tokens a micro-step", "activations", gb(kept), gb(half)],
         ["`optim=\"adamw_bnb_8bit\"`", "AdamW", gb(8 * p), gb(2 * p)],

@@ -319,8 +319,20 @@ def _difference(
                 module.training = mode
     error = ((ours - reference).float().norm() / reference.float().norm()).item()
     # Rounding differs between the two shapes; a leak is many times this (0.17 in the case that FACTS.md measured).
-    precision = torch.finfo(
-        torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else ours.dtype
-    )
-    allowed = max(8 * precision.eps, 1e-4)
+    allowed = max(8 * _coarsest_eps(model, ours.dtype, device), 1e-4)
     return None if error <= allowed else f"logits change by a relative {error:.1e}"
+
+
+def _coarsest_eps(model: nn.Module, dtype: torch.dtype, device: torch.device) -> float:
+    """Of the dtypes that the model computes in, as far as it shows them, besides that of its logits."""
+    dtypes = {dtype}
+    if torch.is_autocast_enabled(device.type):
+        dtypes.add(torch.get_autocast_dtype(device.type))
+    for module in model.modules():
+        if not type(module).__module__.startswith("bitsandbytes"):
+            continue
+        # A 4-bit layer computes in a dtype of its own, whatever it is given (QLoRA: bf16 within a float32 model). An
+        # 8-bit one chooses the columns that it leaves in 16 bits by all tokens, so that its error is another one.
+        own = getattr(module, "compute_dtype", None)
+        dtypes.add(own if isinstance(own, torch.dtype) else torch.bfloat16)
+    return max(torch.finfo(each).eps for each in dtypes)

@@ -13,10 +13,15 @@ Legend: B batch, H heads, S sequence, D head dimension, T tokens of all rows (B 
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import os
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,15 +30,47 @@ from torch import Tensor
 from chronicals_trl.kernels._common import LAUNCHES, MAX_LAUNCHES
 from chronicals_trl.model.attention_rows import heads_first, kernel_rows
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["backward", "forward", "missing"]
 
 _FORWARD = {"softcap", "window_size_left", "window_size_right", "return_lse", "max_seqlen_q", "cu_seqlens_q"}
 _BACKWARD = {"softcap", "window_size_left", "window_size_right", "deterministic", "dq", "dk", "dv"}
 
 
+# The package's own settings. Without its cache on disk every process compiles its five kernels anew, for 10 s.
+_CACHE, _CACHE_FOLDER = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+
+
+def _keep_compiled_kernels() -> None:
+    """Switch the package's cache on, unless the user has said something about it, or it could not lock files there.
+
+    Its own default folder is one in the machine's temporary folder, where others could have put code of theirs.
+    """
+    if fcntl is None or importlib.util.find_spec("flash_attn") is None:
+        return
+    if _CACHE in os.environ or "flash_attn.cute.cache_utils" in sys.modules:
+        return
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = Path(os.environ.get(_CACHE_FOLDER) or caches / "chronicals-trl" / "flash_attn_4")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (OSError, RuntimeError):  # read-only, no locks on this file system; no home
+        return
+    os.environ |= {_CACHE: "1", _CACHE_FOLDER: str(folder)}
+
+
 @cache
 def package() -> tuple[Callable[..., Any], Callable[..., Any]] | str:
     """Its forward and backward functions, or why there are none."""
+    _keep_compiled_kernels()
+    # Three times a process, over many lines, and of no consequence: nothing of that kind is given to it.
+    warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)
     try:
         from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
     except ModuleNotFoundError as error:

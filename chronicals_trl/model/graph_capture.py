@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -24,6 +25,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from chronicals_trl.model.graph_gradients import StaticGradients
 
 T = TypeVar("T")
 
@@ -129,6 +132,7 @@ class Captured:
         inputs: distinct tensors; the first, of which alone a gradient may be required, are the hidden states.
         owners: the modules that hold the segments' parameters.
         sibling: another pass through the same parameters, whose gradients' memory this one uses too.
+        lends: whether that memory is handed out as `.grad`; copies of it otherwise.
     """
 
     def __init__(
@@ -138,7 +142,9 @@ class Captured:
         inputs: Sequence[Tensor],
         owners: Sequence[nn.Module],
         sibling: Captured | None = None,
+        lends: bool = True,
     ) -> None:
+        self._lends = lends
         device_type = inputs[0].device.type
         self.inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
         self.parameters = [segment.parameters for segment in segments]
@@ -177,14 +183,18 @@ class Captured:
         self.grad_output = torch.empty_like(self.output)
         self._replay_backward: dict[int, Callable[[], None]] = {}
         self.grad_hidden: Tensor | None = self.grad_output
-        self.parameter_gradients: list[list[Tensor | None]] = [[None] * len(each.parameters) for each in segments]
+        self.gradients = [StaticGradients(ps, [None] * len(ps)) for ps in self.parameters]
         for index in reversed(range(len(segments))):
             if self.grad_hidden is None:  # nothing is trained from here on down
                 break
-            shared = None if sibling is None else sibling.parameter_gradients[index]
-            work = functools.partial(backward, self.grad_hidden, shared)
-            self._replay_backward[index], gradients = recorder.record(work)
-            self.grad_hidden, self.parameter_gradients[index] = gradients[0], gradients[1:]
+            shared = None if sibling is None else sibling.gradients[index]
+            work = functools.partial(backward, self.grad_hidden, None if shared is None else shared.tensors)
+            self._replay_backward[index], (self.grad_hidden, *found) = recorder.record(work)
+            if shared is not None and all(map(operator.is_, found, shared.tensors)):
+                self.gradients[index] = shared
+            else:
+                self.gradients[index] = StaticGradients(self.parameters[index], found)
+            del found
         traced.clear()
 
     def __len__(self) -> int:
@@ -203,9 +213,8 @@ class Captured:
     def backward(self, index: int, grad_output: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """Gradients of the hidden states before segment `index`, the last first, and of its parameters.
 
-        As memory of their own: the next micro-batch overwrites the static ones, which `torch.autograd.grad` would
-        hand out as they are. (`.grad` becomes the very tensor that autograd is given only if nobody else holds it;
-        else it is copied, one by one.) Between segments the gradient of the hidden states stays in the static one.
+        Those of parameters are lent (`StaticGradients`), or memory of their own. Between segments the gradient of the
+        hidden states stays in the static one.
 
         Args:
             grad_output: of the last segment's output; of the others' not read.
@@ -214,7 +223,8 @@ class Captured:
             self.grad_output.copy_(grad_output)
         self._replay_backward[index]()
         hidden = self.grad_hidden.clone() if index == 0 and self.grad_hidden is not None else None
-        return hidden, _copies(self.parameter_gradients[index])
+        gradients = self.gradients[index]
+        return hidden, gradients.lent() if self._lends else gradients.copied()
 
 
 class Ticket:
@@ -257,21 +267,6 @@ class _Replay(torch.autograd.Function):
         ctx.ticket = None
         grad_hidden, gradients = ctx.captured.backward(ctx.index, grad_output)
         return None, None, None, None, grad_hidden if ctx.index == 0 else ctx.empty, *gradients
-
-
-def _copies(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Copies in as few launches as there are dtypes."""
-    copies: list[Tensor | None] = [None] * len(tensors)
-    by_dtype: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
-    for place, tensor in enumerate(tensors):
-        if tensor is not None:
-            by_dtype.setdefault(tensor.dtype, []).append((place, tensor))
-    for placed in by_dtype.values():
-        # Multiplied by 1, which is exact, NaN and -0 included: there is no foreach copy into new memory in torch 2.11.
-        made = torch._foreach_mul([tensor for _, tensor in placed], 1.0)
-        for (place, _), copy in zip(placed, made, strict=True):
-            copies[place] = copy
-    return copies
 
 
 def _require_known_leaves(output: Tensor, wanted: Sequence[Tensor]) -> None:

@@ -129,7 +129,7 @@ class GraphedStack:
         layers: patched decoder layers (`decoder_layers`).
         recorder: makes the replays; None for CUDA graphs on the layers' device.
         segments: graphs that the backward pass is cut into, at most one a layer; above one where the gradients of the
-            last layers are of use before those of the first are done.
+            last layers are sent off before those of the first are done.
 
     Attributes:
         reason: why there are no graphs any more, for good.
@@ -139,8 +139,7 @@ class GraphedStack:
 
     def __init__(self, layers: Sequence[nn.Module], recorder: Recorder | None = None, segments: int = 1) -> None:
         self.layers = list(layers)
-        cuts = [len(self.layers) * number // segments for number in range(segments + 1)]
-        self._segments = [range(*ends) for ends in itertools.pairwise(cuts) if len(range(*ends))]
+        self._segments = _segments(len(self.layers), segments)
         self.reason: str | None = None
         self.obstacle: str | None = None
         self.passes = self.replays = self.captures = 0
@@ -154,6 +153,7 @@ class GraphedStack:
         self._pass: _Pass | None = None
         self._outstanding: weakref.ref[Ticket] | None = None
         self._shortages = 0
+        self._lends = True  # the gradients' memory
 
     # -- on and off --------------------------------------------------------------------------------------------------
 
@@ -178,14 +178,15 @@ class GraphedStack:
         """Let go of the graphs and their memory; each is captured again when a pass of its kind comes."""
         if any(kind.captured is not None for kind in self._kinds.values()):
             self._let_go(list(self._kinds.values()))
-            if self._recorder is not None:
-                self._recorder.release()
 
     def _let_go(self, kinds: list[_Kind]) -> None:
         if self._recorder is not None:
             self._recorder.wait()
         for kind in kinds:
             kind.captured = None
+        # Nothing can be captured into a pool whose graphs are gone, and of whose memory a `.grad` still has a part.
+        if self._recorder is not None and all(kind.captured is None for kind in self._kinds.values()):
+            self._recorder.release()
 
     @contextmanager
     def enabled(self) -> Iterator[None]:
@@ -207,10 +208,8 @@ class GraphedStack:
     def _give_up(self, reason: str) -> None:
         self.reason = self.obstacle = reason
         self._pass = None
-        self._let_go(list(self._kinds.values()))
+        self._let_go(list(self._kinds.values()))  # and of what a capture that failed has left
         self._kinds.clear()
-        if self._recorder is not None:  # what a capture that failed has left, too
-            self._recorder.release()
 
     # -- a pass ------------------------------------------------------------------------------------------------------
 
@@ -360,6 +359,7 @@ class GraphedStack:
             self._let_go([kind])
             kind.seen = 0
             return self._run(current.hidden, current.calls)
+        self._take_gradients_back()
         if kind.captured is None:
             self._capture(kind, reading.tensors, current)
         if kind.captured is None:
@@ -369,6 +369,18 @@ class GraphedStack:
         self._outstanding = weakref.ref(ticket)
         return replay(kind.captured, ticket, reading.tensors)
 
+    def _take_gradients_back(self) -> None:
+        """Before anything is replayed: what one graph has lent may lie where another one works."""
+        captured = [kind.captured for kind in self._kinds.values() if kind.captured is not None]
+        lent = list({id(each): each for one in captured for each in one.gradients}.values()) if self._lends else []
+        if any(gradients.kept() for gradients in lent):
+            logger.info("chronicals-trl: gradients are kept over a step; the CUDA graphs hand out copies from now on")
+            self._lends = False
+            self.release()  # and whoever keeps them has this memory
+            return
+        for gradients in lent:
+            gradients.take_back()
+
     def _capture(self, kind: _Kind, tensors: list[Tensor], current: _Pass) -> None:
         if self._recorder is None:
             self._recorder = CudaRecorder(tensors[0].device)
@@ -377,7 +389,9 @@ class GraphedStack:
         start, cause = time.perf_counter(), ""
         try:
             segments = self._parts(current, tensors)
-            kind.captured = Captured(self._recorder, segments, tensors, self._state.modules, next(siblings, None))
+            kind.captured = Captured(
+                self._recorder, segments, tensors, self._state.modules, next(siblings, None), self._lends
+            )
             self._verify(kind.captured, tensors, current)
         except Exception as error:  # a model whose layers cannot be captured is trained without
             cause = _told(error)
@@ -419,6 +433,17 @@ class GraphedStack:
         error = ((results[0] - results[1]).norm() / results[1].norm().clamp_min(1e-30)).item()
         if not error <= TOLERANCE:
             raise RuntimeError(f"a replay's hidden states differ from the layers' own by {error:.1e} of their norm")
+
+
+def _segments(layers: int, segments: int) -> list[range]:
+    """The layers in so many parts of about one size, but for the first layer, which is one by itself.
+
+    Its gradients come last: while they are sent, there is nothing left to compute.
+    """
+    if segments == 1 or layers == 1:
+        return [range(layers)]
+    cuts = [1 + (layers - 1) * number // (segments - 1) for number in range(segments)]
+    return [range(*ends) for ends in itertools.pairwise([0, *cuts]) if len(range(*ends))]
 
 
 def _told(error: BaseException) -> str:

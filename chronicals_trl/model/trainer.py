@@ -31,7 +31,7 @@ HOST_SECONDS_PER_LAYER, FLOP_RATE = 3e-3, 4e14
 
 # Under DDP the backward pass is cut into graphs of so many bytes of gradients, so that those of one are sent while the
 # next one computes. At most so many, since between two of them a residual addition stands alone.
-SEGMENT_BYTES, MAX_SEGMENTS = 128 * 2**20, 6
+SEGMENT_BYTES, MAX_SEGMENTS = 128 * 2**20, 7
 
 # Passes without a single replay after which the user is told why.
 PATIENCE = 16
@@ -118,7 +118,8 @@ class CudaGraphsMixin(Trainer):
         if self.args.world_size == 1:
             return 1
         sent = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters() if p.requires_grad)
-        return max(1, min(MAX_SEGMENTS, len(layers), sent // SEGMENT_BYTES))
+        full = sent // SEGMENT_BYTES
+        return 1 if full < 2 else min(MAX_SEGMENTS, len(layers), full + 1)  # and the first layer's, a small one
 
     def _engine_in_the_way(self) -> str | None:
         """What runs or moves the decoder layers in a way of its own, in words; None if nothing does."""

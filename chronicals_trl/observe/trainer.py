@@ -55,9 +55,7 @@ class ThroughputMixin(Trainer):
             squares += lengths.square().sum()
             real += batch["num_real_tokens"] if "num_real_tokens" in batch else lengths.sum()
         if self.args.world_size > 1:
-            counts = torch.stack(
-                [torch.as_tensor(count, device=device, dtype=torch.int64) for count in (real, slots, squares, filled)]
-            )
+            counts = torch.stack([_on_device(count, device) for count in (real, slots, squares, filled)])
             counts = self.accelerator.reduce(counts, reduction="sum")
             # Ranks that share a model's layers, or a row's tokens, have counted the same batch.
             real, slots, squares, all_filled = (counts // (self.args.world_size // self._data_ranks())).unbind()
@@ -101,6 +99,13 @@ class ThroughputMixin(Trainer):
             return super()._save_checkpoint(*args, **kwargs)
         with self._meter.excluding():
             return super()._save_checkpoint(*args, **kwargs)
+
+
+def _on_device(count: int | Tensor, device: torch.device) -> Tensor:
+    """As an int64 there; a number is filled in by a kernel, since a copy of it would wait for all that is queued."""
+    if isinstance(count, Tensor):
+        return count.to(device, torch.int64, non_blocking=True)
+    return torch.full((), count, device=device, dtype=torch.int64)
 
 
 def _lengths(batch: dict[str, Any]) -> Tensor:

@@ -79,7 +79,7 @@ def start_with_package_missing() -> Any:
 
 def start_with_environment(**variables: str) -> Any:
     with mock.patch.dict(os.environ, variables if ODD else {}):
-        return trainer(chronicals_config={"recompute_mlp": True})
+        return trainer(chronicals_config={"recompute_mlp": False})
 
 
 def prepare_with_a_part_missing() -> Any:

@@ -39,6 +39,11 @@ class Cell:
     checkpointing: bool = False
 
     @property
+    def scaling(self) -> bool:
+        """Whether the cell is there for its speed, beside the same one on another number of GPUs."""
+        return self.shape is not None and self.layout in ("one", "ddp")
+
+    @property
     def name(self) -> str:
         told = [self.layout, self.part, f"accumulation {self.accumulation}", "on" if self.ours else "off"]
         return ", ".join(told + ["float32"] * self.exact + [self.shape] * (self.shape is not None))
@@ -69,7 +74,7 @@ def scaling_cells(tiny: bool) -> list[Cell]:
     for layout in ("one", "ddp"):
         for shape in ("tiny",) if tiny else ("qwen2.5-0.5b", "qwen2.5-1.5b"):
             size = {"steps": 4, "warm_up": 2, "rows": 2, "row_tokens": 64} if tiny else {
-                "steps": 24, "warm_up": 8, "rows": 8 if "0.5b" in shape else 4, "row_tokens": 2048,
+                "steps": 24, "warm_up": 8, "rows": 8, "row_tokens": 2048,
             }  # fmt: skip
             found.append(Cell(layout, shape=shape, **size))  # type: ignore[arg-type]
     return found

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zlib
 from datetime import timedelta
 from pathlib import Path
@@ -53,6 +54,8 @@ class Watch(TrainerCallback):
         self.wanted = cell.shape is None
         self.gradients: dict[str, torch.Tensor] = {}
         self.times: dict[int, float] = {}
+        self.waits: list[str] = []  # in one step: where the host waited for the GPU
+        self._listening = contextlib.ExitStack()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.wanted and state.global_step == 0 and self.trainer.is_deepspeed_enabled:
@@ -89,10 +92,26 @@ class Watch(TrainerCallback):
             self.gradients[plain(name)] = grad.detach().float().cpu().clone()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if CUDA and self.cell.scaling and state.global_step == self.cell.warm_up - 2:  # no step that logs, or is timed
+            heard = self._listening.enter_context(warnings.catch_warnings(record=True))
+            warnings.simplefilter("always")
+            self._listening.callback(lambda: self.waits.extend(map(place, filter(is_wait, heard))))
+            self._listening.callback(torch.cuda.set_sync_debug_mode, "default")
+            torch.cuda.set_sync_debug_mode("warn")
+        elif state.global_step == self.cell.warm_up - 1:
+            self._listening.close()
         if state.global_step in (self.cell.warm_up, self.cell.steps):
             if CUDA:
                 torch.cuda.synchronize()
             self.times[state.global_step] = time.perf_counter()
+
+
+def is_wait(warning: Any) -> bool:
+    return "called a synchronizing CUDA operation" in str(warning.message)
+
+
+def place(warning: Any) -> str:
+    return f"{warning.filename}:{warning.lineno}"
 
 
 def plain(name: str) -> str:
@@ -141,6 +160,8 @@ def settings(cell: Cell, folder: str) -> dict[str, Any]:
         }  # fmt: skip
     else:
         options |= {"packing": True, "max_length": cell.row_tokens, "logging_steps": 1, "max_grad_norm": 1.0}
+    if cell.scaling:  # a log waits for the GPU
+        options["logging_steps"] = cell.warm_up
     if cell.layout == "fsdp2":
         options |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
     if cell.layout.startswith("zero"):
@@ -236,6 +257,7 @@ def train(cell: Cell, small_model: str, references: Path) -> dict[str, Any]:
     tokens = logs[cell.steps]["num_tokens"] - logs[cell.warm_up]["num_tokens"]
     row = {
         "ranks": ranks,
+        "waits": [text.replace(str(ROOT), "") for text in watch.waits],
         "losses": [entry["loss"] for entry in logs.values()],
         "tokens_per_second": tokens / seconds,
         "step_ms": seconds / (cell.steps - cell.warm_up) * 1e3,

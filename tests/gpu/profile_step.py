@@ -90,7 +90,7 @@ def variant(name: str):
     """The code with one thing left out."""
     patches = {
         "all": [],
-        "recompute_mlp": [],
+        "recompute_mlp=False": [],
         "no CUDA graphs": [],
         "no MLP node": [(match, "plain_linear", lambda m: False)],
         "no q/k/v node": [(rope, "_projections_fit", lambda m: False)],
@@ -111,7 +111,7 @@ def variant(name: str):
 VARIANTS = (
     "all",
     "no CUDA graphs",
-    "recompute_mlp",
+    "recompute_mlp=False",
     "no MLP node",
     "no q/k/v node",
     "no residual joins",
@@ -134,7 +134,7 @@ def run(name: str, tiny: bool, steps: int, lora: bool) -> dict:
             args=SFTConfig(
                 output_dir=folder, use_chronicals=True, packing=True,
                 chronicals_config={
-                    "recompute_mlp": name == "recompute_mlp",
+                    "recompute_mlp": name != "recompute_mlp=False",
                     "cuda_graphs": "off" if name == "no CUDA graphs" else "auto",
                 },
                 max_length=length, max_steps=steps,

@@ -137,6 +137,7 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{row['name']:<50} {row['outcome']:<13} {shown:<36}{row['tokens_per_second']:>10,.0f} tokens/s"
         f"{row['peak_reserved_gib']:>7.2f} GiB{row['seconds']:>7.1f} s"
+        + "".join(f"\n    the host waits for the GPU: {place}" for place in row.get("waits", ()))
     )
 
 

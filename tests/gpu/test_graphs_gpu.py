@@ -87,7 +87,8 @@ def gradients(model: Any, batch: dict[str, Any], seed: int, autocast: bool = Fal
     with torch.autocast("cuda", torch.bfloat16) if autocast else nullcontext():
         loss = model(**batch).loss
     loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    # Clones: gradients that are kept are another test's matter.
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **found}
 
 
@@ -212,8 +213,7 @@ def test_memory(lora: float | None) -> None:
     ours = peak(WARM_UP + 4, stack)
     assert stack.replays == 4
     print(f"reserved at the peak: {ours / 2**20:.0f} MiB with graphs, {theirs / 2**20:.0f} MiB eager")
-    gradients_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    assert ours <= 1.05 * theirs + gradients_bytes + 64 * 2**20
+    assert ours <= 1.05 * theirs + 64 * 2**20  # the gradients are not there twice
     before = torch.cuda.memory_reserved()
     model.zero_grad(set_to_none=True)
     stack.remove()

@@ -46,7 +46,14 @@ def inside(request, monkeypatch):
         monkeypatch.setattr(_low_rank, "MAX_RANK", -1)
         yield False
         return
-    for options in (_lora_gated._FORWARD, _lora_gated._BACKWARD, _lora_dropout._READ, _lora_dropout._GRADIENTS):
+    for options in (
+        _lora_gated._FORWARD,
+        _lora_gated._BACKWARD,
+        _lora_dropout._READ,
+        _lora_dropout._GRADIENTS,
+        _lora_dropout._READ_ONE,
+        _lora_dropout._GRADIENTS_ONE,
+    ):
         monkeypatch.setitem(options, "BLOCK_M", 16)
         monkeypatch.setitem(options, "BLOCK_N", 16)
     launches = (

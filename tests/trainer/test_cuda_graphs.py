@@ -230,10 +230,11 @@ def test_on(tmp_path: Path, recorder: StandIn) -> None:
     ("ranks", "layers", "kib", "expected"),
     [
         (1, 8, 64, 1),  # nobody waits for them
-        (2, 8, 64, 4),  # 256 KiB in all
+        (2, 8, 64, 5),  # 256 KiB in all, and the first layer by itself
+        (2, 8, 130, 1),
         (2, 8, 300, 1),
         (2, 2, 16, 2),
-        (2, 8, 1, 6),  # the most that there are
+        (2, 8, 1, 7),  # the most that there are
     ],
 )
 def test_segments_of_the_backward_pass(

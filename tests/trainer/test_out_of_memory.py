@@ -90,7 +90,12 @@ def in_the_backward_pass(trainer: SFTTrainer, patch: pytest.MonkeyPatch) -> None
         ),
         (in_lora, out_of_memory.LORA, "per_device_train_batch_size=1", {"lora": True}),
         (in_a_layer, out_of_memory.LAYERS, "per_device_train_batch_size=1", {}),
-        (in_the_embedding, out_of_memory.LAYERS, "recompute_mlp=true", {"per_device_train_batch_size": 1}),
+        (
+            in_the_embedding,
+            out_of_memory.LAYERS,
+            "recompute_mlp=true",
+            {"per_device_train_batch_size": 1, "chronicals_config": {"recompute_mlp": False}},
+        ),
         (in_the_optimizer, out_of_memory.OPTIMIZER, "LoRA in place of all weights", {}),
         (in_the_backward_pass, out_of_memory.BACKWARD, "logit_budget_mib", {}),
     ],
@@ -130,7 +135,7 @@ def fails_for(weight: torch.Tensor) -> Any:
 
 
 def test_settings_that_are_spent_are_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spent = {"logit_budget_mib": 64, "recompute_mlp": True}
+    spent = {"logit_budget_mib": 64}
     trainer = make(
         tmp_path, chronicals_config=spent, gradient_checkpointing=True, per_device_train_batch_size=1, lora=True
     )

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import importlib.util
+import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import fake_flash_attention as fake
 import pytest
@@ -181,3 +188,61 @@ def test_verification_covers_the_second_way(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(attention_fa4, "_replay_of", swapped)
     reason = verify_backend("fa4", **OPTIONS)
     assert reason is not None and "output 0 differs" in reason
+
+
+# -- compiled kernels on disk ----------------------------------------------------------------------------------------
+
+ENABLED, FOLDER = attention_fa4._CACHE, attention_fa4._CACHE_FOLDER
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with the package, on which nothing has been set; where its caches are."""
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path)})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.delitem(sys.modules, "flash_attn.cute.cache_utils", raising=False)
+    return tmp_path
+
+
+def test_compiled_kernels_are_kept(environment: Path) -> None:
+    """In a folder of the user's own: what is in it is run."""
+    attention_fa4._keep_compiled_kernels()
+    folder = environment / "chronicals-trl" / "flash_attn_4"
+    assert (os.environ[ENABLED], os.environ[FOLDER]) == ("1", str(folder))
+    assert folder.stat().st_mode & 0o777 == 0o700
+    with open(folder / "lock", "w") as file:  # another rank, at the same time
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        del os.environ[ENABLED]
+        attention_fa4._keep_compiled_kernels()
+    assert os.environ[ENABLED] == "1"
+
+
+def test_the_users_settings_of_the_cache_win(environment: Path) -> None:
+    os.environ[ENABLED] = "0"
+    attention_fa4._keep_compiled_kernels()
+    assert os.environ[ENABLED] == "0" and FOLDER not in os.environ and not list(environment.iterdir())
+    del os.environ[ENABLED]
+    os.environ[FOLDER] = str(environment / "mine")
+    attention_fa4._keep_compiled_kernels()
+    assert os.environ[ENABLED] == "1" and os.environ[FOLDER] == str(environment / "mine")
+    assert [each.name for each in environment.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("obstacle", ["no package", "imported already", "no folder", "no locks", "no home"])
+def test_no_cache_where_it_could_not_work(obstacle: str, environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    if obstacle == "no package":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    elif obstacle == "imported already":
+        monkeypatch.setitem(sys.modules, "flash_attn.cute.cache_utils", None)
+    elif obstacle == "no folder":
+        (environment / "chronicals-trl").write_text("a file")
+    elif obstacle == "no locks":
+        monkeypatch.setattr(fcntl, "flock", fail)
+    else:
+        del os.environ["XDG_CACHE_HOME"]
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    attention_fa4._keep_compiled_kernels()
+    assert ENABLED not in os.environ and FOLDER not in os.environ

@@ -128,6 +128,18 @@ def test_a_backward_pass_in_segments_is_the_same(segments: int, options: dict[st
     assert pair.replayed(2, micro=2, zero=False) == 4
 
 
+def test_where_the_backward_pass_is_cut() -> None:
+    """The first layer, whose gradients nothing can hide, by itself; each layer once."""
+    assert graphs._segments(24, 1) == [range(24)] and graphs._segments(1, 4) == [range(1)]
+    assert graphs._segments(24, 3) == [range(1), range(1, 12), range(12, 24)]
+    for layers, segments in ((28, 6), (24, 5), (3, 3), (2, 5), (7, 2)):
+        parts = graphs._segments(layers, segments)
+        assert [layer for part in parts for layer in part] == list(range(layers))
+        assert parts[0] == range(1) and len(parts) == min(layers, segments)
+        sizes = [len(part) for part in parts[1:]]
+        assert max(sizes) - min(sizes) <= 1
+
+
 def test_gradients_of_the_last_layers_come_before_the_first_ones_are_made() -> None:
     pair = Pair(segments=3)
     pair.replayed(WARM_UP + 1)
@@ -186,7 +198,46 @@ def test_gradients_add_up_over_micro_batches(lora: float | None) -> None:
     assert pair.replayed(2, micro=2, zero=False) == 4
 
 
-def test_a_gradient_is_not_the_graphs_own_memory() -> None:
+def on_the_graphs_memory(pair: Pair) -> list[bool]:
+    """Of each trained parameter of the layers: whether its gradient lies where the graph writes it."""
+    (kind,) = [kind for kind in pair.stack._kinds.values() if kind.captured is not None]
+    assert kind.captured is not None
+    statics = [t for gradients in kind.captured.gradients for t in gradients.tensors]
+    parameters = [p for segment in kind.captured.parameters for p in segment]
+    return [
+        p.grad is not None and t is not None and p.grad.data_ptr() == t.data_ptr()
+        for p, t in zip(parameters, statics, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+def test_gradients_are_lent(segments: int) -> None:
+    """No copy where each step begins with none; what accumulates, or is zeroed in place, gets memory of its own."""
+    pair = Pair(segments=segments)
+    for _ in range(2):
+        pair.replayed(WARM_UP + 1)
+        lent = on_the_graphs_memory(pair)
+        assert len(lent) > 20 and all(lent)
+        assert pair.replayed(1, micro=2) == 2
+        assert not any(on_the_graphs_memory(pair))
+    pair.both(lambda model: model.zero_grad(set_to_none=False))
+    assert pair.replayed(1, zero=False) == 1
+    assert pair.stack.captures == 1
+
+
+@pytest.mark.parametrize("view", [lambda g: g, lambda g: g.detach(), lambda g: g.flatten()[1:]], ids="gdv")
+def test_gradients_that_are_kept_stay_as_they_are(view: Callable[[Tensor], Tensor]) -> None:
+    """Over a step: the graphs give their memory up, and hand out copies from then on."""
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    (kept,) = [view(p.grad) for n, p in pair.ours.named_parameters() if n.endswith("1.mlp.down_proj.weight")]
+    before = kept.clone()
+    assert pair.replayed(3) == 3
+    assert torch.equal(kept, before)
+    assert pair.stack.captures == 2 and not any(on_the_graphs_memory(pair))
+
+
+def test_gradients_by_torch_autograd_grad_stay_as_they_are() -> None:
     pair = Pair()
     pair.replayed(WARM_UP + 1)
     with pair.stack.enabled():
@@ -195,6 +246,20 @@ def test_a_gradient_is_not_the_graphs_own_memory() -> None:
     before = [grad.clone() for grad in kept]
     assert pair.replayed(1) == 1
     assert all(map(torch.equal, kept, before))
+
+
+def test_gradients_that_are_kept_by_their_parameters_and_elsewhere() -> None:
+    """As `.grad` over the next forward pass, and elsewhere from then on: moved with it."""
+    pair = Pair()
+    pair.replayed(WARM_UP + 1)
+    with pair.stack.enabled():
+        loss = pair.loss(pair.ours, tiny_models.packed_batch())
+        kept = [parameter.grad for parameter in pair.ours.parameters()]
+        before = [gradient.clone() for gradient in kept if gradient is not None]
+        pair.ours.zero_grad(set_to_none=True)
+        loss.backward()
+    assert len(before) == len(kept) and all(map(torch.equal, kept, before))
+    assert pair.replayed(1) == 1 and pair.stack.captures == 1
 
 
 def test_the_output_is_not_the_graphs_own_memory() -> None:
@@ -250,9 +315,8 @@ def test_shapes_are_captured_one_by_one_and_share_their_gradients_memory(segment
     assert pair.stack.captures == 2
     one, two = (kind.captured for kind in pair.stack._kinds.values())
     assert one is not None and two is not None
-    assert len(one.parameter_gradients) == segments
-    pairs = zip(one.parameter_gradients, two.parameter_gradients, strict=True)
-    assert all(a is b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
+    assert len(one.gradients) == segments
+    assert all(ours is theirs for ours, theirs in zip(one.gradients, two.gradients, strict=True))
 
 
 def test_no_more_graphs_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

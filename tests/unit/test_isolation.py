@@ -41,6 +41,24 @@ def test_the_size_of_a_leak() -> None:
     assert verify_isolation(Leaking(0.1).to(torch.bfloat16), CPU) is not None
 
 
+@pytest.mark.parametrize(
+    ("compute_dtype", "bound"), [(torch.bfloat16, 0.05), (None, 0.05), (torch.float16, 5e-3), (torch.float32, 5e-5)]
+)
+def test_a_quantised_layer_rounds_inside_of_a_float32_model(compute_dtype: torch.dtype | None, bound: float) -> None:
+    """QLoRA: TRL loads float32, and the 4-bit layers compute in bf16; 8-bit ones name no dtype."""
+
+    class Quantised(nn.Identity):
+        __module__ = "bitsandbytes.nn.modules"
+
+    for share, isolated in ((0.5 * bound, True), (2.5 * bound, False)):
+        model = Leaking(share)
+        model.layer = Quantised()
+        model.layer.compute_dtype = compute_dtype
+        assert (verify_isolation(model, CPU) is None) == isolated
+        if bound > 1e-4:
+            assert verify_isolation(Leaking(share), CPU) is not None  # one that has no such layer
+
+
 def test_prompt_tuning_is_seen_through_its_wrapper() -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(

@@ -234,7 +234,7 @@ def test_ranks_with_other_settings_are_refused(monkeypatch: pytest.MonkeyPatch) 
 OTHER_VALUES: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(PARTS, ("off", "off")),
     "strict": ("true", True),
-    "recompute_mlp": ("1", True),
+    "recompute_mlp": ("0", False),
     "attention_backend": ("sdpa", "sdpa"),
     "logit_budget_mib": ("135", 135),
     "packing_window": ("77", 77),
