@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import shlex
 import sys
 from importlib.machinery import SourceFileLoader
 from types import ModuleType, TracebackType
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 from chronicals_trl import __version__
 from chronicals_trl._environment import check_environment
 from chronicals_trl._register import register
+from chronicals_trl.cli import COMMANDS
 
 USAGE = """\
 usage: python -m chronicals_trl [-h] [--version] script.py [args ...]
@@ -25,6 +27,7 @@ usage: python -m chronicals_trl [-h] [--version] script.py [args ...]
 
 Run a TRL training script in which `from trl import SFTConfig, SFTTrainer` gives chronicals-trl's classes.
 Give the script `--use_chronicals True` to switch them on. In place of `python`: `accelerate launch` or `torchrun`.
+Without a script: `chronicals-trl sft`; what this machine can do: `chronicals-trl doctor`.
 """
 
 
@@ -76,7 +79,11 @@ def _run_script(script: str, arguments: list[str]) -> None:
         with io.open_code(path) as file:
             source = file.read()
     except OSError as error:
-        _fail(f"can't open file {path!r}: [Errno {error.errno}] {error.strerror}", 2)
+        hint = ""
+        if script in COMMANDS and isinstance(error, FileNotFoundError):
+            command = shlex.join(["chronicals-trl", script, *arguments])
+            hint = f"\n{script!r} is a command of the console script: {command}"
+        _fail(f"can't open file {path!r}: [Errno {error.errno}] {error.strerror}{hint}", 2)
     sys.argv[:] = [script, *arguments]
     # `python -m` put the working directory there; a script has its own folder, unless -P keeps both out.
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):

@@ -13,8 +13,10 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PreTrainedModel
 
 from chronicals_trl.config import ChronicalsConfig
+from chronicals_trl.model.patch import base_model
 from chronicals_trl.optim.lora_plus import has_adapter, trainable_kinds, why_frozen
 from chronicals_trl.packing.bfd import STRATEGIES
 from chronicals_trl.report import PartReport
@@ -32,6 +34,8 @@ def check(args: Any, given: dict[str, Any]) -> None:
         args: the SFTConfig.
         given: the trainer's arguments by name.
     """
+    if isinstance(given.get("model"), nn.Module):  # of one that is named, only TRL's loading tells
+        require_causal(base_model(given["model"]))
     packs = packing_setting(args)
     if packs and args.max_length is None:
         raise ValueError(
@@ -356,6 +360,18 @@ def keep_batches_whole(args: Any) -> dict[str, str]:
     return {"dispatch": "dispatch_batches=True cuts packed batches apart: off, each rank reads its own rows"}
 
 
+def masking_notes(args: Any, data: Any) -> dict[str, str]:
+    """A note where the answers alone are asked for and the training set, as it came, does not tell them apart."""
+    if not (args.completion_only_loss and isinstance(data, Dataset)):
+        return {}
+    if {"completion", "completion_mask", "labels"} & set(data.column_names):
+        return {}
+    note = "completion_only_loss=True without a column 'completion': every token is learned"
+    if {"messages", "conversations"} & set(data.column_names):
+        note += " (of the assistant's turns alone: assistant_only_loss=True)"
+    return {"completion_only_loss": note}
+
+
 def conflicts(trainer: SFTTrainer, own: type) -> dict[str, str]:
     """part -> reason, for what the trainer's settings rule out."""
     args, leave_out = trainer.args, dict[str, str]()
@@ -423,6 +439,20 @@ def refuse_deepspeed_rates(config: dict[str, Any], instead: str) -> None:
                 f"The DeepSpeed configuration has its own {key!r}, which would lose LoRA+'s learning rates. Remove "
                 f"that section ({instead}), or set lora_plus='off'."
             )
+
+
+def require_causal(model: nn.Module) -> None:
+    """Raise ValueError for a transformers model that does not write text from left to right, or has no head to."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    writes = hasattr(model, "generation_config")  # what TRL goes by, too, with an AttributeError
+    if writes and not getattr(model.config, "is_encoder_decoder", False):
+        return
+    kind = "an encoder-decoder" if writes else "no causal language model"
+    raise ValueError(
+        f"`model` is a {type(model).__name__}, {kind}: supervised fine-tuning here is of causal language models. Pass "
+        "one's name or folder, or what AutoModelForCausalLM.from_pretrained gives."
+    )
 
 
 def require_trainable(model: nn.Module) -> None:

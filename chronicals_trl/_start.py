@@ -35,7 +35,8 @@ def start(arguments: Any, given: dict[str, Any]) -> ChronicalsConfig | None:
 
 
 def check_data(trainer: SFTTrainer) -> None:
-    """Raise ValueError for prepared data that the ranks or the model cannot train on."""
+    """Raise ValueError for a model or prepared data that cannot be trained on, here or on several ranks."""
+    _inputs.require_causal(base_model(trainer.model))
     refuse_shared_rows(trainer)
     evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     named: dict[str, Any] = {"train_dataset": trainer.train_dataset}

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from chronicals_trl import __version__
 from chronicals_trl._versions import check_floors
 
+COMMANDS = ("sft", "doctor", "bench")
 _EPILOG = (
     "`chronicals-trl sft --help` lists the arguments: TRL's, and --use_chronicals and --chronicals_config. "
     "`chronicals-trl bench --help` lists the benchmarks."
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bench(arguments[1:])
     parser = argparse.ArgumentParser(prog="chronicals-trl", description=__doc__, epilog=_EPILOG, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="{sft,doctor,bench}")
+    commands = parser.add_subparsers(dest="command", metavar=f"{{{','.join(COMMANDS)}}}")
     commands.add_parser("sft", help="fine-tune, as `trl sft` does, with use_chronicals on", add_help=False)
     doctor = commands.add_parser(
         "doctor", help="whether chronicals can run here, checked by number; with --model, what would be on"
@@ -90,7 +92,11 @@ def _sft(arguments: list[str]) -> int:
     launch = launch_command_parser().parse_args(
         [*launch_arguments, "-m", "chronicals_trl", str(sft.__file__), *script_arguments]
     )
-    launch_command(launch)
+    try:
+        launch_command(launch)
+    except subprocess.CalledProcessError as error:
+        # What went wrong stands above, in the run's own words; the launcher's traceback would push it off the screen.
+        return error.returncode if error.returncode > 0 else 128 - error.returncode  # by a signal: as shells have it
     return 0
 
 

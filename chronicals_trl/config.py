@@ -54,9 +54,10 @@ def _choice(where: str, value: object, allowed: tuple[str, ...]) -> str:
             f"{where} must be one of {', '.join(map(repr, allowed))}, got {value!r} of type {type(value).__name__}."
         )
     if value.lower() not in allowed:
-        raise ValueError(
-            f"{where} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{_nearest(value, allowed)}"
-        )
+        hint = _nearest(value, allowed)
+        if allowed is PART_STATES and value.lower() in ATTENTION_BACKENDS:
+            hint = f" A back end is chosen with attention_backend={value.lower()!r}."
+        raise ValueError(f"{where} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{hint}")
     return value.lower()
 
 
@@ -346,6 +347,14 @@ class SFTConfig(TrlSFTConfig):
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SFTConfig:
+        # Of a subclass that has a setting of such a name we know nothing.
+        ours = set(_FIELDS) - set(cls.__dataclass_fields__)
+        misplaced = {key: value for key, value in kwargs.items() if key in ours}
+        if misplaced and cls is SFTConfig:
+            raise TypeError(
+                f"SFTConfig has no argument {', '.join(map(repr, misplaced))}: a setting of chronicals-trl's own "
+                f"belongs into chronicals_config. Write SFTConfig(..., chronicals_config={misplaced!r})."
+            )
         made = super().__new__(cls)
         made.__dict__["_given"] = frozenset(kwargs)
         return made

@@ -149,6 +149,7 @@ class ActivationReport:
         notes = Text("\n".join(f"- {note}" for note in self.notes)) if self.notes else None
         table = Table(title=_TITLE, title_justify="left", caption=notes, caption_justify="left")
         for column in _COLUMNS:
+            # A word that is longer than the column, such as gradient_checkpointing=False, goes on in the next line.
             table.add_column(
                 column, justify="right" if column == "modules" else "left", no_wrap=column != "reason", overflow="fold"
             )

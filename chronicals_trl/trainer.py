@@ -117,6 +117,7 @@ class SFTTrainer(
         self._packing = _inputs.packing_part(arguments, config)
         if self._packing.state == "on":
             self._data_notes |= _inputs.keep_batches_whole(arguments)
+        self._data_notes |= _inputs.masking_notes(arguments, given.get("train_dataset"))
         _unpatch(given.get("model"))
         super().__init__(*args, **kwargs)
         _start.check_data(self)

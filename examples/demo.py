@@ -271,9 +271,8 @@ def plot(history: Sequence[dict[str, Any]], path: Path) -> None:
 def print_summary(metrics: dict[str, Any], output_dir: Path) -> None:
     print("\n" + "=" * 78)
     for part in metrics["report"]["parts"]:
-        detail = part["reason"] or ", ".join(
-            text for text in (f"{part['modules']} modules" if part["modules"] else "", part["backend"] or "") if text
-        )
+        modules = f"{part['modules']} module{'s' * (part['modules'] != 1)}" if part["modules"] else ""
+        detail = ", ".join(filter(None, (modules, part["backend"], part["reason"])))
         print(f"    {part['name']:<12}{part['state']:<5}{detail}")
     score = metrics["exact_match"]
     print(

@@ -1,6 +1,6 @@
 """QLoRA: adapters on a model whose weights stay frozen in 4 bits (bitsandbytes, and a GPU for any real model).
 
-    pip install 'bitsandbytes>=0.45'
+    pip install 'bitsandbytes>=0.46.1'
     python examples/qlora.py --model DIR_OR_NAME --data train.jsonl
 
 `--data` is a JSON Lines file in any of TRL's formats. Against lora.py, `quantization_config` is all that is new: the

@@ -31,7 +31,8 @@ def as_text(findings: dict[str, Any]) -> str:
 def _check_line(check: dict[str, Any]) -> str:
     seconds = "" if check["state"] == "not available" else f"{check['seconds']:.1f} s"
     detail = (check["detail"] or "").strip().splitlines()[:1]
-    line = f"  {check['name']:<30}{check['state']:<15}{check['backend']:<14}{seconds:<8}{''.join(detail)}"
+    backend = "" if check["backend"] == check["name"] else check["backend"]  # attention's checks are of back ends
+    line = f"  {check['name']:<30}{check['state']:<15}{backend:<8}{seconds:<7}{''.join(detail)}"
     return line.rstrip()
 
 

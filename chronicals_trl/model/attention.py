@@ -33,6 +33,7 @@ from chronicals_trl.model.attention_rows import (
     cu_seqlens_of_positions,
     cu_seqlens_of_rows,
 )
+from chronicals_trl.model.match import CACHE_NAMES
 
 __all__ = [
     "FORWARDS",
@@ -229,7 +230,7 @@ def _mark_packed(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     if offsets is None or tokens is None or tokens.shape[0] != 1:
         return None
-    if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+    if any(kwargs.get(name) is not None for name in ("attention_mask", *CACHE_NAMES)):
         return None
     mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=offsets.device)
     return args, {**kwargs, "attention_mask": mask}

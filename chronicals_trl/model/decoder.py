@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from chronicals_trl.kernels import rms_norm
 from chronicals_trl.model.match import (
+    CACHE_NAMES,
     SPEC,
     Mismatch,
     NormSpec,
@@ -136,7 +137,7 @@ def decoder_forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) ->
         return type(self).forward(self, materialise(hidden_states), *args, **kwargs)
     if spec.checkpoints and self.gradient_checkpointing and self.training:
         hidden_states = materialise(hidden_states)
-        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+        if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHE_NAMES):
             return type(self).forward(self, hidden_states, **kwargs)  # which clears both, with a word of warning
         return self._gradient_checkpointing_func(functools.partial(_layer, self, spec, **kwargs), hidden_states)
     return _layer(self, spec, hidden_states, **kwargs)
@@ -226,7 +227,7 @@ def verify_decoder_layer(module: Any, device: torch.device, dtype: torch.dtype) 
     names = set(getattr(forward.__code__, "co_names", ()))
     sandwich = "pre_feedforward_layernorm" in module._modules
     spec = DecoderSpec(sandwich, defaults, checkpoints="_gradient_checkpointing_func" in names)
-    given = {name: f"the {name}" for name in [*named, "cu_seq_lens_q"] if name not in ("past_key_values", "use_cache")}
+    given = {name: f"the {name}" for name in [*named, "cu_seq_lens_q"] if name not in {*CACHE_NAMES, "use_cache"}}
     with probing(device) as generator:
         norms = {}
         for name in _SANDWICH_NORMS if sandwich else _PRE_NORMS:

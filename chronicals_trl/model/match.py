@@ -145,6 +145,9 @@ def adapted_operands(modules: Sequence[Any], x: Tensor) -> list[LoraOperands] | 
     return layers if lora_linears_supported(x, layers) else None
 
 
+# The argument that is the key-value cache: transformers 5.24 calls it by the second name.
+CACHE_NAMES = ("past_key_values", "cache")
+
 # Of every module, and no part of what its forward computes.
 _NO_TRAITS = {"training", "gradient_checkpointing", "config"}
 
@@ -170,7 +173,7 @@ def traits(module: nn.Module) -> tuple[Any, ...]:
 
 def _reads_layer_idx(module: nn.Module) -> bool:
     names = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return names is not None and "layer_idx" in names.co_names and "past_key_values" not in names.co_varnames
+    return names is not None and "layer_idx" in names.co_names and set(CACHE_NAMES).isdisjoint(names.co_varnames)
 
 
 def parameter_shape(parameter: Tensor) -> tuple[int, ...]:

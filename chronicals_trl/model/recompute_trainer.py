@@ -55,9 +55,7 @@ class RecomputeMixin(Trainer):
         if not args.gradient_checkpointing:
             return PartReport(PART, "off", reason="gradient_checkpointing=False: nothing is computed again")
         if args.device.type not in DEVICES:
-            return PartReport(
-                PART, "off", reason=f"no CUDA GPU, whose memory would be measured: on {args.device.type}"
-            )
+            return PartReport(PART, "off", reason=f"no CUDA GPU: on {args.device.type} no memory is measured")
         asked = isinstance(args, SFTConfig) and args.was_given("gradient_checkpointing")
         if asked and config.recompute != "on":
             return PartReport(

@@ -89,7 +89,13 @@ def _with_rope(forward: Any) -> Callable[..., Any]:
     return _copies[forward]
 
 
-def _copy_with_rope(forward: types.FunctionType) -> Callable[..., Any]:
+def _copy_with_rope(forward: Any) -> Callable[..., Any]:
+    inner = _decorated(forward)
+    if inner is not None:
+        # A decorator around it (transformers 5.24 renames an argument in one) does its work around our copy too.
+        ours = _copy_with_rope(inner)
+        cells = tuple(types.CellType(ours) if cell.cell_contents is inner else cell for cell in forward.__closure__)
+        return _copy(forward, forward.__globals__, cells)
     original = forward.__globals__[ROPE_NAME]
 
     def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1, **kwargs: Any) -> Any:
@@ -106,15 +112,28 @@ def _copy_with_rope(forward: types.FunctionType) -> Callable[..., Any]:
             return qk_rope(q, k, cos, sin, repeats=repeats)
         return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **kwargs)
 
-    copied = types.FunctionType(
-        forward.__code__,
-        {**forward.__globals__, ROPE_NAME: apply_rotary_pos_emb},
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
-    )
-    copied.__kwdefaults__ = forward.__kwdefaults__
-    return functools.wraps(forward)(copied)
+    return _copy(forward, {**forward.__globals__, ROPE_NAME: apply_rotary_pos_emb}, forward.__closure__)
+
+
+def _copy(function: Any, names: dict[str, Any], closure: tuple[types.CellType, ...] | None) -> Callable[..., Any]:
+    """`function` with `names` for its globals, and `closure`."""
+    copied = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return functools.wraps(function)(copied)
+
+
+def _decorated(forward: Any) -> Any:
+    """What `forward` wraps and keeps in its closure, as a decorator with `functools.wraps` does; else None."""
+    inner = getattr(forward, "__wrapped__", None)
+    if inner is None:
+        return None
+    return inner if any(cell.cell_contents is inner for cell in forward.__closure__ or ()) else None
+
+
+def _innermost(forward: Any) -> Any:
+    while (inner := _decorated(forward)) is not None:
+        forward = inner
+    return forward
 
 
 def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +223,7 @@ def _repeats(table: Tensor) -> bool:
 
 def looks_like_rope_attention(module: nn.Module) -> bool:
     """The class's forward calls a module-global `apply_rotary_pos_emb`."""
-    forward = type(module).forward
+    forward: Any = _innermost(type(module).forward)
     code = getattr(forward, "__code__", None)
     return code is not None and ROPE_NAME in code.co_names and callable(forward.__globals__.get(ROPE_NAME))
 
@@ -261,7 +280,7 @@ def _verify_rotation(module: nn.Module, device: torch.device, dtype: torch.dtype
     Both at the full rotary dimension and at half of it: where the original is not made for partial rotation it never
     sees the second case, and its failure there says nothing.
     """
-    original = type(module).forward.__globals__[ROPE_NAME]
+    original = _innermost(type(module).forward).__globals__[ROPE_NAME]
     positional = [
         name
         for name, parameter in inspect.signature(original).parameters.items()

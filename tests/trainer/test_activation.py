@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from chronicals_trl import cli
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
 COMMON = [
@@ -187,6 +189,22 @@ def test_missing_script(project: Path) -> None:
     plain, ours = both(project, "nowhere.py")
     assert ours.returncode == plain.returncode == 2
     assert ours.stderr == plain.stderr
+
+
+def test_a_command_in_the_place_of_a_script(project: Path) -> None:
+    """The console script's words are not files; one that is a file is run."""
+    done = python("-m", "chronicals_trl", "doctor", "--model", "my model", cwd=project)
+    assert done.returncode == 2 and "can't open file" in done.stderr
+    assert "chronicals-trl doctor --model 'my model'" in done.stderr
+    (project / "doctor").write_text("print('a file')")
+    assert check(python("-m", "chronicals_trl", "doctor", cwd=project)) == "a file\n"
+
+
+def test_the_commands_are_those_of_the_console_script(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["nonsense"])
+    _, _, known = capsys.readouterr().err.partition("choose from")  # as argparse knows them
+    assert re.findall(r"\w+", known) == list(cli.COMMANDS)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import runpy
 import signal
 import sys
@@ -28,6 +29,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from training_runs import saved_model
 from transformers import PreTrainedTokenizerFast
+
+from chronicals_trl.report import ActivationReport, PartReport
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -347,6 +350,16 @@ def test_demo_waits_for_the_checkpoint_on_ctrl_c(
 def test_demo_reports_a_failed_training(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="exit status 3"):
         load("demo").run_training([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_demo_says_what_a_part_runs_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    report = ActivationReport([PartReport("attention", "on", modules=1, backend="sdpa", reason="no varlen kernel")])
+    metrics = {
+        "report": report.to_dict(), "exact_match": {"rows": 1, "before": 0.0, "after": 1.0}, "tokens_per_second": 1.0,
+        "device": "CPU", "precision": "bf16", "seconds": 1.0,
+    }  # fmt: skip
+    load("demo").print_summary(metrics, tmp_path)
+    assert re.search(r"attention +on +1 module, sdpa, no varlen kernel\n", capsys.readouterr().out)
 
 
 def test_demo_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

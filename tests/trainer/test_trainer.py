@@ -12,6 +12,7 @@ import pytest
 import tiny_data
 import tiny_models
 import torch
+import transformers
 import trl
 from datasets import Dataset, IterableDataset
 from training_runs import SETTINGS, logged, run
@@ -489,6 +490,28 @@ def test_a_little_to_learn_is_enough(tmp_path: Path) -> None:
     make(tmp_path, data=Dataset.from_list(rows[-1:]), packing=True, max_length=8, packing_strategy="bfd_split")
     with pytest.raises(ValueError, match="nothing to learn"):
         make(tmp_path, data=Dataset.from_list(rows).select(range(1500)), packing=True)
+
+
+def test_completion_only_loss_without_completions_is_noted(tmp_path: Path) -> None:
+    """TRL learns every token then, without a word."""
+    for data, noted in ((tiny_data.text(), True), (tiny_data.chat(), True), (tiny_data.prompt_completion(), False)):
+        notes = make(tmp_path, data=data, packing=True, completion_only_loss=True).chronicals_report.notes
+        assert any("every token is learned" in note for note in notes) is noted
+    notes = make(tmp_path, packing=True).chronicals_report.notes
+    assert not any("every token is learned" in note for note in notes)
+
+
+def test_models_that_do_not_write_from_left_to_right(tmp_path: Path) -> None:
+    llama = tiny_models.build("llama")
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=131, d_model=16, d_ff=16, num_layers=1, num_heads=1, d_kv=16)
+    )
+    for model, kind in ((t5, "an encoder-decoder"), (llama.model, "no causal language model")):
+        with pytest.raises(ValueError, match=f"`model` is a {type(model).__name__}, {kind}.*AutoModelForCausalLM"):
+            make(tmp_path, model=model)
+    t5.save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match="an encoder-decoder"):
+        make(tmp_path, model=str(tmp_path / "t5"), packing=True)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -13,6 +13,7 @@ import torch
 from test_package import in_fresh_python
 
 from chronicals_trl import cli, kernels
+from chronicals_trl._versions import installed
 from chronicals_trl.bench import report, timing
 from chronicals_trl.bench.ops import cases as ops_module
 from chronicals_trl.bench.ops import report as ops_report
@@ -56,7 +57,7 @@ def test_dry_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     result = json.loads((tmp_path / "new" / "bench_ops_cpu.json").read_text())
     assert (result["dry_run"], result["gpu"], result["verdict"]) == (True, None, [])
     assert result["method"] == result["rows"][0]["timing"]["method"] == "cpu dry run"
-    assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"]["torch"] == installed("torch")
     assert result["dtype"] == "bfloat16" and result["copy_gb_per_s"] > 0
     wanted = {
         (op, side, d) for op in ("swiglu", "qk_rope") for side in ("ours", "eager") for d in ("forward", "backward")

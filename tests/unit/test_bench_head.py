@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from chronicals_trl import cli
+from chronicals_trl._versions import installed
 from chronicals_trl.bench import report
 from chronicals_trl.bench.head import cases as head
 from chronicals_trl.bench.head import run as head_run
@@ -58,7 +59,7 @@ def test_dry_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert "[1/4] llama-3-8b trained" in text and "[4/4] paper frozen" in text
     result = json.loads((tmp_path / "new" / "bench_head_cpu.json").read_text())
     assert (result["benchmark"], result["dry_run"], result["gpu"], result["verdict"]) == ("head", True, None, [])
-    assert result["versions"]["torch"] == torch.__version__ and result["versions"]["trl"]
+    assert result["versions"]["torch"] == installed("torch") and result["versions"]["trl"]
     assert result["dtype"] == "bfloat16" and result["ignored_labels"] == 0
     names = ["llama-3-8b trained", "llama-3-8b frozen", "paper trained", "paper frozen"]
     assert [case["name"] for case in result["cases"]] == names

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from chronicals_trl import cli
+from chronicals_trl._versions import installed
 from chronicals_trl.bench import report
 from chronicals_trl.bench.lora import cases as lora
 from chronicals_trl.bench.lora import check as lora_check
@@ -95,7 +96,7 @@ def test_dry_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert rows["unsloth"]["errors"] == pytest.approx(rows["peft"]["errors"], rel=1e-3)
     assert rows["ours"]["parts"]["lora"] == "on"
     assert rows["peft"]["ours_step_is_faster_by"] == pytest.approx(rows["peft"]["step_ms"] / rows["ours"]["step_ms"])
-    assert result["layers"][0]["unsloth"]["versions"]["torch"] == torch.__version__
+    assert result["layers"][0]["unsloth"]["versions"]["torch"] == installed("torch")
     pytest.importorskip("matplotlib")
     assert (tmp_path / "new" / "bench_lora_cpu.png").stat().st_size > 10_000
 

@@ -34,6 +34,20 @@ def test_defaults() -> None:
         config.strict = True  # type: ignore[misc]
 
 
+def test_a_setting_of_ours_among_the_arguments(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"chronicals_config=\{'strict': True, 'lora_plus_ratio': 8\}"):
+        make_args(tmp_path, strict=True, lora_plus_ratio=8)
+    assert make_args(tmp_path, packing=True).packing is True  # TRL's, and a part of ours
+    with pytest.raises(TypeError, match="unexpected keyword argument 'use_chronicles'"):
+        make_args(tmp_path, use_chronicles=True)
+
+    @dataclasses.dataclass
+    class Strict(SFTConfig):
+        strict: bool = False
+
+    assert Strict(str(tmp_path), use_cpu=True, bf16=False, report_to="none", strict=True).strict
+
+
 def test_precedence_is_explicit_then_environment_then_default() -> None:
     environ = {"CHRONICALS_HEAD": "off", "CHRONICALS_LOGIT_BUDGET_MIB": "64", "CHRONICALS_USE_CHRONICALS": "1"}
     config = ChronicalsConfig.resolve({"head": "on"}, environ)
@@ -89,6 +103,7 @@ def test_environment_values(key: str, text: str, value: Any) -> None:
     ("settings", "error", "words"),
     [
         ({"atention": "off"}, ValueError, ["'atention'", "'attention'", "Allowed:", "lora_plus_ratio"]),
+        ({"attention": "flash_attn_2"}, ValueError, ["'auto', 'on', 'off'", "attention_backend='flash_attn_2'"]),
         ({"head": "onn"}, ValueError, ["head", "'onn'", "'auto', 'on', 'off'", "Did you mean 'on'"]),
         ({"head": 3}, TypeError, ["head", "3", "int", "'auto', 'on', 'off'"]),
         ({"head": None}, TypeError, ["head", "None"]),

@@ -179,6 +179,19 @@ def test_sft_says_where_a_setting_of_ours_belongs(
     assert cli.main([*SFT, str(tmp_path), "--config", str(tmp_path / "right.yaml")]) == 0
 
 
+@pytest.mark.parametrize(("code", "shown"), [(3, 3), (-15, 143)])
+def test_sft_ends_as_its_run_does(
+    tmp_path: Path, launched: list[Namespace], monkeypatch: pytest.MonkeyPatch, code: int, shown: int
+) -> None:
+    """Without a traceback of the launcher's, which would be the last thing on the screen."""
+
+    def fails(launch: Namespace) -> None:
+        raise subprocess.CalledProcessError(code, ["python"])
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fails)
+    assert cli.main([*SFT, str(tmp_path)]) == shown
+
+
 def test_sft_help_lists_the_flag(launched: list[Namespace], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         cli.main(["sft", "--help"])

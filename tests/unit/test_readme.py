@@ -196,6 +196,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+def test_links_of_the_readme_lead_to_headings() -> None:
+    """Those of the manual's pages are mkdocs's to check."""
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", README.read_text("utf-8")):
+        headings = re.findall(r"^#+ (.+)$", (ROOT / (target or README.name)).read_text("utf-8"), re.MULTILINE)
+        slugs = {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+        assert anchor in slugs, f"{target}#{anchor}"
+
+
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         raise SystemExit("usage: python tests/unit/test_readme.py --write")

@@ -156,6 +156,20 @@ def test_print_through_rich_shows_brackets_as_they_are(report: ActivationReport)
     assert all(part in text for part in PARTS)
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_long_word_in_the_table_is_not_cut(width: int) -> None:
+    """A file or a pipe is 80 columns to rich, of which these parts leave 22 for the reason."""
+    parts = [
+        PartReport("packing", "on", backend="best-fit decreasing"),
+        PartReport("cuda_graphs", "off", reason="gradient_checkpointing=False: nothing is computed again"),
+    ]
+    console = Console(file=io.StringIO(), width=width)
+    ActivationReport(parts).print(console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    reasons = "".join(line.split("│")[-2].strip() for line in shown.splitlines() if line.startswith("│"))
+    assert "…" not in shown and "gradient_checkpointing=False:" in reasons
+
+
 def test_log_line(report: ActivationReport) -> None:
     report.set(PartReport("qk_rope", "off", reason="probe failed:\n  0.1 > 1e-5"))
     line = report.log_line()
