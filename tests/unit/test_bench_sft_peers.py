@@ -164,6 +164,32 @@ def test_its_loss_is_trls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode:
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2) and ours["grad_norm"] > 0
 
 
+@pytest.mark.parametrize(("mode", "master"), [("lora", "bf16"), ("full", "fp32")])
+def test_its_products_are_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, master: str) -> None:
+    """As TRL's are, with fp32 adapters or masters: autocast is around its decoder too, and not the model's alone."""
+    from trl import SFTConfig, SFTTrainer
+
+    seen: set[torch.dtype] = set()
+    plain = nn.functional.linear
+
+    def linear(x: Tensor, *weights: Any) -> Tensor:
+        made = plain(x, *weights)
+        seen.add(made.dtype)
+        return made
+
+    def loss(e: Tensor, c: Tensor, *given: Any, **more: Any) -> Tensor:
+        seen.update((e.dtype, c.dtype))
+        return reference(e, c, *given, **more)
+
+    sft_models.write_model(TINY, 0, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    given = task(tmp_path, mode=mode, master=master)
+    trainer = peers.cce_trainer(SFTTrainer, loss)
+    assert sides._run_trainer(given, Meter(given), trainer, SFTConfig, sides._load(given), {})[1]["logs"]
+    assert seen == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(("master", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_weights_are_loaded_as_the_run_says(tmp_path: Path, master: str, dtype: torch.dtype) -> None:
     sft_models.write_model(TINY, 0, tmp_path / "model")
