@@ -99,6 +99,51 @@ def test_gradients_that_graphs_hold_twice_count(tmp_path: Path, memory: MadeUp) 
     assert counts[2:] == [1, 1] and trainer.chronicals_report["recompute"].modules == LAYERS
 
 
+def test_a_layer_is_measured_in_the_precision_of_training(
+    tmp_path: Path, memory: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast is around the model's forward alone; outside of it fp32 weights would keep twice the bytes."""
+    seen: list[bool] = []
+
+    def measure(probe: Any, memory: Any) -> int:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        probe.forget()
+        return 100
+
+    monkeypatch.setattr(recompute_trainer.LayerMemory, "measure", measure)
+    for bf16 in (True, False):
+        train(tmp_path, max_steps=1, bf16=bf16, chronicals_config={"cuda_graphs": "off"})
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_padded_rows_are_taken_for_the_longest(
+    tmp_path: Path, memory: MadeUp, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    """What was measured of short ones is scaled; weights, optimizer states and gradients are not."""
+    given: list[int] = []
+    monkeypatch.setattr(recompute_trainer, "layers_that_keep", lambda *args: given.extend(args) or 0)
+    monkeypatch.setattr(memory, "peak", lambda: 10**9)
+    sizes: list[int] = []
+
+    class Noting(SFTTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            sizes.append(inputs["input_ids"].numel())
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    settings = {**LEFT_OPEN, "output_dir": str(tmp_path), "use_chronicals": True, "max_steps": 3, "max_length": 512}
+    trainer = Noting(
+        model=tiny_models.build("llama"), args=SFTConfig(**settings, gradient_accumulation_steps=accumulation),
+        train_dataset=tiny_data.text(120), processing_class=tiny_data.tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    trained = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    largest = max(sizes[accumulation : 2 * accumulation])
+    assert sizes[0] < 1024 and memory.peaks == 1
+    assert given[2] == int(100 * 1024 / sizes[0])
+    assert given[1] == 10**9 + int((10**9 - trained) * (1024 / largest - 1))
+
+
 def roomy(memory: MadeUp) -> None:
     memory.room = lambda: 10**12  # type: ignore[method-assign]
 
@@ -174,6 +219,35 @@ def test_memory_that_runs_out_after_all(tmp_path: Path, memory: MadeUp) -> None:
     assert failures == [1] and losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+def test_graphs_end_when_memory_runs_out(
+    tmp_path: Path, memory: MadeUp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Layers that are computed again are not captured: the report, which had them on, says so."""
+    roomy(memory)
+    monkeypatch.setattr(graphs_trainer, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: StandIn())
+    failures = []
+
+    class Failing(SFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            if self.state.global_step == 7 and not failures:
+                failures.append(self._graphs.replays)
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().compute_loss(*args, **kwargs)
+
+    settings = {**LEFT_OPEN, "output_dir": str(tmp_path), "use_chronicals": True, "packing": True, "max_steps": 9}
+    trainer = Failing(
+        model=tiny_models.build("llama"), args=SFTConfig(**settings), train_dataset=tiny_data.text(120),
+        processing_class=tiny_data.tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    part = trainer.chronicals_report["cuda_graphs"]
+    assert failures[0] > 0, "graphs were in use"
+    assert part.state == "off" and part.reason == "memory needs 2 layers computed again, which is not captured"
+    assert trainer.chronicals_report["recompute"].reason == "memory ran out otherwise"
+    assert any("cuda_graphs is off" in record.getMessage() for record in caplog.records)
+
+
 def test_memory_that_runs_out_in_a_later_micro_batch_is_an_error(tmp_path: Path, memory: MadeUp) -> None:
     """What earlier micro-batches have added cannot be told from what this one has."""
     roomy(memory)
@@ -203,6 +277,7 @@ def test_memory_that_runs_out_in_a_later_micro_batch_is_an_error(tmp_path: Path,
         ({"gradient_checkpointing": True}, "was asked for"),
         ({"chronicals_config": {"recompute": "off"}}, "recompute='off'"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"max_length": None, "packing": False}, "max_length=None"),
     ],
 )
 def test_when_it_is_off(tmp_path: Path, memory: MadeUp, options: dict[str, Any], reason: str) -> None:
