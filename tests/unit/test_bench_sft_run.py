@@ -191,6 +191,14 @@ def test_a_side_that_fails_is_a_row(tmp_path: Path, interpreter: Any) -> None:
     assert sft_report.write_plot(result, tmp_path / "plot.png") is None or not report.pyplot()
 
 
+def test_an_interpreter_that_does_not_start_is_a_row(tmp_path: Path, interpreter: Any) -> None:
+    works = interpreter("works", WORKS)
+    sides = {"prepare": works, "trl": str(tmp_path / "gone"), "chronicals": works}
+    stock, ours = run(settings(tmp_path, sides))["rows"]
+    assert stock["status"] == "failed" and "does not start: No such file or directory" in stock["reason"]
+    assert ours["status"] == "ok"
+
+
 def test_without_a_model_nothing_runs(tmp_path: Path, interpreter: Any) -> None:
     sides = {"prepare": interpreter("crashes", CRASHES), "chronicals": interpreter("works", WORKS)}
     (row,) = run(settings(tmp_path, sides))["rows"]
@@ -226,6 +234,9 @@ def test_a_side_finds_the_package_and_stays_off_the_network(monkeypatch: pytest.
     environment = process.environment("/first")
     path = environment["PYTHONPATH"].split(":")
     assert path[:2] == ["/first", "/given"] and (Path(path[2]) / "chronicals_trl").is_dir()
+    monkeypatch.setenv("PYTHONPATH", "given")
+    path = process.environment("packages")["PYTHONPATH"].split(":")
+    assert path[:2] == [str(Path.cwd() / "packages"), str(Path.cwd() / "given")], "it runs in another folder"
     assert environment["HF_HUB_OFFLINE"] == "1" and "UNSLOTH_DISABLE_STATISTICS" in environment
 
 
