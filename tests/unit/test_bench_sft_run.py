@@ -113,6 +113,15 @@ def test_what_the_file_holds(tmp_path: Path, interpreter: Any) -> None:
     assert result["verdict"] and result["floor"] is None and result["ablation"] is None and ours["over_floor"] is None
 
 
+@pytest.mark.parametrize("still", ["chronicals", "unsloth-packing"])
+def test_nothing_is_faster_than_what_does_not_train(tmp_path: Path, interpreter: Any, still: str) -> None:
+    works, flat = interpreter("works", WORKS), interpreter("flat", WORKS.replace("8.0 - i", "8.0"))
+    sides = {name: flat if name == still else works for name in ("prepare", "chronicals", "unsloth-packing", "trl")}
+    rows = {row["side"]: row for row in run(settings(tmp_path, sides))["rows"]}
+    assert rows[still]["status"] == "invalid" and rows[still]["ours_is_faster_by"] is None
+    assert rows["trl"]["ours_is_faster_by"] == (None if still == "chronicals" else 1.0)
+
+
 def test_the_floor_is_a_process_of_the_run(tmp_path: Path, interpreter: Any) -> None:
     works = interpreter("works", WORKS)
     sides = {"prepare": works, "floor": works, "trl": works, "trl-liger": works, "chronicals": works}
