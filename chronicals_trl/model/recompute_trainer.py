@@ -187,7 +187,6 @@ class RecomputeMixin(Trainer):
             return super().training_step(model, inputs, *args, **kwargs)
         # A micro-batch behind the first adds to gradients that a second try would need as they were.
         repeatable = all(parameter.grad is None for parameter in model.parameters())
-        given = dict(inputs)
         try:
             return super().training_step(model, inputs, *args, **kwargs)
         except torch.OutOfMemoryError:
@@ -208,7 +207,7 @@ class RecomputeMixin(Trainer):
             f"gradient checkpointing: memory ran out in step {self.state.global_step + 1}; from there on {told}",
         )
         self._graphs_off_for(len(layers))
-        return super().training_step(model, given, *args, **kwargs)
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def _report_recompute(self, part: PartReport, note: str) -> None:
         """The part as it is now; a warning where it is less than was said."""

@@ -70,10 +70,11 @@ def test_sliding_layers_have_no_squares() -> None:
 def test_a_window_of_all_layers_has_no_squares(window: int | None, layers: int) -> None:
     """Mistral's configuration has the window, and no list of layers."""
     config = transformers.MistralConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=4, vocab_size=64, sliding_window=window, **HEADS
-    )
+        hidden_size=32, intermediate_size=48, num_hidden_layers=4, vocab_size=64, sliding_window=window,
+        **{**HEADS, "head_dim": 16},
+    )  # fmt: skip
     found = training_flops(transformers.MistralForCausalLM(config))
-    assert found is not None and found.per_square == 6 * layers * 4 * 8
+    assert found is not None and found.per_square == 6 * layers * 4 * 16
 
 
 def test_experts_of_which_nothing_is_known() -> None:
