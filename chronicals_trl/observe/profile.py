@@ -108,6 +108,9 @@ class StepProfile(TrainerCallback):
         self._first = self._began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._profile is not None:  # an earlier training ended in an error
+            profile, self._profile = self._profile, None
+            profile.__exit__(None, None, None)
         room = max(0, state.max_steps - state.global_step - self.steps)
         self._first = state.global_step + min(WARM_UP, room)
 
