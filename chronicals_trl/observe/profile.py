@@ -138,7 +138,7 @@ class StepProfile(TrainerCallback):
         return time.perf_counter()
 
     def _end(self, args: Any, steps: int) -> None:
-        profile, self._profile, self._first = self._profile, None, -1
+        profile, self._profile = self._profile, None
         step_ms = (self._now() - self._began) / steps * 1e3
         profile.__exit__(None, None, None)
         kernels = sort_kernels(profile, steps, torch.cuda.is_available())

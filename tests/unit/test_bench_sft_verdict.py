@@ -248,6 +248,20 @@ def test_targets_of_another_run(run: dict[str, Any], other: str) -> None:
         assert memory.outcome == ("met" if status == "ok" else "missed")
 
 
+def test_the_first_step_is_soon() -> None:
+    def judged(*seconds: float) -> list[tuple[str, dict[str, float], str]]:
+        ours = row("chronicals", *[logs()] * len(seconds), tokens_per_second=1.0, peak_memory_gib=1.0)
+        for run, each in zip(ours["runs"], seconds, strict=True):
+            run |= {"seconds_before_first_step": 10.0, "seconds_of_first_step": each}
+        found = sft_verdict.judge(settings(), [ours])
+        return [(each.target, each.figures, each.outcome) for each in found if each.target.startswith("first")]
+
+    target = "first step: at most 60 s after the start"
+    assert judged(20.0, 50.0) == [(target, {"chronicals": 60.0}, "met")]  # the slowest of the processes
+    assert judged(51.0, 1.0) == [(target, {"chronicals": 61.0}, "missed")]
+    assert judged() == []
+
+
 def test_targets_of_the_papers_protocol() -> None:
     short = {"protocol": "short", "row_tokens": 512}
     full, lora = (

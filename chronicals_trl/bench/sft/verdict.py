@@ -140,6 +140,10 @@ OVER_FLOOR = {
 }
 
 
+#: Seconds from the start of our side's process, its imports left out, to the end of its first step.
+FIRST_STEP = 60.0
+
+
 def judge(settings: Settings, rows: Sequence[dict[str, Any]]) -> list[Judged]:
     """The targets that this run's shape, mode and protocol have, and no more memory than the tuned peer.
 
@@ -167,6 +171,7 @@ def judge(settings: Settings, rows: Sequence[dict[str, Any]]) -> list[Judged]:
         most = OVER_FLOOR[run]
         text = f"step: at most {most:.2f} of its floor"
         judged.append(conclude(text, {"chronicals": over}, {}, _broken(table), at_most=most))
+    judged += _first_step(table)
     other = _other_settings(settings)
     if other is not None:
         judged = [
@@ -178,6 +183,16 @@ def judge(settings: Settings, rows: Sequence[dict[str, Any]]) -> list[Judged]:
             _ratio("peak memory: no more than trl-liger", table, "trl-liger", "peak_memory_gib", at_most=1 + NOISE)
         )
     return judged
+
+
+def _first_step(table: dict[str, dict[str, Any]]) -> list[Judged]:
+    runs = table["chronicals"]["runs"] if "chronicals" in table else []
+    parts = ("seconds_before_first_step", "seconds_of_first_step")
+    took = [sum(run[part] for part in parts) for run in runs if all(part in run for part in parts)]
+    if not took:
+        return []
+    text = f"first step: at most {FIRST_STEP:g} s after the start"
+    return [conclude(text, {"chronicals": max(took)}, {}, _broken(table), at_most=FIRST_STEP)]
 
 
 def _other_settings(settings: Settings) -> str | None:
