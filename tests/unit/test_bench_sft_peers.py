@@ -105,6 +105,22 @@ def test_gains_are_over_the_row_before_that_has_a_rate() -> None:
     assert gains([row("trl", 1.0), row("chronicals", 2.0)]) == []
 
 
+def test_a_part_that_was_off_has_gained_nothing() -> None:
+    """What its row differs by is chance."""
+    parts = [
+        {"name": "packing", "state": "on", "reason": None},
+        {"name": "attention", "state": "off", "reason": "why"},
+    ]
+    first, second, third, fourth = ablation_sides("lora", packs=True)[:4]
+    rows = [row(first, 100.0), row(second, 150.0), row(third, 180.0), row(fourth, 360.0)]
+    for each in rows[1:]:
+        each["runs"] = [{"report": {"parts": parts}}, {}]
+    found = gains(rows)
+    assert [each["gain"] for each in found] == [None, 1.5, None, 2.0]
+    assert [each["left_out"] for each in found] == [None, None, "why", None]
+    assert sft_report._gain_cells(found[2])[2] == "off: why" and sft_report._gain_cells(found[3])[2] == "ok"
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

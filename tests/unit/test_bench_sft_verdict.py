@@ -207,6 +207,8 @@ def test_targets() -> None:
     assert by_target["2.4x trl-liger"].figures == {"trl-liger": 2.5}
     assert by_target["7x unsloth-packing"].outcome == "not measured"
     assert by_target["peak memory: no more than trl-liger"].outcome == "missed"
+    as_they_come = sft_verdict.judge(settings(checkpointing="default"), rows)
+    assert not any("memory" in each.target for each in as_they_come), "not at equal checkpointing"
     rows[1]["status"] = "invalid"
     assert {each.outcome for each in sft_verdict.judge(settings(), rows)} == {"not measured"}
     rows[0]["status"] = "invalid"
