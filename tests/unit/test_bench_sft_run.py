@@ -283,6 +283,40 @@ def test_windows_leave_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(9 < ms < 40 for ms in first["step_ms"])
 
 
+def test_memory_is_given_back_before_the_last_step_of_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking it again is not in a window; the peak is of the windows and of no step that loading is in."""
+    told: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = time.perf_counter() * 1e3
+
+        def elapsed_time(self, other: Any) -> float:
+            return float(other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: told.append(name))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**31)
+    meter = Meter(task(warm_up=2))
+    meter.counted = Counted(collate)
+    for done in range(8):
+        meter.begin(done)
+        told.append(str(done))
+        meter.counted(4)
+        meter.end(done + 1)
+    assert told == ["0", "empty_cache", "reset_peak_memory_stats", *"1234567"]
+    found = meter.result()
+    assert (found["peak_memory_gib"], found["peak_allocated_gib"]) == (2.0, 1.0)
+    assert [len(window["step_ms"]) for window in found["windows"]] == [3, 3]
+
+
 def test_a_training_that_ends_early_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     meter = Meter(task())
