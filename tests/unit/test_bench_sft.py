@@ -286,7 +286,12 @@ def test_the_end_of_a_packed_row_is_not_counted() -> None:
     # Empty documents at the end make the shape static.
     bounds = torch.tensor([0, 3, 5, 8, 8, 8], dtype=torch.int32)
     assert document_lengths({**batch, "cu_seq_lens_q": bounds}) == [3, 2]
-    assert document_lengths({**batch, "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])}) == [5]
+    mask = {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])}
+    assert document_lengths({**batch, **mask}) == [5]
+    # Nor where the padding has labels.
+    starts = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
+    assert document_lengths({"input_ids": batch["input_ids"], "labels": batch["input_ids"], **mask,
+                             "position_ids": starts}) == [3, 2]  # fmt: skip
 
 
 def test_a_masked_prompt_counts() -> None:
