@@ -183,7 +183,7 @@ class SFTTrainer(
 
     def _check_isolation(self) -> None:
         model = base_model(self.model)
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             leak = verify_isolation(self.model, self.args.device)
         peft_config = getattr(self.model, "active_peft_config", None)
         setting = _inputs.packing_setting(self.args)
@@ -215,7 +215,7 @@ class SFTTrainer(
                 use_padding(model, trusted=False)
                 owner = next(base for base in type(self).__mro__ if name in vars(base))
                 return [f"attention: padded rows keep SDPA's dense mask ({owner.__qualname__} overrides {name})"]
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             difference = verify_padding(self.model, self.args.device)
         if difference is not None:
             use_padding(model, trusted=False)

@@ -12,13 +12,12 @@ The result is the same: what a layer computes again is what it would have kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Kept", "LayerMemory", "Memory", "layers_that_keep"]
+__all__ = ["LayerMemory", "Memory", "layers_that_keep"]
 
 # Of the whole memory, left free: what the allocator loses between blocks, and batches that differ a little.
 MARGIN = 0.08
@@ -51,14 +50,6 @@ class Memory:
         torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a layer was given once, and how much of a batch that was."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 class LayerMemory:
     """Notes what one decoder layer is given in a training step, and measures afterwards what it would keep.
 
@@ -70,13 +61,11 @@ class LayerMemory:
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
-        self._given: Kept | None = None
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._handle = layer.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._given is None and module.training:
-            detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-            self._given = Kept(detached, dict(kwargs))
+        self._given = args, kwargs
 
     def forget(self) -> None:
         self._handle.remove()
@@ -92,6 +81,7 @@ class LayerMemory:
         self.forget()
         if given is None:
             return None
+        args, kwargs = given
         device = next(self._layer.parameters()).device
         flag = self._layer.__dict__.get("gradient_checkpointing")
         kept = 0
@@ -100,7 +90,7 @@ class LayerMemory:
                 self._layer.gradient_checkpointing = False  # type: ignore[assignment]
                 for _ in range(2):
                     before = memory.allocated()
-                    output = self._layer(*_with_gradient(given.args), **given.kwargs)
+                    output = self._layer(*_with_gradient(args), **kwargs)
                     kept = memory.allocated() - before
                     del output
             finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +61,8 @@ class RecomputeMixin(Trainer):
                 PART, "off", reason="gradient_checkpointing=True was asked for (without it, or with recompute='on', "
                 "layers are computed again only as far as memory needs it)",
             )  # fmt: skip
+        if not args.max_length:
+            return PartReport(PART, "off", reason="max_length=None leaves open how large a batch can be")
         layers = graphs.decoder_layers(self.model)
         reason = leave_out or self._recompute_ruled_out() or (layers if isinstance(layers, str) else None)
         if reason is not None:
@@ -98,16 +99,35 @@ class RecomputeMixin(Trainer):
         if self._recompute_restore is None and measured == MEASURED_STEPS:
             self._decide(layers)
         memory = self._memory()
-        if measured == MEASURED_STEPS - 1 and self._peak_step != step:
-            self._peak_step = step
-            memory.begin_peak()
         tokens = inputs["input_ids"].numel()
+        if measured == MEASURED_STEPS - 1:
+            if self._peak_step != step:
+                self._peak_step, self._peak_tokens = step, 0
+                self._begin_peak(memory)
+            self._peak_tokens = max(self._peak_tokens, tokens)
         loss = self._step_or_fall_back(model, inputs, *args, **kwargs)
         if self._recompute_probe is not None:
             self._probe(memory, tokens)
         return loss
 
     _peak_step = -1
+    _peak_tokens = 1  # of the largest micro-batch of that step
+    _fixed = 0  # bytes at the peak that are not of the batch
+
+    def _begin_peak(self, memory: Memory) -> None:
+        trained = [p for p in self.model.parameters() if p.requires_grad and p.grad is None]
+        self._fixed = memory.allocated() + sum(p.numel() * p.element_size() for p in trained)
+        memory.begin_peak()
+
+    def _peak(self, memory: Memory) -> int:
+        """The peak of a step whose batches are of the largest size."""
+        peak = memory.peak()
+        return peak + int(max(0, peak - self._fixed) * (self._more(self._peak_tokens) - 1))
+
+    def _more(self, tokens: int) -> float:
+        """How many times so many tokens the largest batch has: rows that are padded have other lengths in others."""
+        largest: Any = self.args.max_length
+        return max(1.0, self.args.per_device_train_batch_size * largest / tokens)
 
     def _memory(self) -> Memory:
         return Memory(self.args.device)
@@ -115,17 +135,15 @@ class RecomputeMixin(Trainer):
     def _probe(self, memory: Memory, tokens: int) -> None:
         probe, self._recompute_probe = self._recompute_probe, None
         assert probe is not None
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():  # which in a step is around the model's forward
             found = probe.measure(memory)
         if found is not None:
-            # Rows that are padded have other lengths in other steps.
-            largest = self.args.per_device_train_batch_size * (self.args.max_length or math.inf)
-            self._layer_bytes = int(found * max(1.0, largest / tokens)) if math.isfinite(largest) else None
+            self._layer_bytes = int(found * self._more(tokens))
 
     def _decide(self, layers: list[nn.Module]) -> None:
         """Let layers keep what they compute, as many as have room on every rank."""
         memory = self._memory()
-        keeping, peak, room = 0, memory.peak(), memory.room()
+        keeping, peak, room = 0, self._peak(memory), memory.room()
         if self._layer_bytes is not None:
             # Graphs hold the layers' gradients a second time.
             trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
@@ -148,20 +166,25 @@ class RecomputeMixin(Trainer):
             PartReport(PART, "on", modules=len(layers), backend=told), f"gradient checkpointing: {told} ({why})"
         )
         self._graphs_wait = False
-        if again and self.chronicals_report["cuda_graphs"].state == "on":
-            self._graphs_wanted = False
-            reason = f"memory needs {again} layers computed again, which is not captured"
-            # The table at the start said that it is on.
-            self._report_recompute(PartReport("cuda_graphs", "off", reason=reason), f"cuda_graphs is off: {reason}")
+        if again and self._graphs_off_for(again):
             assert self._chronicals is not None
             self.chronicals_report.raise_for_omissions(self._chronicals)
+
+    def _graphs_off_for(self, again: int) -> bool:
+        """Whether graphs were on, which the table at the start said; now they are off, as so many layers are computed
+        again."""
+        if self.chronicals_report["cuda_graphs"].state == "off":
+            return False
+        self._graphs_wanted = False
+        reason = f"memory needs {again} layers computed again, which is not captured"
+        self._report_recompute(PartReport("cuda_graphs", "off", reason=reason), f"cuda_graphs is off: {reason}")
+        return True
 
     def _step_or_fall_back(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if not self._recompute_keeping or self.args.world_size > 1:
             return super().training_step(model, inputs, *args, **kwargs)
         # A micro-batch behind the first adds to gradients that a second try would need as they were.
         repeatable = all(parameter.grad is None for parameter in model.parameters())
-        given = dict(inputs)
         try:
             return super().training_step(model, inputs, *args, **kwargs)
         except torch.OutOfMemoryError:
@@ -181,7 +204,8 @@ class RecomputeMixin(Trainer):
             PartReport(PART, "on", modules=len(layers), backend=told, reason="memory ran out otherwise"),
             f"gradient checkpointing: memory ran out in step {self.state.global_step + 1}; from there on {told}",
         )
-        return super().training_step(model, given, *args, **kwargs)
+        self._graphs_off_for(len(layers))
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def _report_recompute(self, part: PartReport, note: str) -> None:
         """The part as it is now; a warning where it is less than was said."""

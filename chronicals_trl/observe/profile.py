@@ -108,6 +108,9 @@ class StepProfile(TrainerCallback):
         self._first = self._began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._profile is not None:  # an earlier training ended in an error
+            profile, self._profile = self._profile, None
+            profile.__exit__(None, None, None)
         room = max(0, state.max_steps - state.global_step - self.steps)
         self._first = state.global_step + min(WARM_UP, room)
 
@@ -135,7 +138,7 @@ class StepProfile(TrainerCallback):
         return time.perf_counter()
 
     def _end(self, args: Any, steps: int) -> None:
-        profile, self._profile, self._first = self._profile, None, -1
+        profile, self._profile = self._profile, None
         step_ms = (self._now() - self._began) / steps * 1e3
         profile.__exit__(None, None, None)
         kernels = sort_kernels(profile, steps, torch.cuda.is_available())

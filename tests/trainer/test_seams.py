@@ -320,6 +320,42 @@ def test_what_came_before_the_first_step_is_not_measured(tmp_path: Path) -> None
     assert 0 < logged(trainer, "packing_fill")[0] <= 1
 
 
+def test_padding_of_packed_rows_is_no_token_and_each_pass_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(tmp_path, max_steps=2, packing=True, gradient_accumulation_steps=2)
+    looks, real, slots = list[int](), list[int](), list[int]()
+    monkeypatch.setattr(trainer._meter, "look", lambda: looks.append(trainer.state.global_step))
+    collate = trainer.data_collator
+
+    def collating(rows):
+        batch = collate(rows)
+        real.append(batch["num_real_tokens"])
+        slots.append(batch["input_ids"].numel())
+        return batch
+
+    trainer.data_collator = collating
+    trainer.train()
+    assert logged(trainer, "num_tokens")[-1] == sum(real[:4]) < sum(slots[:4])
+    assert logged(trainer, "packing_fill")[0] == pytest.approx(sum(real[:2]) / sum(slots[:2]))
+    assert looks == [0, 0, 1, 1]
+
+
+def test_the_rate_is_that_of_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the tokens are those of all ranks."""
+    from types import SimpleNamespace
+
+    from chronicals_trl.config import ChronicalsConfig
+    from chronicals_trl.observe.trainer import ThroughputMixin
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    for ranks, gpus, expected in ((1, 1, 989e12), (4, 1, 4 * 989e12), (1, 2, 2 * 989e12)):
+        args = SimpleNamespace(device=torch.device("cuda"), world_size=ranks, n_gpu=gpus)
+        trainer = SimpleNamespace(args=args, model=tiny_models.build("llama"), _chronicals=ChronicalsConfig())
+        ThroughputMixin._start_meter(trainer)  # type: ignore[arg-type]
+        assert trainer._meter.flop_rate == expected
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_utilisation_goes_by_the_documents_of_a_step(tmp_path: Path, packing: bool) -> None:
     trainer = make(tmp_path, max_steps=3, packing=packing)

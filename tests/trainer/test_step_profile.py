@@ -28,6 +28,8 @@ from chronicals_trl.observe import profile
         ("multi_tensor_apply_kernel", ["Optimizer.step#AdamW.step"], "optimizer and clipping"),
         ("Memcpy HtoD (Pinned -> Device)", ["aten::copy_"], "copies to the GPU"),
         ("_gated_mlp_kernel", ["_Gated"], "elementwise"),
+        ("void gemv2T_kernel", ["aten::mv"], "elementwise"),
+        ("fused_kernel", ["aten::_scaled_dot_product_flash_attention"], "attention"),
     ],
 )
 def test_categories(kernel: str, ops: list[str], category: str) -> None:
@@ -84,6 +86,48 @@ def test_the_files_of_a_run(
     assert told["categories_ms"]["gemm"] + told["categories_ms"]["elementwise"] > 0 and told["step_ms"] > 0
     assert any("mm" in row["op"] for row in told["kernels"])
     assert "optimizer and clipping" in (tmp_path / "out" / "chronicals_profile.txt").read_text()
+
+
+def test_a_training_after_one_that_failed_has_a_table_of_its_own(tmp_path: Path) -> None:
+    failures = []
+
+    class Failing(SFTTrainer):
+        def train(self, *args, **kwargs):
+            try:
+                return super().train(*args, **kwargs)
+            except KeyError:
+                return super().train(*args, **kwargs)
+
+        def compute_loss(self, *args, **kwargs):
+            if self.state.global_step == 2 and not failures:
+                failures.append(1)
+                raise KeyError
+            return super().compute_loss(*args, **kwargs)
+
+    run(
+        Failing, SFTConfig, tmp_path, data=tiny_data.text(60),
+        options={"use_chronicals": True, "max_steps": 4, "chronicals_config": {"profile_steps": 3}},
+    )  # fmt: skip
+    told = json.loads((tmp_path / "out" / "chronicals_profile.json").read_text())
+    steps = {row["calls"] for row in told["kernels"] if "Optimizer.step" in row["op"]}
+    assert failures and told["steps"] == 3 and steps == {1.0}, "of the second training alone"
+
+
+def test_a_resumed_run_warms_up_too() -> None:
+    callback = profile.StepProfile(2)
+    callback.on_train_begin(None, SimpleNamespace(max_steps=200, global_step=100), None)
+    assert callback._first == 110
+
+
+def test_only_one_rank_watches() -> None:
+    for first, watched in ((True, True), (False, False)):
+        callback = profile.StepProfile(1)
+        state = SimpleNamespace(max_steps=2, global_step=1, is_world_process_zero=first)
+        callback.on_train_begin(None, state, None)
+        callback.on_step_begin(None, state, None)
+        assert (callback._profile is not None) is watched
+        if watched:
+            callback.on_train_begin(None, state, None)  # ends it
 
 
 def test_without_the_setting_there_are_none(tmp_path: Path) -> None:

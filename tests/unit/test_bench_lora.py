@@ -106,8 +106,9 @@ def test_dry_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["--layers", "gpt2"], "invalid choice: 'gpt2'"),
         (["--sides", "axolotl"], "invalid choice: 'axolotl'"),
-        (["--pythonpath", "peft=/x"], "only unsloth has a process of its own, not 'peft'"),
-        (["--pythonpath", "unsloth"], "must be SIDE=PATH"),
+        (["--pythonpath", "peft=."], "only unsloth has a process of its own, not 'peft'"),
+        (["--pythonpath", "unsloth"], "must be SIDE=DIR"),
+        (["--pythonpath", "unsloth=/no/such"], "names no folder"),
         (["--timeout", "0"], "--timeout must be above 0"),
     ],
 )

@@ -34,6 +34,10 @@ from chronicals_trl.bench.sft.count import Counted, document_lengths
 TINY = SHAPES["tiny"]
 
 
+class Stop(Exception):
+    """The settings are known."""
+
+
 @pytest.fixture
 def no_run(monkeypatch: pytest.MonkeyPatch) -> list[sft_run.Settings]:
     """The settings that the command came to, in place of a run."""
@@ -41,7 +45,7 @@ def no_run(monkeypatch: pytest.MonkeyPatch) -> list[sft_run.Settings]:
 
     def record(settings: sft_run.Settings, say: Any) -> Any:
         seen.append(settings)
-        raise KeyboardInterrupt
+        raise Stop
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sft_run, "run", record)
@@ -49,7 +53,7 @@ def no_run(monkeypatch: pytest.MonkeyPatch) -> list[sft_run.Settings]:
 
 
 def settings_of(seen: list[sft_run.Settings], folder: Path, *arguments: str) -> sft_run.Settings:
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stop):
         cli.main(["bench", "sft", "--output", str(folder), *arguments])
     return seen[-1]
 
@@ -68,16 +72,22 @@ def test_defaults(no_run: list[sft_run.Settings], tmp_path: Path) -> None:
     assert (got.master, got.floor) == ("bf16", False)
 
 
-def test_what_is_given(no_run: list[sft_run.Settings], tmp_path: Path) -> None:
+def test_what_is_given(no_run: list[sft_run.Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)  # the sides run in other folders
     got = settings_of(
         no_run, tmp_path, "--shape", "qwen2.5-7b", "--mode", "full", "--row-tokens", "4096", "--tokens-per-step",
-        "8192", "--sides", "trl", "unsloth", "trl", "--python", "unsloth=/x/python", "--pythonpath", "trl=/y",
+        "8192", "--sides", "trl", "unsloth", "trl", "--python", "unsloth=./python", "--pythonpath", "trl=packages",
         "--chronicals-config", '{"lora_plus": "auto", "rms_norm": "off"}', "--gradient-checkpointing", "default",
         "--master", "fp32", "--floor",
     )  # fmt: skip
     assert (got.row_tokens, got.tokens_per_step, got.learning_rate, got.steps) == (4096, 8192, 1e-4, 50)
     assert got.sides == ["trl", "unsloth"]
-    assert (got.python, got.pythonpath) == ({"unsloth": "/x/python"}, {"trl": "/y"})
+    assert (got.python, got.pythonpath) == (
+        {"unsloth": str(tmp_path / "python")},
+        {"trl": str(tmp_path / "packages")},
+    )
     assert got.chronicals == {"lora_plus": "auto", "rms_norm": "off"} and got.checkpointing == "default"
     assert (got.master, got.floor) == ("fp32", True)
 
@@ -95,10 +105,21 @@ def test_short_protocol(no_run: list[sft_run.Settings], tmp_path: Path) -> None:
         (["--sides", "axolotl"], "invalid choice: 'axolotl'"),
         (["--mode", "dora"], "invalid choice: 'dora'"),
         (["--steps", "0"], "must be at least 1, not 0"),
-        (["--row-tokens", "1", "--tokens-per-step", "4"], "--row-tokens must be at least 2, not 1"),
-        (["--learning-rate", "0"], "--learning-rate must be above 0, not 0.0"),
-        (["--pythonpath", "unsloth"], "must be SIDE=PATH, not 'unsloth'"),
-        (["--python", "axolotl=/x"], "unknown side 'axolotl'"),
+        (["--row-tokens", "1", "--tokens-per-step", "4"], "--row-tokens must be at least 2 and at most 32768, not 1"),
+        (["--learning-rate", "0"], "--learning-rate must be above 0 and finite, not 0.0"),
+        (["--row-tokens", "40000"], "at most 32768, not 40000"),
+        (["--learning-rate", "inf"], "--learning-rate must be above 0 and finite, not inf"),
+        (["--timeout", "0"], "--timeout must be above 0 and finite, not 0"),
+        (["--timeout", "nan"], "--timeout must be above 0 and finite, not nan"),
+        (["--seed", "-1"], "--seed must be at least 0, not -1"),
+        (["--documents-per-step", "3"], "--documents-per-step is of --protocol short"),
+        (["--protocol", "short", "--tokens-per-step", "512"], "--tokens-per-step is of --protocol packed"),
+        (["--output", __file__], "cannot be made: File exists"),
+        (["--pythonpath", "unsloth"], "must be SIDE=DIR, not 'unsloth'"),
+        (["--pythonpath", "unsloth=/no/such"], "names no folder: '/no/such'"),
+        (["--python", "unsloth=/no/such"], "names no program: '/no/such'"),
+        (["--python", f"axolotl={sys.executable}"], "unknown side 'axolotl'"),
+        (["--chronicals-config", '{"rms_nrom": "off"}'], "Did you mean 'rms_norm'?"),
         (["--chronicals-config", "[1]"], "must be a JSON object"),
         (["--chronicals-config", "{"], "is no JSON"),
     ],
@@ -110,6 +131,35 @@ def test_wrong_arguments(
         cli.main(["bench", "sft", "--output", str(tmp_path), *arguments])
     assert done.value.code == 2 and not no_run
     assert told in capsys.readouterr().err
+
+
+def test_steps_of_a_dry_run(no_run: list[sft_run.Settings], tmp_path: Path) -> None:
+    """Small unless told otherwise, and what is told counts."""
+    for arguments, expected in (
+        ([], (256, 512)),
+        (["--tokens-per-step", "1024"], (256, 1024)),
+        (["--row-tokens", "64"], (64, 128)),
+        (["--shape", "qwen2.5-0.5b"], (2048, 16_384)),
+    ):
+        got = settings_of(no_run, tmp_path, *arguments)
+        assert (got.row_tokens, got.tokens_per_step) == expected
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_interrupted_run_says_what_is_left(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(settings: sft_run.Settings, say: Any) -> Any:
+        if kept:
+            settings.keep({"rows": []})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sft_run, "run", interrupted)
+    assert cli.main(["bench", "sft", "--output", str(tmp_path)]) == 130
+    file = tmp_path / "bench_sft_tiny_lora_packed256_cpu.json"
+    assert file.exists() is kept
+    assert (f"{file} has what was measured before" if kept else "nothing was measured") in capsys.readouterr().out
 
 
 def test_every_side_has_its_place() -> None:
@@ -236,7 +286,12 @@ def test_the_end_of_a_packed_row_is_not_counted() -> None:
     # Empty documents at the end make the shape static.
     bounds = torch.tensor([0, 3, 5, 8, 8, 8], dtype=torch.int32)
     assert document_lengths({**batch, "cu_seq_lens_q": bounds}) == [3, 2]
-    assert document_lengths({**batch, "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])}) == [5]
+    mask = {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])}
+    assert document_lengths({**batch, **mask}) == [5]
+    # Nor where the padding has labels.
+    starts = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
+    assert document_lengths({"input_ids": batch["input_ids"], "labels": batch["input_ids"], **mask,
+                             "position_ids": starts}) == [3, 2]  # fmt: skip
 
 
 def test_a_masked_prompt_counts() -> None:

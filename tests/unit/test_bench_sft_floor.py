@@ -62,7 +62,7 @@ def model_of(shape: Shape, mode: str, recompute: bool = False) -> Any:
         model = peft.get_peft_model(model, _lora(), autocast_adapter_dtype=False)
     if recompute:
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": True})  # the other one stops before down's product
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # as TRL does
     return model.train()
 
 
@@ -81,6 +81,8 @@ def test_operations_are_those_of_the_model(shape: Shape, mode: str, recompute: b
     model = model_of(shape, mode, recompute)
     found = flops(step(shape, mode, recompute=recompute))
     expected = counted(lambda: train(model))
+    if recompute and mode == "lora":  # PEFT makes down's product before it reads what A needs; ours need not
+        expected -= shape.layers * 2.0 * TOKENS * shape.hidden * shape.intermediate
     if shape is WIDE and mode == "lora":  # [W 0 B] has columns that are zero: dx and dy B of gate and up are one
         expected += shape.layers * 2 * 2.0 * TOKENS * shape.intermediate * 32
     assert found[GEMM] + found[ELEMENTWISE] == expected
@@ -156,7 +158,8 @@ def test_shapes_and_layouts_are_those_of_our_patched_model(shape: Shape, mode: s
 def test_checkpointing_is_the_layers_forward_once_more() -> None:
     plain, again = (make_step(step(UNTIED, "full", recompute=recompute)) for recompute in (False, True))
     head = next(at for at, op in enumerate(plain) if op.name == "logits")
-    layers = [op for op in plain[: head - 1] if op.name != "embedding"]  # and without the last norm
+    # Without the last norm; and of down nothing but what it reads is needed again.
+    layers = [op for op in plain[: head - 1] if op.name not in ("embedding", "down")]
     assert Counter(op.name for op in again) - Counter(op.name for op in plain) == Counter(op.name for op in layers)
     assert sum(op.flops for op in again) - sum(op.flops for op in plain) == sum(op.flops for op in layers)
     names = [op.name for op in again]

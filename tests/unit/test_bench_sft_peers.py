@@ -105,6 +105,22 @@ def test_gains_are_over_the_row_before_that_has_a_rate() -> None:
     assert gains([row("trl", 1.0), row("chronicals", 2.0)]) == []
 
 
+def test_a_part_that_was_off_has_gained_nothing() -> None:
+    """What its row differs by is chance."""
+    parts = [
+        {"name": "packing", "state": "on", "reason": None},
+        {"name": "attention", "state": "off", "reason": "why"},
+    ]
+    first, second, third, fourth = ablation_sides("lora", packs=True)[:4]
+    rows = [row(first, 100.0), row(second, 150.0), row(third, 180.0), row(fourth, 360.0)]
+    for each in rows[1:]:
+        each["runs"] = [{"report": {"parts": parts}}, {}]
+    found = gains(rows)
+    assert [each["gain"] for each in found] == [None, 1.5, None, 2.0]
+    assert [each["left_out"] for each in found] == [None, None, "why", None]
+    assert sft_report._gain_cells(found[2])[2] == "off: why" and sft_report._gain_cells(found[3])[2] == "ok"
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -162,6 +178,32 @@ def test_its_loss_is_trls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode:
     for ours, theirs in zip(logs["cce"], logs["trl"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2) and ours["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("mode", "master"), [("lora", "bf16"), ("full", "fp32")])
+def test_its_products_are_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, master: str) -> None:
+    """As TRL's are, with fp32 adapters or masters: autocast is around its decoder too, and not the model's alone."""
+    from trl import SFTConfig, SFTTrainer
+
+    seen: set[torch.dtype] = set()
+    plain = nn.functional.linear
+
+    def linear(x: Tensor, *weights: Any) -> Tensor:
+        made = plain(x, *weights)
+        seen.add(made.dtype)
+        return made
+
+    def loss(e: Tensor, c: Tensor, *given: Any, **more: Any) -> Tensor:
+        seen.update((e.dtype, c.dtype))
+        return reference(e, c, *given, **more)
+
+    sft_models.write_model(TINY, 0, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    given = task(tmp_path, mode=mode, master=master)
+    trainer = peers.cce_trainer(SFTTrainer, loss)
+    assert sides._run_trainer(given, Meter(given), trainer, SFTConfig, sides._load(given), {})[1]["logs"]
+    assert seen == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("master", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])

@@ -113,6 +113,15 @@ def test_what_the_file_holds(tmp_path: Path, interpreter: Any) -> None:
     assert result["verdict"] and result["floor"] is None and result["ablation"] is None and ours["over_floor"] is None
 
 
+@pytest.mark.parametrize("still", ["chronicals", "unsloth-packing"])
+def test_nothing_is_faster_than_what_does_not_train(tmp_path: Path, interpreter: Any, still: str) -> None:
+    works, flat = interpreter("works", WORKS), interpreter("flat", WORKS.replace("8.0 - i", "8.0"))
+    sides = {name: flat if name == still else works for name in ("prepare", "chronicals", "unsloth-packing", "trl")}
+    rows = {row["side"]: row for row in run(settings(tmp_path, sides))["rows"]}
+    assert rows[still]["status"] == "invalid" and rows[still]["ours_is_faster_by"] is None
+    assert rows["trl"]["ours_is_faster_by"] == (None if still == "chronicals" else 1.0)
+
+
 def test_the_floor_is_a_process_of_the_run(tmp_path: Path, interpreter: Any) -> None:
     works = interpreter("works", WORKS)
     sides = {"prepare": works, "floor": works, "trl": works, "trl-liger": works, "chronicals": works}
@@ -191,6 +200,14 @@ def test_a_side_that_fails_is_a_row(tmp_path: Path, interpreter: Any) -> None:
     assert sft_report.write_plot(result, tmp_path / "plot.png") is None or not report.pyplot()
 
 
+def test_an_interpreter_that_does_not_start_is_a_row(tmp_path: Path, interpreter: Any) -> None:
+    works = interpreter("works", WORKS)
+    sides = {"prepare": works, "trl": str(tmp_path / "gone"), "chronicals": works}
+    stock, ours = run(settings(tmp_path, sides))["rows"]
+    assert stock["status"] == "failed" and "does not start: No such file or directory" in stock["reason"]
+    assert ours["status"] == "ok"
+
+
 def test_without_a_model_nothing_runs(tmp_path: Path, interpreter: Any) -> None:
     sides = {"prepare": interpreter("crashes", CRASHES), "chronicals": interpreter("works", WORKS)}
     (row,) = run(settings(tmp_path, sides))["rows"]
@@ -226,6 +243,9 @@ def test_a_side_finds_the_package_and_stays_off_the_network(monkeypatch: pytest.
     environment = process.environment("/first")
     path = environment["PYTHONPATH"].split(":")
     assert path[:2] == ["/first", "/given"] and (Path(path[2]) / "chronicals_trl").is_dir()
+    monkeypatch.setenv("PYTHONPATH", "given")
+    path = process.environment("packages")["PYTHONPATH"].split(":")
+    assert path[:2] == [str(Path.cwd() / "packages"), str(Path.cwd() / "given")], "it runs in another folder"
     assert environment["HF_HUB_OFFLINE"] == "1" and "UNSLOTH_DISABLE_STATISTICS" in environment
 
 
@@ -261,6 +281,40 @@ def test_windows_leave_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(0.03 <= window["seconds"] < 0.1 for window in (first, second))
     assert len(first["step_ms"]) == len(second["step_ms"]) == 3
     assert all(9 < ms < 40 for ms in first["step_ms"])
+
+
+def test_memory_is_given_back_before_the_last_step_of_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking it again is not in a window; the peak is of the windows and of no step that loading is in."""
+    told: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = time.perf_counter() * 1e3
+
+        def elapsed_time(self, other: Any) -> float:
+            return float(other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: told.append(name))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**31)
+    meter = Meter(task(warm_up=2))
+    meter.counted = Counted(collate)
+    for done in range(8):
+        meter.begin(done)
+        told.append(str(done))
+        meter.counted(4)
+        meter.end(done + 1)
+    assert told == ["0", "empty_cache", "reset_peak_memory_stats", *"1234567"]
+    found = meter.result()
+    assert (found["peak_memory_gib"], found["peak_allocated_gib"]) == (2.0, 1.0)
+    assert [len(window["step_ms"]) for window in found["windows"]] == [3, 3]
 
 
 def test_a_training_that_ends_early_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:

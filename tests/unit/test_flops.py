@@ -66,6 +66,43 @@ def test_sliding_layers_have_no_squares() -> None:
     assert found is not None and found.per_square == 6 * 1 * 4 * 8
 
 
+@pytest.mark.parametrize(("window", "layers"), [(None, 4), (128, 0)])
+def test_a_window_of_all_layers_has_no_squares(window: int | None, layers: int) -> None:
+    """Mistral's configuration has the window, and no list of layers."""
+    config = transformers.MistralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=4, vocab_size=64, sliding_window=window,
+        **{**HEADS, "head_dim": 16},
+    )  # fmt: skip
+    found = training_flops(transformers.MistralForCausalLM(config))
+    assert found is not None and found.per_square == 6 * layers * 4 * 16
+
+
+def test_experts_of_which_nothing_is_known() -> None:
+    """All of them would be counted, and the figure would be several times the real one."""
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, vocab_size=64, num_local_experts=4, **HEADS
+    )
+    model = transformers.MixtralForCausalLM(config)
+    model.config.num_experts_per_tok = 0
+    assert training_flops(model) is None
+
+
+def test_weights_that_are_elsewhere_count_by_their_shape() -> None:
+    """ZeRO-3 leaves empty tensors where the model is loaded under it."""
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64))
+    mixtral = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, vocab_size=64, num_local_experts=4, **HEADS
+        )
+    )
+    for model in (gpt2, mixtral):
+        expected = training_flops(model)
+        for parameter in model.parameters():
+            parameter.ds_shape = parameter.shape  # type: ignore[attr-defined]
+            parameter.data = torch.empty(0)
+        assert training_flops(model) == expected
+
+
 def test_conv1d_and_copies_that_peft_trains() -> None:
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64)
     model = transformers.GPT2LMHeadModel(config)
@@ -79,6 +116,8 @@ def test_conv1d_and_copies_that_peft_trains() -> None:
 
 def test_models_of_more_than_text_are_left_out() -> None:
     model = sft_models.make_model(TINY, 0)
-    model.config.vision_config = {}
-    assert training_flops(model) is None
+    for kind in ("vision_config", "audio_config"):
+        setattr(model.config, kind, {})
+        assert training_flops(model) is None
+        delattr(model.config, kind)
     assert training_flops(torch.nn.Linear(2, 2)) is None

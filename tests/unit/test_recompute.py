@@ -28,6 +28,7 @@ GIB = 2**30
         (9 * GIB, 0, 0),
         (10 * GIB + int(SLACK * GIB) + 1, 0, 1),
         (10 * GIB + int(3.5 * SLACK * GIB), 0, 3),
+        (13 * GIB + 1, 0, 2),  # three of them would leave nothing for what differs from the one measured
         (10 * GIB + int(8 * SLACK * GIB) + 1, 0, 8),
         (10 * GIB + int(8 * SLACK * GIB) + 1, GIB, 7),  # all would fit, what comes with all would not
         (10 * GIB + int(8 * SLACK * GIB) + GIB + 1, GIB, 8),
@@ -60,15 +61,16 @@ def layers_of(model: Any) -> list[torch.nn.Module]:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_layer_is_measured_by_itself_and_leaves_nothing(reentrant: bool) -> None:
-    model: Any = tiny_models.build("qwen2", num_hidden_layers=3)
+    model: Any = tiny_models.build("qwen2", num_hidden_layers=3, attention_dropout=0.1)
     patch_model(model)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     layer = layers_of(model)[1]
+    layer.requires_grad_(False)  # as where adapters are in other layers; what it keeps goes by its input
     probe = LayerMemory(layer)
     batch = tiny_models.packed_batch()
     model(**batch, use_cache=False).loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     state = torch.get_rng_state()
     calls: list[tuple[bool, bool]] = []
     handle = layer.register_forward_hook(
@@ -80,7 +82,18 @@ def test_a_layer_is_measured_by_itself_and_leaves_nothing(reentrant: bool) -> No
     assert calls == [(False, True)] * 2 and not memory.reads
     assert layer.gradient_checkpointing and not layer._forward_pre_hooks and probe._given is None
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_flag_that_a_layer_did_not_have_is_gone_afterwards() -> None:
+    model: Any = tiny_models.build("qwen2", num_hidden_layers=3)
+    patch_model(model)
+    layer = layers_of(model)[1]
+    layer.__dict__.pop("gradient_checkpointing", None)
+    probe = LayerMemory(layer)
+    model.train()(**tiny_models.packed_batch(), use_cache=False)
+    memory: Any = Counted()
+    assert probe.measure(memory) == 50 and "gradient_checkpointing" not in layer.__dict__
 
 
 def test_a_layer_that_was_not_called_is_not_measured() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from chronicals_trl.bench import report
 from chronicals_trl.bench.lora import run as lora_run
 from chronicals_trl.bench.lora.cases import LAYERS, SETTINGS, SIDES, TINY
-from chronicals_trl.bench.process import side_and_path
+from chronicals_trl.bench.process import side_and_folder, side_and_python
 
 __all__ = ["add_parser", "run"]
 
@@ -38,9 +38,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--sides", nargs="+", metavar="SIDE", choices=list(SIDES), help=f"default all: {' '.join(SIDES)}")
     quick = f"{QUICK_SAMPLES} samples, not {ROUNDS * SAMPLES}; only `{next(iter(SETTINGS))}`"
     add("--quick", action="store_true", help=f"{quick}; only {next(iter(LAYERS))} without --layers")
-    add("--python", action="append", type=side_and_path, default=[], metavar="SIDE=PATH",
+    add("--python", action="append", type=side_and_python, default=[], metavar="SIDE=PATH",
         help="interpreter of unsloth's process")  # fmt: skip
-    add("--pythonpath", action="append", type=side_and_path, default=[], metavar="SIDE=DIR",
+    add("--pythonpath", action="append", type=side_and_folder, default=[], metavar="SIDE=DIR",
         help="folder put first on the path of unsloth's process")  # fmt: skip
     add("--timeout", type=float, default=TIMEOUT, metavar="S",
         help=f"seconds for unsloth's process of one layer; default {TIMEOUT:g}")  # fmt: skip

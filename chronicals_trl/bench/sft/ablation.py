@@ -30,7 +30,8 @@ def ablation_sides(mode: str, packs: bool) -> list[str]:
 def gains(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What each part added, of the rows in which the ablation ran; empty if it did not.
 
-    The gain is over the last row before that has a rate and is valid, which `over` names.
+    The gain is over the last row before that has a rate and is valid, which `over` names. A part that was off in its
+    row after all, as `left_out` says why, has none.
     """
     found = []
     before: dict[str, Any] | None = None
@@ -38,14 +39,24 @@ def gains(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if SIDES[row["side"]].parts is None:
             continue
         rate = row["tokens_per_second"] if row["status"] == "ok" else None
+        added = (SIDES[row["side"]].parts or ("nothing",))[-1]
+        left_out = _left_out(row, added)
+        gain = None if before is None or rate is None or left_out is not None else rate / before["tokens_per_second"]
         found.append({
             "side": row["side"],
-            "added": (SIDES[row["side"]].parts or ("nothing",))[-1],
+            "added": added,
             "status": row["status"],
+            "left_out": left_out,
             "tokens_per_second": row["tokens_per_second"],
             "peak_memory_gib": row["peak_memory_gib"],
             "over": None if before is None else before["side"],
-            "gain": None if before is None or rate is None else rate / before["tokens_per_second"],
+            "gain": gain,
         })  # fmt: skip
         before = row if rate else before
     return found
+
+
+def _left_out(row: dict[str, Any], part: str) -> str | None:
+    """Why the part was off in the training of this row, by its activation report; None if it was on."""
+    parts = [each for run in row.get("runs", ()) for each in run.get("report", {}).get("parts", ())]
+    return next((each["reason"] for each in parts if each["name"] == part and each["state"] == "off"), None)

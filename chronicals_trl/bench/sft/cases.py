@@ -22,6 +22,7 @@ import numpy.typing as npt
 __all__ = [
     "ABLATED",
     "ABLATION_START",
+    "LONGEST",
     "LORA_ALPHA",
     "LORA_RANK",
     "LORA_TARGETS",
@@ -48,6 +49,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 BOS, EOS, PAD = 0, 1, 2
 SPECIAL = 3
 SHORTEST = 2
+#: Positions that the models have.
+LONGEST = 32_768
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 from chronicals_trl.bench import report
-from chronicals_trl.bench.process import side_and_path
+from chronicals_trl.bench.process import side_and_folder, side_and_python
 from chronicals_trl.bench.sft import report as sft_report
 from chronicals_trl.bench.sft import run as sft_run
 from chronicals_trl.bench.sft.ablation import ablation_sides
-from chronicals_trl.bench.sft.cases import MASTERS, MODES, PROTOCOLS, SHAPES, SIDES
+from chronicals_trl.bench.sft.cases import LONGEST, MASTERS, MODES, PROTOCOLS, SHAPES, SIDES
 
 __all__ = ["add_parser", "default_sides", "run"]
 
 STEPS, DRY_STEPS, WARM_UP, REPEATS = 50, 6, 10, 3
 TIMEOUT = 900.0
+INTERRUPTED = 130  # as shells have it
 LEARNING_RATES = {"full": 1e-4, "lora": 2e-4, "qlora": 2e-4}
-DRY_ROW_TOKENS, DRY_TOKENS_PER_STEP = 256, 512
+TOKENS_PER_STEP = 16_384
+DRY_ROW_TOKENS, DRY_ROWS = 256, 2
 
 _DESCRIPTION = """\
 Train the same documents with us and with every peer in turn, each in a process of its own, with its real trainer:
@@ -45,7 +49,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--protocol", choices=list(PROTOCOLS), default="packed", help="packed rows, or the paper's short padded texts")
     add("--sides", nargs="+", metavar="SIDE", choices=list(SIDES), help=f"of {' '.join(plain)}; default by protocol")
     add("--row-tokens", type=_positive, metavar="N", help="longest row; default 2048 packed, 512 short")
-    add("--tokens-per-step", type=_positive, default=16_384, metavar="N", help="packed: a multiple of --row-tokens")
+    add("--tokens-per-step", type=_positive, metavar="N",
+        help=f"packed: a multiple of --row-tokens; default {TOKENS_PER_STEP:,}")  # fmt: skip
     add("--documents-per-step", type=_positive, metavar="N", help="short: default 16, or 2 with adapters")
     add("--gradient-checkpointing", choices=("on", "off", "default"), default="off",
         help="the same for all, or as each framework comes")  # fmt: skip
@@ -56,9 +61,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--learning-rate", type=float, metavar="X", help="default 1e-4, or 2e-4 with adapters")
     add("--seed", type=int, default=0, metavar="N", help="of weights, documents and trainers")
     add("--timeout", type=float, default=TIMEOUT, metavar="S", help=f"seconds for one process; default {TIMEOUT:g}")
-    add("--python", action="append", type=side_and_path, default=[], metavar="SIDE=PATH",
+    add("--python", action="append", type=side_and_python, default=[], metavar="SIDE=PATH",
         help="interpreter of a side; `unsloth=...` holds for unsloth-packing too")  # fmt: skip
-    add("--pythonpath", action="append", type=side_and_path, default=[], metavar="SIDE=DIR",
+    add("--pythonpath", action="append", type=side_and_folder, default=[], metavar="SIDE=DIR",
         help="folder put first on the path of a side")  # fmt: skip
     add("--chronicals-config", type=_json, default={}, metavar="JSON",
         help="of our sides, as in a script; LoRA+ is off unless named here, so that all train alike")  # fmt: skip
@@ -98,19 +103,12 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     dry = not cuda and shape == "tiny"
     protocol = PROTOCOLS[options.protocol]
     row_tokens = options.row_tokens or (DRY_ROW_TOKENS if dry else protocol.row_tokens)
-    tokens = DRY_TOKENS_PER_STEP if dry and options.row_tokens is None else options.tokens_per_step
-    if protocol.packs and tokens % row_tokens:
-        parser.error(f"--tokens-per-step {tokens} is no multiple of --row-tokens {row_tokens}")
-    if row_tokens < 2:
-        parser.error(f"--row-tokens must be at least 2, not {row_tokens}")
+    tokens = options.tokens_per_step or (DRY_ROWS * row_tokens if dry else TOKENS_PER_STEP)
     rate = LEARNING_RATES[options.mode] if options.learning_rate is None else options.learning_rate
-    if not rate > 0:
-        parser.error(f"--learning-rate must be above 0, not {rate}")
-    for name, _ in [*options.python, *options.pythonpath]:
-        if name not in {*SIDES, *(side.split("-")[0] for side in SIDES)}:
-            parser.error(f"unknown side {name!r}; there are: {', '.join(SIDES)}")
     folder = options.output or (Path("docs/results") if Path("docs/results").is_dir() else Path())
-    folder.mkdir(parents=True, exist_ok=True)
+    told = _wrong(options, row_tokens, tokens, rate) or _made(folder)
+    if told is not None:
+        parser.error(told)
     gpu = torch.cuda.get_device_name(0) if cuda else None
     checkpointing = {"on": "_ckpt", "off": "", "default": "_default"}[options.gradient_checkpointing]
     master = "" if options.master == "bf16" else f"_{options.master}"
@@ -119,41 +117,90 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     case = case.replace(".", "").replace("-", "")
     path = folder / report.file_stem(gpu, case)
     if not cuda:
-        print(f"{report.DRY_RUN}. {shape}, {tokens} tokens.")
-    result = sft_run.run(
-        sft_run.Settings(
-            sides=_sides(options),
-            mode=options.mode,
-            shape=shape,
-            protocol=options.protocol,
-            checkpointing=options.gradient_checkpointing,
-            row_tokens=row_tokens,
-            tokens_per_step=tokens,
-            documents_per_step=options.documents_per_step or (16 if options.mode == "full" else 2),
-            warm_up=options.warmup_steps,
-            steps=options.steps or (DRY_STEPS if dry else STEPS),
-            repeats=options.repeats,
-            fresh=options.fresh_processes,
-            learning_rate=rate,
-            seed=options.seed,
-            timeout=options.timeout,
-            models=options.models,
-            logs=folder / f"{path.name}_logs",
-            python=dict(options.python),
-            pythonpath=dict(options.pythonpath),
-            chronicals={"lora_plus": "off", **options.chronicals_config},
-            master=options.master,
-            floor=options.floor,
-            keep=lambda so_far: report.write_json(so_far, path.with_suffix(".json")),
-        ),
-        say=lambda line: print(line, flush=True),
+        print(f"{report.DRY_RUN}. {shape}, {options.mode}, {options.protocol}.")
+    kept: list[Path] = []
+
+    def keep(so_far: dict[str, Any]) -> None:
+        report.write_json(so_far, path.with_suffix(".json"))
+        kept[:] = [path.with_suffix(".json")]
+
+    settings = sft_run.Settings(
+        sides=_sides(options),
+        mode=options.mode,
+        shape=shape,
+        protocol=options.protocol,
+        checkpointing=options.gradient_checkpointing,
+        row_tokens=row_tokens,
+        tokens_per_step=tokens,
+        documents_per_step=options.documents_per_step or (16 if options.mode == "full" else 2),
+        warm_up=options.warmup_steps,
+        steps=options.steps or (DRY_STEPS if dry else STEPS),
+        repeats=options.repeats,
+        fresh=options.fresh_processes,
+        learning_rate=rate,
+        seed=options.seed,
+        timeout=options.timeout,
+        models=options.models,
+        logs=folder / f"{path.name}_logs",
+        python=dict(options.python),
+        pythonpath=dict(options.pythonpath),
+        chronicals={"lora_plus": "off", **options.chronicals_config},
+        master=options.master,
+        floor=options.floor,
+        keep=keep,
     )
+    try:
+        result = sft_run.run(settings, say=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print(
+            f"Interrupted. {kept[0]} has what was measured before." if kept else "Interrupted; nothing was measured."
+        )
+        return INTERRUPTED
     report.write_json(result, path.with_suffix(".json"))
     sft_report.print_tables(result)
     without_plot = sft_report.write_plot(result, path.with_suffix(".png"))
     print(f"{path.with_suffix('.json')}; {without_plot or path.with_suffix('.png')}; {result['seconds']} s in all")
     wrong = ("failed", "invalid", "not run")
     return int(any(SIDES[row["side"]].ours and row["status"] in wrong for row in result["rows"]))
+
+
+def _wrong(options: argparse.Namespace, row_tokens: int, tokens: int, rate: float) -> str | None:
+    """What is wrong with the arguments taken together, or None."""
+    packs = PROTOCOLS[options.protocol].packs
+    if packs and options.documents_per_step is not None:
+        return "--documents-per-step is of --protocol short; packed rows are told by --tokens-per-step"
+    if not packs and options.tokens_per_step is not None:
+        return "--tokens-per-step is of --protocol packed; short documents are told by --documents-per-step"
+    if packs and tokens % row_tokens:
+        return f"--tokens-per-step {tokens} is no multiple of --row-tokens {row_tokens}"
+    if not 2 <= row_tokens <= LONGEST:
+        return f"--row-tokens must be at least 2 and at most {LONGEST}, not {row_tokens}"
+    if not 0 < rate < math.inf:
+        return f"--learning-rate must be above 0 and finite, not {rate}"
+    if not 0 < options.timeout < math.inf:
+        return f"--timeout must be above 0 and finite, not {options.timeout:g}"
+    if options.seed < 0:
+        return f"--seed must be at least 0, not {options.seed}"
+    for name, _ in [*options.python, *options.pythonpath]:
+        if name not in {*SIDES, *(side.split("-")[0] for side in SIDES)}:
+            return f"unknown side {name!r}; there are: {', '.join(SIDES)}"
+    if options.chronicals_config:
+        from chronicals_trl.config import ChronicalsConfig
+
+        try:
+            ChronicalsConfig.resolve(options.chronicals_config)
+        except (TypeError, ValueError) as error:
+            return f"--chronicals-config: {error}"
+    return None
+
+
+def _made(folder: Path) -> str | None:
+    """Make the folder; why nothing can be written there, or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"--output: {folder} cannot be made: {error.strerror}"
+    return None if os.access(folder, os.W_OK) else f"--output: {folder} cannot be written to"
 
 
 def _positive(text: str) -> int:

@@ -37,8 +37,9 @@ COPY_SAMPLES = 15
 
 
 def recomputes(task: Task) -> bool:
-    """Whether our side's layers are checkpointed: "default" is SFTConfig's own, which is on."""
-    return task.checkpointing != "off"
+    """Whether all layers of our side are computed again. By "default" no more than memory needs: at the least none."""
+    off = task.chronicals.get("recompute", "auto") in ("off", False)
+    return task.checkpointing == "on" or (task.checkpointing == "default" and off)
 
 
 def measure(task: Task) -> dict[str, Any]:

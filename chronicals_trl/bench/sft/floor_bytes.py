@@ -140,9 +140,10 @@ class Traffic:
             wide += self.shape.head_weights + (0 if self.mode == "qlora" else self.shape.linear_weights)
         return wide
 
-    def dequantised(self) -> float:
-        """One pass over one layer's weights."""
+    def dequantised(self, down: bool = True) -> float:
+        """One pass over one layer's weights, with down's or without."""
         layer = self.shape.linear_weights // self.shape.layers
+        layer -= 0 if down else self.shape.hidden * self.shape.intermediate
         return layer * (FOUR_BITS + E) if self.mode == "qlora" else 0.0
 
     # -- optimizer ----------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def make_step(step: Step) -> list[Op]:
     ops += moved("last norm, backward", traffic.last_norm_backward())
     for number, layer in reversed(list(enumerate(layers))):
         if step.recompute:
-            ops += layer.forward(first=number == 0)
+            ops += layer.forward(first=number == 0, again=True)
         ops += layer.backward(first=number == 0)
     ops += moved("embedding, backward", traffic.embedding_backward())
     ops += moved("casts of gradients", traffic.gradient_casts())
@@ -92,17 +92,18 @@ class _Layer:
         self._step, self._traffic, self._attention = step, step.traffic, attention
         self._qkv, self._o, self._inner, self._down = qkv, o, inner, down
 
-    def forward(self, first: bool) -> list[Op]:
+    def forward(self, first: bool, again: bool = False) -> list[Op]:
+        """With `again` without down: the backward pass needs what it reads, not what it gives."""
         traffic = self._traffic
         ops = moved("first norm" if first else "norm", traffic.norm(first))
-        ops += moved("weights from 4 bits", traffic.dequantised())
+        ops += moved("weights from 4 bits", traffic.dequantised(down=not again))
         ops += self._qkv.forward()
         ops += moved("rope", traffic.rope())
         ops += [self._attention.forward, *self._o.forward()]
         ops += moved("norm", traffic.norm())
         ops += self._inner.forward()
         ops += self._activation("activation", traffic.activation(), 3)
-        return [*ops, *self._down.forward()]
+        return ops if again else [*ops, *self._down.forward()]
 
     def backward(self, first: bool) -> list[Op]:
         traffic, adapted = self._traffic, self._traffic.adapted

@@ -57,12 +57,15 @@ class Meter:
         """Before the step after `done` steps."""
         if done == 0:
             self._ready = time.perf_counter()
+        if self._cuda and done == self._task.warm_up - 1:
+            # A step early: what is given back has to be taken from the driver anew, by whoever has no graphs that hold
+            # on to it, and that is no part of a window.
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # what loading has left
+            torch.cuda.reset_peak_memory_stats()
         if done != self._task.warm_up:
             return
         self._synchronize()
-        if self._cuda:
-            torch.cuda.empty_cache()  # what loading has left
-            torch.cuda.reset_peak_memory_stats()
         self._mark()
         self._began = time.perf_counter()
 

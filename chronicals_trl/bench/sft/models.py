@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from chronicals_trl.bench.sft.cases import BOS, EOS, PAD, Shape
+from chronicals_trl.bench.sft.cases import BOS, EOS, LONGEST, PAD, Shape
 
 __all__ = ["gemm_tflops", "make_model", "make_tokenizer", "write_model"]
 
@@ -24,7 +24,7 @@ def make_model(shape: Shape, seed: int) -> Any:
     config = config_class(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=32_768, tie_word_embeddings=shape.tied, rms_norm_eps=shape.eps,
+        max_position_embeddings=LONGEST, tie_word_embeddings=shape.tied, rms_norm_eps=shape.eps,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta}, use_cache=False,
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, dtype=torch.bfloat16,
     )  # fmt: skip
@@ -50,7 +50,7 @@ def make_tokenizer(vocab: int) -> Any:
     raw.decoder = decoders.WordPiece("")
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<s>", pad_token="<pad>",
-        padding_side="right", model_max_length=32_768,
+        padding_side="right", model_max_length=LONGEST,
     )  # fmt: skip
 
 

@@ -37,13 +37,16 @@ def cce_trainer(trainer_class: type, linear_cross_entropy: Callable[..., Tensor]
             unwrapped = self.accelerator.unwrap_model(model)
             base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
             given = {key: value for key, value in inputs.items() if key != "labels"}
-            hidden = base.model(**given, use_cache=False).last_hidden_state
-            device = hidden.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-            loss = linear_cross_entropy(
-                hidden.to(dtype), base.lm_head.weight.to(dtype), inputs["labels"], shift=True,
-                reduction="mean" if num_items_in_batch is None else "sum",
-            )  # fmt: skip
+            # Accelerate puts autocast around the model's own forward alone. Without it fp32 adapters would be
+            # multiplied in fp32, and so would fp32 masters.
+            with self.accelerator.autocast():
+                hidden = base.model(**given, use_cache=False).last_hidden_state
+                device = hidden.device.type
+                dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+                loss = linear_cross_entropy(
+                    hidden.to(dtype), base.lm_head.weight.to(dtype), inputs["labels"], shift=True,
+                    reduction="mean" if num_items_in_batch is None else "sum",
+                )  # fmt: skip
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
             return (loss, {}) if return_outputs else loss
 

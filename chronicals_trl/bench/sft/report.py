@@ -106,7 +106,7 @@ def _gain_cells(each: dict[str, Any]) -> list[str]:
     return [
         each["side"],
         each["added"],
-        each["status"],
+        each["status"] if each["left_out"] is None else f"off: {each['left_out']}"[:40],
         _number(each["tokens_per_second"], ",.0f"),
         _number(each["peak_memory_gib"], ".2f"),
         _number(each["gain"], ".3f", "x"),

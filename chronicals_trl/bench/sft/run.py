@@ -104,9 +104,9 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
         for row in rows:
             finish_row(row, shape, settings.mode, gpu, prepared.get("gemm_tflops"), floor)
         judged = sft_verdict.judge_validity(rows)
-        ours = next((row["tokens_per_second"] for row in rows if row["side"] == "chronicals"), None)
+        valid = {row["side"]: row["tokens_per_second"] for row in rows if row["status"] == "ok"}
         for row in rows:
-            theirs = row["tokens_per_second"]
+            ours, theirs = valid.get("chronicals"), valid.get(row["side"])
             row["ours_is_faster_by"] = None if not ours or not theirs else ours / theirs
         return {
             "benchmark": "sft",
