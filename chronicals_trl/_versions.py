@@ -22,7 +22,7 @@ FLOORS: dict[str, str] = {
 }
 TESTED: dict[str, str] = {
     "torch": "2.13.0",
-    "transformers": "5.23.0",
+    "transformers": "5.24.0",
     "trl": "1.16.0",
     "accelerate": "1.15.0",
     "peft": "0.21.2",

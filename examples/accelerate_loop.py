@@ -40,7 +40,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
 
 dataset = load_dataset("json", data_files=options.data, split="train")
 if "text" not in dataset.column_names:
-    parser.error(f"--data needs lines of {{\"text\": ...}}; {options.data} has {', '.join(dataset.column_names)}")
+    parser.error(f'--data needs lines of {{"text": ...}}; {options.data} has {", ".join(dataset.column_names)}')
 with accelerator.main_process_first():
     dataset = dataset.map(
         lambda rows: tokenizer(rows["text"], truncation=True, max_length=options.max_length),

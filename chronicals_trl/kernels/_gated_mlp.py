@@ -278,14 +278,15 @@ class _GatedMLP(torch.autograd.Function):
         down_HI: torch.Tensor,
         gelu: bool,
         recompute: bool,
+        result_needed: bool,
     ) -> torch.Tensor:
         gate_MI = x_MH @ gate_IH.t()
         up_MI = None if up_IH is None else x_MH @ up_IH.t()
-        product_MI = _launch_forward(gate_MI, up_MI, gelu)
-        kept_MI = None if recompute or not ctx.needs_input_grad[3] else product_MI
-        ctx.save_for_backward(x_MH, gate_MI, up_MI, kept_MI, gate_IH, up_IH, down_HI)
+        keep = ctx.needs_input_grad[3] and not recompute
+        product_MI = _launch_forward(gate_MI, up_MI, gelu) if keep or result_needed else None
+        ctx.save_for_backward(x_MH, gate_MI, up_MI, product_MI if keep else None, gate_IH, up_IH, down_HI)
         ctx.gelu = gelu
-        return product_MI @ down_HI.t()
+        return product_MI @ down_HI.t() if result_needed else torch.empty_like(x_MH)  # type: ignore[operator]
 
     @staticmethod
     @once_differentiable
@@ -308,7 +309,7 @@ class _GatedMLP(torch.autograd.Function):
             d_x.addmm_(d_up_MI, up_IH)
         d_gate = d_gate_MI.t() @ x_MH if need_gate else None
         d_up = d_up_MI.t() @ x_MH if need_up else None
-        return d_x, d_gate, d_up, d_down, None, None
+        return d_x, d_gate, d_up, d_down, None, None, None
 
 
 def gated_mlp(
@@ -319,6 +320,7 @@ def gated_mlp(
     *,
     activation: str = "swiglu",
     recompute: bool = False,
+    result_needed: bool = True,
 ) -> torch.Tensor:
     """``down(act(gate(x)) * up(x))`` for projections without bias, as one autograd node.
 
@@ -331,6 +333,8 @@ def gated_mlp(
         down_weight: (H, I).
         activation: ``"swiglu"`` or ``"geglu"``.
         recompute: keep x, gate and up alone, and make the product ``act(gate) * up`` again in the backward pass.
+        result_needed: False where a checkpoint computes the block again for the sake of what it keeps: the result may
+            be any numbers then, and `down` is not multiplied with.
 
     Returns:
         (..., H).
@@ -359,5 +363,7 @@ def gated_mlp(
         gate = F.linear(x, gate_weight)
         up = None if up_weight is None else F.linear(x, up_weight)
         return F.linear(ops[activation](gate, up), down_weight)
-    out = _GatedMLP.apply(x.reshape(-1, width), gate_weight, up_weight, down_weight, activation == "geglu", recompute)
+    out = _GatedMLP.apply(
+        x.reshape(-1, width), gate_weight, up_weight, down_weight, activation == "geglu", recompute, result_needed
+    )
     return out.view(x.shape)

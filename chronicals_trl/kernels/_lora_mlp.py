@@ -34,6 +34,7 @@ def lora_gated_mlp(
     *,
     activation: str = "swiglu",
     recompute: bool = False,
+    result_needed: bool = True,
 ) -> Tensor:
     """``down(act(gate(x)) * up(x))`` of LoRA linears, as one autograd node.
 
@@ -46,6 +47,7 @@ def lora_gated_mlp(
         down: (H, I).
         activation: ``"swiglu"`` or ``"geglu"``.
         recompute: make the product ``act(gate) * up`` again in the backward pass instead of keeping it.
+        result_needed: as `gated_mlp`.
 
     Returns:
         (..., H); dtypes as `lora_linear`.
@@ -73,7 +75,7 @@ def lora_gated_mlp(
     if dtypes is None:
         raise TypeError("lora_gated_mlp: down and the inner projections have adapters of different dtypes: cast them")
     flat = [value for layer in layers for value in layer]
-    y = _LoraGatedMLP.apply(x, *dtypes, activation == "geglu", recompute, *flat)
+    y = _LoraGatedMLP.apply(x, *dtypes, activation == "geglu", recompute, result_needed, *flat)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -86,6 +88,7 @@ class _LoraGatedMLP(torch.autograd.Function):
         adapter_dtype: torch.dtype,
         gelu: bool,
         recompute: bool,
+        result_needed: bool,
         *flat: Any,
     ) -> Tensor:
         *inner, down = layers = unflatten(flat)
@@ -106,11 +109,14 @@ class _LoraGatedMLP(torch.autograd.Function):
             core.add_adapters_(outputs, inner, kept, adapter_dtype)
             product_MI = _launch_forward(gate_MI, up_MI, gelu)
             kept_down = core.read_input(product_MI, product_MI, [down], adapter_dtype, by_kernels=False)
-        y_MH = core.base(product_MI, down)
-        core.add_adapters_([y_MH], [down], kept_down, adapter_dtype)
+        if result_needed or down.call is not None:  # which may leave its backward pass something
+            y_MH = core.base(product_MI, down)
+            core.add_adapters_([y_MH], [down], kept_down, adapter_dtype)
+        else:
+            y_MH = x_MH.new_empty(x_MH.shape[0], core.out_features(down))
 
         # Where the kernels read the product on its way, they make dA of down with it too.
-        needed = needs(ctx.needs_input_grad[5:])[1][-1] and not inside
+        needed = needs(ctx.needs_input_grad[6:])[1][-1] and not inside
         kept_MI = product_MI if needed and not recompute else None
         save(ctx, [x_MH, gate_MI, up_MI, kept_MI, *(t for pair in (*kept, *kept_down) for t in pair)], layers)
         ctx.x_shape, ctx.x_dtype, ctx.adapter_dtype, ctx.gelu = x.shape, x.dtype, adapter_dtype, gelu
@@ -126,7 +132,7 @@ class _LoraGatedMLP(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, grad_MH: Tensor) -> Any:
         (x_MH, gate_MI, up_MI, product_MI, *kept_flat), (*inner, down) = restore(ctx)
-        need_bias, need_a, need_b = needs(ctx.needs_input_grad[5:])
+        need_bias, need_a, need_b = needs(ctx.needs_input_grad[6:])
         kept, dtype = pairs(kept_flat), ctx.adapter_dtype
         sets = len(core.input_sets(inner))
         kept, kept_down = kept[:sets], kept[sets:]
@@ -156,7 +162,7 @@ class _LoraGatedMLP(torch.autograd.Function):
         if d_x is not None:
             d_x = d_x.view(ctx.x_shape).to(ctx.x_dtype)
         d_layers = gradients_of(d_bias, [*d_a, d_a_down], [*(d_b or d_b_apart), *d_b_down])
-        return d_x, None, None, None, None, *d_layers
+        return d_x, None, None, None, None, None, *d_layers
 
 
 # -- the adapters' products inside the activation's kernels ----------------------------------------------------------

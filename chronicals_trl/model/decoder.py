@@ -32,9 +32,11 @@ from chronicals_trl.kernels import rms_norm
 from chronicals_trl.model.match import (
     CACHE_NAMES,
     SPEC,
+    GatedMLPSpec,
     Mismatch,
     NormSpec,
     compare,
+    gated_mlp_of,
     own_forward,
     parameter_shape,
     probing,
@@ -139,11 +141,25 @@ def decoder_forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) ->
         hidden_states = materialise(hidden_states)
         if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHE_NAMES):
             return type(self).forward(self, hidden_states, **kwargs)  # which clears both, with a word of warning
-        return self._gradient_checkpointing_func(functools.partial(_layer, self, spec, **kwargs), hidden_states)
+        run = functools.partial(_layer, self, spec, **kwargs)
+        return self._gradient_checkpointing_func(run if torch.compiler.is_compiling() else _Twice(run), hidden_states)
     return _layer(self, spec, hidden_states, **kwargs)
 
 
-def _layer(self: Any, spec: DecoderSpec, hidden_states: Any, **kwargs: Any) -> Any:
+class _Twice:
+    """A layer that a checkpoint runs for its result, and after that for the sake of what it keeps alone."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run, self._again = run, False
+
+    def __call__(self, hidden_states: Any) -> Any:
+        # In a backward pass both times where a checkpoint around the model runs the layer again: of these two the
+        # first one's result is needed too.
+        result_needed, self._again = not self._again, True
+        return self._run(hidden_states, result_needed=result_needed)
+
+
+def _layer(self: Any, spec: DecoderSpec, hidden_states: Any, *, result_needed: bool = True, **kwargs: Any) -> Any:
     if isinstance(hidden_states, Deferred):
         y, residual = _add_norm(self.input_layernorm, hidden_states.branch, hidden_states.residual)
     else:
@@ -154,7 +170,11 @@ def _layer(self: Any, spec: DecoderSpec, hidden_states: Any, **kwargs: Any) -> A
         branch = self.post_attention_layernorm(branch)
         middle = self.pre_feedforward_layernorm
     y, residual = _add_norm(middle, branch, residual)
-    branch = self.mlp(y)
+    # The MLP's last product is the layer's last, and nothing that is kept depends on it, but for a norm behind it.
+    if not result_needed and not spec.sandwich and _is_gated_mlp(self.mlp):
+        branch = gated_mlp_of(self.mlp, y, result_needed=False)
+    else:
+        branch = self.mlp(y)
     if isinstance(branch, tuple):  # mixtures of experts that return their router's logits too
         branch = branch[0]
     if spec.sandwich:
@@ -162,6 +182,11 @@ def _layer(self: Any, spec: DecoderSpec, hidden_states: Any, **kwargs: Any) -> A
     if _may_defer(self):
         return Deferred(branch, residual)
     return residual + branch
+
+
+def _is_gated_mlp(mlp: Any) -> bool:
+    """Whether calling the module is `gated_mlp_of` it, and nobody looks on."""
+    return isinstance(mlp.__dict__.get(SPEC), GatedMLPSpec) and own_forward(mlp) and unhooked(mlp)
 
 
 def _add_norm(norm: Any, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,7 +268,7 @@ def verify_decoder_layer(module: Any, device: torch.device, dtype: torch.dtype) 
             if hasattr(twin, "gradient_checkpointing"):
                 twin.gradient_checkpointing = False
         compare(
-            lambda x: _layer(twins[0], spec, x, **given),
+            lambda x: _layer(twins[0], spec, x, result_needed=True, **given),
             lambda x: forward(twins[1], x, **given),
             (randn(2, 3, width, generator=generator, device=device, dtype=dtype),),
             tuple(norm.weight for norm in norms.values()),

@@ -357,6 +357,11 @@ def gated_mlp_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     """
     if args or kwargs:
         return type(self).forward(self, hidden_states, *args, **kwargs)
+    return gated_mlp_of(self, hidden_states)
+
+
+def gated_mlp_of(self: Any, hidden_states: Tensor, result_needed: bool = True) -> Tensor:
+    """What `gated_mlp_forward` gives, or any numbers where the result is not needed, with the same gradients."""
     spec: GatedMLPSpec = self._chronicals_spec
     activation = GATED_ACTIVATIONS[spec.activation]
     inner = (self.gate_up_proj,) if spec.fused else (self.gate_proj, self.up_proj)
@@ -369,13 +374,15 @@ def gated_mlp_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
             self.down_proj.weight,
             activation=spec.activation,
             recompute=spec.recompute,
+            result_needed=result_needed,
         )
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         layers = adapted_operands((*inner, self.down_proj), hidden_states)
         if layers is not None:
             return lora_gated_mlp(
-                hidden_states, layers[:-1], layers[-1], activation=spec.activation, recompute=spec.recompute
-            )
+                hidden_states, layers[:-1], layers[-1], activation=spec.activation, recompute=spec.recompute,
+                result_needed=result_needed,
+            )  # fmt: skip
     return self.down_proj(activation(*(projection(hidden_states) for projection in inner)))
 
 

@@ -179,6 +179,27 @@ def test_checkpointed(use_reentrant):
     assert all(torch.equal(t.grad, g) for t, g in zip(inputs, plain, strict=True))
 
 
+@pytest.mark.skipif(not _common.INTERPRET, reason="the node is made of kernels")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_without_the_result(use_reentrant, recompute, monkeypatch):
+    """Computed again, the block does not multiply with `down`, and has the same gradients."""
+    inputs = (torch.randn(3, 12, requires_grad=True), *weights())
+    plain = torch.autograd.grad(kernels.gated_mlp(*inputs).square().sum(), inputs)
+    empty, calls = torch.empty_like, []
+
+    def block(*given):
+        calls.append(None)
+        return kernels.gated_mlp(*given, recompute=recompute, result_needed=len(calls) == 1)
+
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    before = _common.LAUNCHES["gated_mlp"]
+    checkpoint(block, *inputs, use_reentrant=use_reentrant).square().sum().backward()
+    assert len(calls) == 2 and _common.LAUNCHES["gated_mlp"] - before == (1 if recompute else 2)
+    assert all(torch.equal(t.grad, g) for t, g in zip(inputs, plain, strict=True))
+    assert kernels.gated_mlp(*inputs, result_needed=False).isnan().all()
+
+
 @pytest.mark.parametrize("joint", [False, True], ids=["apart", "joint"])
 def test_compiled(joint):
     torch._dynamo.reset()

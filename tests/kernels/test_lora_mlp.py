@@ -244,6 +244,23 @@ def test_the_same_bits_in_every_run():
 
 
 @pytest.mark.skipif(not NODE, reason="the node is made of kernels")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_without_its_result_the_gradients_are_the_same(inside, dropout, recompute):
+    """As where a checkpoint computes it again: `down` is not multiplied with."""
+    x, layers = mlp(dropout=dropout)
+    wanted = [t for t in (x, *(t for layer in layers for t in layer[:4])) if t is not None and t.requires_grad]
+    found, outputs = [], []
+    for needed in (True, False):
+        torch.manual_seed(0)
+        y = lora_gated_mlp(x, layers[:-1], layers[-1], recompute=recompute, result_needed=needed)
+        outputs.append(y.detach().clone())
+        found.append(torch.autograd.grad(y, wanted, torch.linspace(-1, 1, y.numel()).view(y.shape)))
+    assert all(map(torch.equal, *found)) and not torch.equal(*outputs)
+    assert outputs[0].shape == outputs[1].shape and outputs[0].dtype == outputs[1].dtype
+
+
+@pytest.mark.skipif(not NODE, reason="the node is made of kernels")
 def test_it_is_one_node():
     x, layers = mlp()
     (y,) = ours()(x, layers)

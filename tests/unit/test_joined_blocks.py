@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import threading
 
@@ -168,6 +169,72 @@ def test_checkpointing_goes_on(monkeypatch, reentrant: bool) -> None:
     monkeypatch.setattr(decoder, "_layer", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
     require_same(gradients(model), expected)
     assert len(calls) == 4  # two layers, each computed a second time in the backward pass
+
+
+def results_not_needed(monkeypatch) -> list[bool]:
+    """What each MLP's node is told; where its result is not needed, nobody may read it: it is NaN."""
+    told = []
+    original = match.gated_mlp
+
+    def gated_mlp(*args, result_needed: bool, **kwargs):
+        told.append(not result_needed)
+        out = original(*args, **kwargs)
+        if not result_needed:
+            out.data.fill_(torch.nan)
+        return out
+
+    monkeypatch.setattr(match, "gated_mlp", gated_mlp)
+    return told
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("family", "again"), [("llama", True), ("qwen3", True), ("phi3", True), ("gemma2", False)]
+)  # Gemma's norm behind the MLP keeps its result
+def test_a_layer_computed_again_leaves_the_last_product_out(
+    monkeypatch, family: str, again: bool, reentrant: bool
+) -> None:
+    expected = gradients(tiny_models.build(family))
+    model = patched(family)
+    if not model.model.layers[0].__dict__[match.SPEC].checkpoints:
+        pytest.skip("this transformers checkpoints around the layer's forward")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    told = results_not_needed(monkeypatch)
+    for _ in range(2):
+        told.clear()
+        require_same(gradients(model), expected)
+        # The first pass of a reentrant checkpoint is without gradients, and so without the node.
+        assert told == [False] * (0 if reentrant else 2) + [again, again]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_a_checkpoint_of_the_whole_model_the_layers_results_are_needed(monkeypatch, reentrant: bool) -> None:
+    """Its recomputation runs each layer for its result, and each layer's own checkpoint once more."""
+    expected = gradients(tiny_models.build("llama"))
+    model = patched()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    told = results_not_needed(monkeypatch)
+    batch = tiny_models.packed_batch()
+    embedded = model.get_input_embeddings()(batch.pop("input_ids"))
+    run = functools.partial(model, **batch, use_cache=False)
+    torch.utils.checkpoint.checkpoint(
+        lambda x: run(inputs_embeds=x).loss, embedded, use_reentrant=reentrant
+    ).backward()
+    assert told == [False] * (0 if reentrant else 4) + [True] * 2
+    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    require_same(ours, expected)
+
+
+def test_who_looks_at_an_mlp_sees_its_result_each_time(monkeypatch) -> None:
+    model = patched()
+    # (The other kind stops before the hook, once it has what it needs.)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    told, seen = results_not_needed(monkeypatch), []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(out.isfinite().all().item()))
+    gradients(model)
+    assert seen == [True, True] and told == [True, False]
 
 
 def test_hidden_states_are_those_of_the_stock_model() -> None:
