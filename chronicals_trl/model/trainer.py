@@ -49,6 +49,7 @@ class CudaGraphsMixin(Trainer):
 
     _graphs_wanted: bool = False  # inside `train`, with the part on
     _graphs: graphs.GraphedStack | None = None
+    _graphs_missed: bool = False  # none after PATIENCE passes, and the user knows
     _graphs_wait: bool = False  # until it is known which layers are computed again
 
     def _graphs_part(self, config: ChronicalsConfig, leave_out: str | None, recompute: PartReport) -> PartReport:
@@ -164,7 +165,8 @@ class CudaGraphsMixin(Trainer):
             loss: Tensor = super().training_step(*args, **kwargs)
         if stack.reason is not None:
             self._graphs_off(stack.reason)
-        elif stack.passes == PATIENCE and not stack.replays:
+        elif stack.passes >= PATIENCE and not stack.replays and not self._graphs_missed:
+            self._graphs_missed = True
             logger.warning("chronicals-trl: no CUDA graph after %d batches: %s", PATIENCE, _why_none(stack))
         return loss
 
