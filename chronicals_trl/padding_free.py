@@ -42,6 +42,7 @@ class PaddingFreeMixin(Trainer):
 
     # Of the trainer that mixes this in.
     _chronicals: ChronicalsConfig | None
+    _cuts_batches: Callable[[Any], bool]
     _data_ranks: Callable[[], int]
     _leak: Callable[[], str | None]
     _overridden: Callable[[tuple[str, ...]], str | None]
@@ -88,8 +89,8 @@ class PaddingFreeMixin(Trainer):
         if args.neftune_noise_alpha is not None:
             return "neftune_noise_alpha is set, and NEFTune's noise depends on the length of the padded rows"
         if not collator.padding_free and not self._loss_shifts_labels:
-            return "the loss of this model counts a document's first token"
-        if args.accelerator_config.dispatch_batches:
+            return "of this model transformers counts each document's first token as a label, as it is in padded rows"
+        if self._cuts_batches(self.train_dataset):  # TRL has set it to False for streams
             return "dispatch_batches=True cuts batches apart"
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or getattr(parallelism, "sp_enabled", False)):
@@ -145,8 +146,7 @@ class PaddingFreeMixin(Trainer):
             return super()._get_dataloader(dataset, *args, **kwargs)
         row_lengths = self._row_lengths(dataset, kwargs["batch_size"])
         assert row_lengths is not None
-        present, settings = self.data_collator, self.accelerator.dataloader_config
-        dispatches = settings.dispatch_batches
+        present = self.data_collator
         self.data_collator = PaddingFreeCollator(
             row_lengths,
             documents=self._documents_in_a_row(kwargs["batch_size"]),
@@ -155,12 +155,10 @@ class PaddingFreeMixin(Trainer):
             emit_token_mask=self.aux_loss_enabled,
             splits_rows=self._unpadded.padding_free,
         )
-        # Accelerate's default for streams joins the ranks' batches and deals their first dimension, which is 1 here.
-        settings.dispatch_batches = False
         try:
             return super()._get_dataloader(dataset, *args, **kwargs)
         finally:
-            self.data_collator, settings.dispatch_batches = present, dispatches
+            self.data_collator = present
 
     def _padding_free_notes(self) -> list[str]:
         if self._padded_because is not None:
