@@ -151,13 +151,14 @@ class SFTTrainer(
         self._lora_plus = report["lora_plus"].state == "on"
         self._lora_plus_rates = report["lora_plus"].backend or ""
         self._head = report["head"].state == "on"
+        rounding = self._round_lengths_up(report)  # of TRL's collator, before one for packed rows is put around it
         if self._packing.state == "on":
             self.data_collator = self._packed_collator(base_model(self.model).config.get_text_config())
             self._check_isolation()
         elif self._unpadded is None:
             report.notes += self._use_padded_attention()
         report.notes += self._padding_free_notes()
-        report.notes += self._round_lengths_up(report)
+        report.notes += rounding
         report.notes += self._notes(config)
         report.notes += self._health_notes()
         report.notes += self._balance_notes()
