@@ -6,6 +6,7 @@ Evaluation keeps TRL's collator. Trainer weights the loss of an evaluation batch
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,9 @@ from chronicals_trl.packing.padding_free import (
     fitted_row_lengths,
 )
 from chronicals_trl.packing.trainer import first_tokens
+from chronicals_trl.report import ActivationReport
+
+logger = logging.getLogger(__name__)
 
 # What lies between the collator and the model, and may look for padded rows in a batch.
 BETWEEN = ("get_train_dataloader", "get_batch_samples", "training_step", "_prepare_inputs", "compute_loss")
@@ -47,6 +51,8 @@ class PaddingFreeMixin(Trainer):
     _leak: Callable[[], str | None]
     _overridden: Callable[[tuple[str, ...]], str | None]
     _loss_shifts_labels: bool
+    chronicals_report: ActivationReport
+    _save_report: Callable[[], None]
     data_collator: Any
     aux_loss_enabled: bool
 
@@ -66,7 +72,7 @@ class PaddingFreeMixin(Trainer):
         if reason is not None and config.padding_free == "on":
             raise ValueError(
                 f"padding_free='on' in chronicals_config, but {reason}. Set padding_free='auto', which leaves the "
-                "batches of such a run padded, or change what stands in the way."
+                "batches of such a run as they are, or change what stands in the way."
             )
         if reason is None and config.padding_free == "auto":
             reason = self._padding_free_pointless()
@@ -142,7 +148,7 @@ class PaddingFreeMixin(Trainer):
         return max(1, batch_size // (self._data_ranks() if self.accelerator.split_batches else 1))
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._unpadded is None or not kwargs.get("is_training"):
+        if self._unpadded is None or not kwargs.get("is_training") or self._collator_was_replaced():
             return super()._get_dataloader(dataset, *args, **kwargs)
         row_lengths = self._row_lengths(dataset, kwargs["batch_size"])
         assert row_lengths is not None
@@ -160,9 +166,21 @@ class PaddingFreeMixin(Trainer):
         finally:
             self.data_collator = present
 
+    def _collator_was_replaced(self) -> bool:
+        """Whether the user has set another one since; then batches are what that makes of them, and it is said."""
+        collator: Any = self.data_collator
+        if self._unpadded is collator or self._unpadded is getattr(collator, "fallback", None):
+            return False
+        self._unpadded = None
+        note = f"padding-free: off from here on, data_collator was replaced (by {type(collator).__name__})"
+        self.chronicals_report.notes.append(note)
+        self._save_report()
+        logger.warning("chronicals-trl: %s", note)
+        return True
+
     def _padding_free_notes(self) -> list[str]:
         if self._padded_because is not None:
-            return [f"padding-free: off, batches stay padded: {self._padded_because}"]
+            return [f"padding-free: off, batches stay as they are: {self._padded_because}"]
         if self._unpadded is None:
             return []
         rows = self._row_lengths(self.train_dataset, self._train_batch_size)

@@ -262,7 +262,7 @@ def refused(case: str) -> tuple[dict[str, Any], str]:
 def test_batches_stay_padded_where_the_result_could_differ(tmp_path: Path, case: str) -> None:
     arguments, reason = refused(case)
     trainer, _ = ours(tmp_path, options={"max_steps": 1, **arguments.pop("options", {})}, **arguments)
-    assert note(trainer).startswith("padding-free: off, batches stay padded: ") and reason in note(trainer)
+    assert note(trainer).startswith("padding-free: off, batches stay as they are: ") and reason in note(trainer)
     batch = batches(trainer)[0]
     assert batch["input_ids"].shape[0] == 4 and "attention_mask" in batch and "position_ids" not in batch
     arguments, _ = refused(case)
@@ -271,6 +271,17 @@ def test_batches_stay_padded_where_the_result_could_differ(tmp_path: Path, case:
     ) as e:
         ours(tmp_path, "on", **arguments)
     assert reason in str(e.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"eval_packing": True}])
+def test_a_collator_that_is_set_later_makes_the_batches(tmp_path: Path, options: dict[str, Any]) -> None:
+    trainer, _ = ours(tmp_path, options={"max_steps": 1, **options}, eval_dataset=tiny_data.text(9))
+    assert batches(trainer)[0]["input_ids"].shape[0] == 1
+    trainer.data_collator = OwnCollator(pad_token_id=2)
+    assert batches(trainer)[0]["input_ids"].shape[0] == 4
+    assert batches(trainer)[0]["input_ids"].shape[0] == 4
+    told = [each for each in trainer.chronicals_report.notes if "data_collator was replaced (by OwnCollator)" in each]
+    assert len(told) == 1 and told[0] in (tmp_path / "ours" / "out" / "chronicals_report.json").read_text()
 
 
 def test_a_model_that_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
