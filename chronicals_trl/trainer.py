@@ -258,8 +258,7 @@ class SFTTrainer(
 
     def _router_notes(self) -> list[str]:
         """Where the router's auxiliary loss on packed rows cannot be kept to their real tokens."""
-        packed = self._packing.state == "on" or self._unpadded is not None
-        if not self.aux_loss_enabled or not packed or self._head:
+        if not self.aux_loss_enabled or self._packing.state == "off" or self._head:
             return []
         notes = []
         if type(self).compute_loss is not SFTTrainer.compute_loss:

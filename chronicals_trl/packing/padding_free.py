@@ -83,7 +83,6 @@ def fitted_row_lengths(document_lengths: Integers, documents: int, *, multiple: 
     drawn = np.minimum(drawn, largest)
     rounded = np.append(-(-np.maximum(drawn, 1) // multiple), -(-largest // multiple)) * multiple
     ends, counts = np.unique(rounded, return_counts=True)
-    counts[-1] -= 1  # the largest one was not drawn
     lengths = ends[_least_padding(ends, counts)]
     rows = lengths[np.searchsorted(lengths, drawn)]
     # The last length is there for what is rare, and so are the long tails of its rows.
