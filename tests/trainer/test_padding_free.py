@@ -60,6 +60,15 @@ def require_same(mine: tuple[Any, Any], stock: tuple[Any, Any], steps: int = STE
 
 # -- the same training -----------------------------------------------------------------------------------------------
 
+SKIP = {"skip_prepare_dataset": True}
+
+
+def split_rows() -> Any:
+    """Rows with `seq_lengths`, of two documents each: TRL reads them for padding-free batches alone."""
+    data = tiny_data.tokenized()
+    return data.add_column("seq_lengths", [[3, len(ids) - 3] for ids in data["input_ids"]])
+
+
 CASES: dict[str, dict[str, Any]] = {
     "text": {},
     "completion_only": {"data": tiny_data.prompt_completion},
@@ -83,6 +92,10 @@ CASES: dict[str, dict[str, Any]] = {
     "learned positions": {"family": "gpt2", "options": {"padding_free": True, "max_length": None}},
     "checkpointing": {"options": {"gradient_checkpointing": True}},
     "TRL's own setting": {"options": {"padding_free": True, "max_length": None}},
+    "rows that are not split": {"data": lambda: split_rows(), "options": {"dataset_kwargs": SKIP, "max_length": None}},
+    "rows that TRL splits": {
+        "data": lambda: split_rows(), "options": {"dataset_kwargs": SKIP, "max_length": None, "padding_free": True},
+    },
     "a packed evaluation beside it": {"options": {"eval_packing": True}},
 }  # fmt: skip
 
@@ -102,6 +115,8 @@ def test_the_same_training(tmp_path: Path, case: str) -> None:
     assert note(mine[0]).startswith("padding-free: the documents of a batch are one row")
     batch = batches(mine[0])[0]
     assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch and "num_real_tokens" in batch
+    multiple = options.get("pad_to_multiple_of", 8)
+    assert all(each["input_ids"].shape[1] % multiple == 0 for each in batches(mine[0]))
     assert mine[0].chronicals_report["head"].state == ("off" if config or case == "label smoothing" else "on")
 
 
