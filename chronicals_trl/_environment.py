@@ -15,7 +15,7 @@ ENV_FLAG = ENV_PREFIX + "USE_CHRONICALS"
 FIELDS = (
     "rms_norm", "gated_mlp", "qk_rope", "attention", "head", "packing", "lora", "lora_plus", "cuda_graphs",
     "recompute", "strict", "recompute_mlp", "attention_backend", "logit_budget_mib", "packing_window", "profile_steps",
-    "balance_ranks", "health", "lora_plus_ratio", "lora_plus_embedding_lr",
+    "balance_ranks", "padding_free", "health", "lora_plus_ratio", "lora_plus_embedding_lr",
 )  # fmt: skip
 
 

@@ -261,6 +261,13 @@ def list_lengths(data: Dataset, column: str) -> NDArray[np.int64]:
     return _selected(data, lengths)
 
 
+def has_token_lists(data: Dataset) -> bool:
+    """Whether the lengths of `data`'s documents can be told from its column `input_ids`, as it is stored."""
+    if data.format["type"] == "custom" or "input_ids" not in data.column_names:
+        return False
+    return _is_list(data.data.schema.field("input_ids").type)
+
+
 def _list_sums(data: Dataset, column: str) -> NDArray[np.int64]:
     sums = []
     for chunk in data.data.column(column).chunks:

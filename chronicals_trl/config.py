@@ -115,6 +115,7 @@ _CHECKS: dict[str, Any] = {
     "packing_window": _positive_int,
     "profile_steps": lambda where, value: None if value is None else _positive_int(where, value),
     "balance_ranks": _boolean,
+    "padding_free": _part,
     "health": _health,
     "lora_plus_ratio": _positive_float,
     "lora_plus_embedding_lr": _optional_positive_float,
@@ -145,6 +146,8 @@ class ChronicalsConfig:
             at least 1. None: none.
         balance_ranks: Packed rows are dealt so that the ranks have the same attention cost in a step. False: by the
             shuffle alone.
+        padding_free: Without packing, a batch's documents are one row without padding between them: "auto" (where the
+            result is the same and the row no slower), "on" (an error where the result would not be the same) or "off".
         health: What the trainer does when a run does not learn as it should: "warn" (once for each check), "stop"
             (an error that names the cause; a fall of throughput and the like still only warn) or "off" (nothing is
             checked).
@@ -173,6 +176,7 @@ class ChronicalsConfig:
     packing_window: int = 10_000
     profile_steps: int | None = None
     balance_ranks: bool = True
+    padding_free: str = "off"
     health: str = "warn"
     lora_plus_ratio: float = 16.0
     lora_plus_embedding_lr: float | None = None
@@ -254,7 +258,7 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 def _parse_text(key: str, text: str) -> object:
     """An environment variable's text as the type that its field has; text that does not fit is left for the check."""
     word = text.strip()
-    if key in PARTS or _CHECKS[key] is _boolean:
+    if _CHECKS[key] in (_part, _boolean):
         # "on" and "off" are a part's own words; for a boolean they mean true and false.
         return True if word.lower() in _TRUE else False if word.lower() in _FALSE else word
     if key == "lora_plus_embedding_lr" and word.lower() in ("none", "null", ""):

@@ -1,7 +1,8 @@
 """SFTTrainer: TRL's, with the parts of this package put in at the seams that TRL leaves open. Glue, and nothing else.
 
 The seams, all of them methods that TRL or transformers calls: `compute_loss` (the head) and `_prepare_inputs`; in
-`packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks' shares) and `_get_dataloader`; in
+`packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks' shares) and `_get_dataloader`, the last in
+`padding_free.py` too; in
 `optim/trainer.py` `create_optimizer`; in `model/trainer.py` (CUDA graphs) and `model/recompute_trainer.py` `train`,
 `training_step` and `evaluation_loop`; in `observe/trainer.py` `get_batch_samples` (token counts) and `log`; in
 `observe/health/trainer.py` these two, once more, and `create_optimizer`; in `observe/out_of_memory.py` errors on
@@ -42,6 +43,7 @@ from chronicals_trl.observe.out_of_memory import OutOfMemoryMixin
 from chronicals_trl.observe.trainer import ThroughputMixin
 from chronicals_trl.optim.trainer import LoraPlusMixin
 from chronicals_trl.packing.trainer import PackingMixin
+from chronicals_trl.padding_free import BETWEEN, PaddingFreeMixin
 from chronicals_trl.report import ActivationReport, PartReport
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ REPORT_FILE = "chronicals_report.json"
 class SFTTrainer(
     OutOfMemoryMixin,
     CheckpointsMixin,
+    PaddingFreeMixin,
     PackingMixin,
     HealthMixin,
     LoraPlusMixin,
@@ -149,12 +152,14 @@ class SFTTrainer(
         self._lora_plus = report["lora_plus"].state == "on"
         self._lora_plus_rates = report["lora_plus"].backend or ""
         self._head = report["head"].state == "on"
+        rounding = self._round_lengths_up(report)  # of TRL's collator, before one for packed rows is put around it
         if self._packing.state == "on":
             self.data_collator = self._packed_collator(base_model(self.model).config.get_text_config())
             self._check_isolation()
-        else:
+        elif self._unpadded is None:
             report.notes += self._use_padded_attention()
-        report.notes += self._round_lengths_up(report)
+        report.notes += self._padding_free_notes()
+        report.notes += rounding
         report.notes += self._notes(config)
         report.notes += self._health_notes()
         report.notes += self._balance_notes()
@@ -167,6 +172,7 @@ class SFTTrainer(
             self.model, without_trainer_parts(config), leave_out=leave_out, device=self._device_of_training()
         )
         report.set(self._packing)
+        self._choose_padding_free(config)
         lora_plus = _inputs.lora_plus_part(self, config)
         if "lora_plus" in leave_out and lora_plus.state == "on":
             lora_plus = PartReport("lora_plus", "off", reason=leave_out["lora_plus"], omitted=True)
@@ -181,10 +187,22 @@ class SFTTrainer(
         placed = self.is_fsdp_enabled or self.is_deepspeed_enabled
         return self.args.device if placed and not getattr(self.model, "hf_device_map", None) else None
 
+    def _leak(self) -> str | None:
+        """How far documents that share a row attend to each other; None if they do not."""
+        with self.accelerator.autocast():
+            return verify_isolation(self.model, self.args.device)
+
+    def _overridden(self, names: tuple[str, ...]) -> str | None:
+        """The first of the methods that a subclass has of its own, in words; None without any."""
+        for name in names:
+            if getattr(type(self), name) is not getattr(SFTTrainer, name):
+                owner = next(base for base in type(self).__mro__ if name in vars(base))
+                return f"{owner.__qualname__} overrides {name}"
+        return None
+
     def _check_isolation(self) -> None:
         model = base_model(self.model)
-        with self.accelerator.autocast():
-            leak = verify_isolation(self.model, self.args.device)
+        leak = self._leak()
         peft_config = getattr(self.model, "active_peft_config", None)
         setting = _inputs.packing_setting(self.args)
         if leak is not None and getattr(peft_config, "is_prompt_learning", False):
@@ -210,11 +228,10 @@ class SFTTrainer(
         model = base_model(self.model)
         if not use_padding(model):
             return []
-        for name in ("get_train_dataloader", "get_batch_samples", "training_step", "_prepare_inputs", "compute_loss"):
-            if getattr(type(self), name) is not getattr(SFTTrainer, name):  # it may alter the mask on its way
-                use_padding(model, trusted=False)
-                owner = next(base for base in type(self).__mro__ if name in vars(base))
-                return [f"attention: padded rows keep SDPA's dense mask ({owner.__qualname__} overrides {name})"]
+        overrides = self._overridden(BETWEEN)
+        if overrides is not None:  # it may alter the mask on its way
+            use_padding(model, trusted=False)
+            return [f"attention: padded rows keep SDPA's dense mask ({overrides})"]
         with self.accelerator.autocast():
             difference = verify_padding(self.model, self.args.device)
         if difference is not None:

@@ -50,17 +50,17 @@ def _keep_compiled_kernels() -> None:
 
     Its own default folder is one in the machine's temporary folder, where others could have put code of theirs.
     """
-    if fcntl is None or importlib.util.find_spec("flash_attn") is None:
-        return
-    if _CACHE in os.environ or "flash_attn.cute.cache_utils" in sys.modules:
+    if fcntl is None or _CACHE in os.environ or "flash_attn.cute.cache_utils" in sys.modules:
         return
     try:
+        if importlib.util.find_spec("flash_attn") is None:
+            return
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = Path(os.environ.get(_CACHE_FOLDER) or caches / "chronicals-trl" / "flash_attn_4")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(folder / "lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (OSError, RuntimeError):  # read-only, no locks on this file system; no home
+    except (OSError, RuntimeError, ValueError):  # read-only, no locks there; no home; a module without a spec
         return
     os.environ |= {_CACHE: "1", _CACHE_FOLDER: str(folder)}
 

@@ -43,6 +43,7 @@ class CudaGraphsMixin(Trainer):
     # Of the trainer that mixes this in.
     _chronicals: ChronicalsConfig | None
     _packing: PartReport
+    _unpadded: DataCollatorForLanguageModeling | None
     data_collator: Any
     chronicals_report: ActivationReport
     _save_report: Callable[[], None]
@@ -83,7 +84,7 @@ class CudaGraphsMixin(Trainer):
 
     def _pads_rows(self) -> bool:
         """Whether training's rows are padded, not packed by this package (which may pack evaluation's alone)."""
-        return self._packing.state == "off" or not self.args.packing
+        return self._unpadded is None and (self._packing.state == "off" or not self.args.packing)
 
     def _padding_obstacle(self) -> str | None:
         """Why padded rows cannot be given lengths that recur, or are better off as they are."""

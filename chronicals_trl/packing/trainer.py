@@ -225,7 +225,7 @@ class PackingMixin(Trainer):
             cu_seqlens_bucket=None if hybrid else CU_SEQLENS_BUCKET,
             fallback=self.data_collator,
             emit_token_mask=self.aux_loss_enabled,
-            filler_ids=_first_tokens(self.train_dataset),
+            filler_ids=first_tokens(self.train_dataset),
         )
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -345,7 +345,7 @@ def _usual_docs_per_bin(stats: PackStats) -> int | None:
     return min(stats.max_docs_per_bin, math.ceil(stats.documents / stats.bins) + CU_SEQLENS_BUCKET // 2)
 
 
-def _first_tokens(dataset: Any) -> list[int]:
+def first_tokens(dataset: Any) -> list[int]:
     """A few real tokens, for batches of empty rows alone; a stream has no such rows, and is not read for them."""
     rows = iter(dataset) if isinstance(dataset, Dataset) else iter(())
     ids: Any = next((row["input_ids"] for row in rows if len(row["input_ids"])), [])

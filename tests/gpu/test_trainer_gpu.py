@@ -60,6 +60,31 @@ def test_torch_compile(tmp_path: Path) -> None:
     assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), rel=1e-4)
 
 
+def test_padding_free(tmp_path: Path) -> None:
+    """TRL's padded batches in one row each: by a varlen kernel, from graphs, with the padded run's losses."""
+    options = {**GPU, "packing": False, "bf16": True, "per_device_train_batch_size": 8, "max_steps": 30}
+    data = tiny_data.text(400)
+    padded, _ = run(trl.SFTTrainer, trl.SFTConfig, tmp_path, data=data, options=options)
+    for setting in ("off", "auto"):
+        config = {"padding_free": setting, "lora_plus": "off"}
+        ours, _ = run(
+            SFTTrainer, SFTConfig, tmp_path, data=data,
+            options={**options, "use_chronicals": True, "chronicals_config": config},
+        )  # fmt: skip
+        assert logged(ours, "loss") == pytest.approx(logged(padded, "loss"), rel=1e-2)
+        assert logged(ours, "num_tokens") == logged(padded, "num_tokens")
+    notes = "\n".join(ours.chronicals_report.notes)
+    assert "padding-free: the documents of a batch are one row" in notes
+    assert "batches replayed" in notes and "CUDA graphs: 0 of" not in notes
+    assert min(logged(ours, "packing_fill")) > 0.5
+
+
+def test_padding_free_in_fp32_stays_padded(tmp_path: Path) -> None:
+    options = {**GPU, "packing": False, "per_device_train_batch_size": 4, "use_chronicals": True}
+    ours, _ = run(SFTTrainer, SFTConfig, tmp_path, options={**options, "chronicals_config": {"padding_free": "auto"}})
+    assert any("batches stay as they are: in float32" in note for note in ours.chronicals_report.notes)
+
+
 def test_tf32(tmp_path: Path) -> None:
     try:
         ours, theirs = both(tmp_path, tf32=True)

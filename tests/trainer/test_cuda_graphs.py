@@ -33,7 +33,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 
 def make(tmp_path: Path, **options: Any) -> SFTTrainer:
-    arguments = {name: options.pop(name) for name in ("model", "peft_config") if name in options}
+    arguments = {name: options.pop(name) for name in ("model", "peft_config", "eval_dataset") if name in options}
     return SFTTrainer(
         model=arguments.pop("model", None) or tiny_models.build("llama"),
         args=SFTConfig(**{**SETTINGS, **PACKED, "output_dir": str(tmp_path / "out"), **options}),
@@ -199,6 +199,15 @@ def test_padded_rows_get_lengths_that_recur(tmp_path: Path, recorder: StandIn) -
     lengths = {batch["input_ids"].shape[1] for batch in ours.get_train_dataloader()}
     assert all(length % 8 == 0 for length in lengths)
     assert any(batch["input_ids"].shape[1] % 8 for batch in theirs.get_train_dataloader())
+
+
+def test_padded_rows_beside_a_packed_evaluation(tmp_path: Path, recorder: StandIn) -> None:
+    """Packed and padded rows share a collator then, of which training's are rounded up."""
+    options = {"packing": False, "eval_packing": True, "max_length": 64, "per_device_train_batch_size": 3}
+    trainer = make(tmp_path, eval_dataset=tiny_data.text(9), **options)
+    assert any("padded to multiples of 8 tokens" in note for note in trainer.chronicals_report.notes)
+    assert all(batch["input_ids"].shape[1] % 8 == 0 for batch in trainer.get_train_dataloader())
+    assert next(iter(trainer.get_eval_dataloader()))["input_ids"].shape[0] == 1
 
 
 def test_the_users_own_multiple_and_insistence_count(tmp_path: Path, recorder: StandIn) -> None:

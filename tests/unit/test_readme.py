@@ -107,7 +107,7 @@ def test_configuration_table() -> None:
     fields = dataclasses.fields(ChronicalsConfig)
     assert [key for key, _, _ in documented] == [field.name for field in fields]
     choices = dict.fromkeys(PARTS, PART_STATES) | {"attention_backend": ATTENTION_BACKENDS}
-    choices |= {"health": HEALTH}
+    choices |= {"health": HEALTH, "padding_free": PART_STATES}
     choices |= dict.fromkeys(("strict", "recompute_mlp", "balance_ranks"), (False, True))
     for (key, default, allowed), field in zip(documented, fields, strict=True):
         assert ast.literal_eval(default.strip("`")) == field.default, key

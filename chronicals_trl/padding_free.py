@@ -1,0 +1,209 @@
+"""Padding-free batches in the trainer: whether a run that is not packed can have them, and its training batches.
+
+Evaluation keeps TRL's collator. Trainer weights the loss of an evaluation batch by its number of rows, and
+`compute_metrics` is handed logits row by row.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from chronicals_trl import _inputs
+from chronicals_trl.config import ChronicalsConfig
+from chronicals_trl.model.patch import base_model
+from chronicals_trl.packing.padding_free import (
+    PaddingFreeCollator,
+    RowLengths,
+    even_row_lengths,
+    fitted_row_lengths,
+)
+from chronicals_trl.packing.trainer import first_tokens
+from chronicals_trl.report import ActivationReport
+
+logger = logging.getLogger(__name__)
+
+# What lies between the collator and the model, and may look for padded rows in a batch.
+BETWEEN = ("get_train_dataloader", "get_batch_samples", "training_step", "_prepare_inputs", "compute_loss")
+
+# Implementations that attend through a mask of a row's tokens by a row's tokens.
+_DENSE = ("sdpa", "eager", "chronicals_blockwise")
+
+# Strategies whose batches have hardly any padding.
+_ALIKE = ("group_by_length", "batch_rebalance")
+
+
+class PaddingFreeMixin(Trainer):
+    """The methods of `SFTTrainer` that padding-free batches take; each is the parent's where they are off."""
+
+    # Of the trainer that mixes this in.
+    _chronicals: ChronicalsConfig | None
+    _cuts_batches: Callable[[Any], bool]
+    _data_ranks: Callable[[], int]
+    _leak: Callable[[], str | None]
+    _overridden: Callable[[tuple[str, ...]], str | None]
+    _loss_shifts_labels: bool
+    chronicals_report: ActivationReport
+    _save_report: Callable[[], None]
+    data_collator: Any
+    aux_loss_enabled: bool
+
+    _unpadded: DataCollatorForLanguageModeling | None = None  # TRL's collator, which trains without its padding
+    _padded_because: str | None = None
+
+    def _choose_padding_free(self, config: ChronicalsConfig) -> None:
+        """Decide, once the model is patched.
+
+        Raises:
+            ValueError: `padding_free="on"` and it cannot be.
+        """
+        self._unpadded = self._padded_because = None
+        if config.padding_free == "off" or self.args.packing:
+            return
+        reason = self._padding_free_ruled_out()
+        if reason is not None and config.padding_free == "on":
+            raise ValueError(
+                f"padding_free='on' in chronicals_config, but {reason}. Set padding_free='auto', which leaves the "
+                "batches of such a run as they are, or change what stands in the way."
+            )
+        if reason is None and config.padding_free == "auto":
+            reason = self._padding_free_pointless()
+        if reason is None:
+            self._unpadded = self.data_collator
+        else:
+            self._padded_because = reason
+
+    def _padding_free_ruled_out(self) -> str | None:
+        """Why the result would be another one; the cheap questions first."""
+        args: Any = self.args
+        collator = self.data_collator
+        if type(collator) is not DataCollatorForLanguageModeling:
+            return f"the batches are those of {type(collator).__name__}, not of TRL's collator for text"
+        overrides = self._overridden((*BETWEEN, "_get_dataloader"))
+        if overrides is not None:
+            return f"{overrides}, which may count on padded rows"
+        if self.compute_loss_func is not None:
+            return "compute_loss_func may count on a row for each document"
+        if args.neftune_noise_alpha is not None:
+            return "neftune_noise_alpha is set, and NEFTune's noise depends on the length of the padded rows"
+        if not collator.padding_free and not self._loss_shifts_labels:
+            return "of this model transformers counts each document's first token as a label, as it is in padded rows"
+        if self._cuts_batches(self.train_dataset):  # TRL has set it to False for streams
+            return "dispatch_batches=True cuts batches apart"
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or getattr(parallelism, "sp_enabled", False)):
+            return "context or sequence parallelism cuts each row into one part a rank"
+        if self._row_lengths(self.train_dataset, self._train_batch_size) is None:
+            return "nothing limits the length of its documents: set max_length"
+        return self._model_in_the_way()
+
+    def _model_in_the_way(self) -> str | None:
+        model: Any = base_model(self.model)
+        peft_config = getattr(self.model, "active_peft_config", None)
+        if getattr(peft_config, "is_prompt_learning", False):
+            return f"PEFT's {type(peft_config).__name__} puts its virtual tokens before each row"
+        config = model.config.get_text_config()
+        if config is not model.config:
+            return "the model is multimodal"
+        others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if others:
+            return f"the model has layers ({', '.join(sorted(others))}) that go by a row, not by a document"
+        leak = self._leak()
+        return None if leak is None else f"this model lets documents of a row attend to each other ({leak})"
+
+    def _padding_free_pointless(self) -> str | None:
+        """Why padded batches are no slower."""
+        args: Any = self.args
+        if self._train_batch_size == 1:
+            return "a batch of one document has no padding"
+        if isinstance(self.train_dataset, Dataset) and args.train_sampling_strategy in _ALIKE:
+            return f"train_sampling_strategy={args.train_sampling_strategy!r} puts documents of like length together"
+        half = self.accelerator.mixed_precision in ("bf16", "fp16")
+        return dense_mask(base_model(self.model), args.device, half=half)
+
+    # -- the rows ----------------------------------------------------------------------------------------------------
+
+    def _row_lengths(self, dataset: Any, batch_size: int) -> RowLengths | None:
+        """For batches of so many documents (of all ranks, where a batch is split); None where there is no limit."""
+        args: Any = self.args
+        collator: Any = self._unpadded or self.data_collator
+        multiple = math.lcm(8, collator.pad_to_multiple_of or 1)
+        documents = self._documents_in_a_row(batch_size)
+        if isinstance(dataset, Dataset) and len(dataset) and _inputs.has_token_lists(dataset):
+            lengths = _inputs.list_lengths(dataset, "input_ids")
+            if args.train_sampling_strategy == "random":
+                return fitted_row_lengths(lengths, documents, multiple=multiple)
+            return even_row_lengths(documents, max(1, int(lengths.max())), multiple=multiple)
+        return even_row_lengths(documents, args.max_length, multiple=multiple) if args.max_length else None
+
+    def _documents_in_a_row(self, batch_size: int) -> int:
+        return max(1, batch_size // (self._data_ranks() if self.accelerator.split_batches else 1))
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._unpadded is None or not kwargs.get("is_training") or self._collator_was_replaced():
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        row_lengths = self._row_lengths(dataset, kwargs["batch_size"])
+        assert row_lengths is not None
+        present = self.data_collator
+        self.data_collator = PaddingFreeCollator(
+            row_lengths,
+            documents=self._documents_in_a_row(kwargs["batch_size"]),
+            pad_token_id=self._unpadded.pad_token_id,
+            filler_ids=first_tokens(dataset),
+            emit_token_mask=self.aux_loss_enabled,
+            splits_rows=self._unpadded.padding_free,
+        )
+        try:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = present
+
+    def _collator_was_replaced(self) -> bool:
+        """Whether the user has set another one since; then batches are what that makes of them, and it is said."""
+        collator: Any = self.data_collator
+        if self._unpadded is collator or self._unpadded is getattr(collator, "fallback", None):
+            return False
+        self._unpadded = None
+        note = f"padding-free: off from here on, data_collator was replaced (by {type(collator).__name__})"
+        self.chronicals_report.notes.append(note)
+        self._save_report()
+        logger.warning("chronicals-trl: %s", note)
+        return True
+
+    def _padding_free_notes(self) -> list[str]:
+        if self._padded_because is not None:
+            return [f"padding-free: off, batches stay as they are: {self._padded_because}"]
+        if self._unpadded is None:
+            return []
+        rows = self._row_lengths(self.train_dataset, self._train_batch_size)
+        assert rows is not None
+        fill = "" if rows.fill is None else f", about {rows.fill:.0%} of them real"
+        return [
+            "padding-free: the documents of a batch are one row, without padding between them; rows of "
+            f"{len(rows.lengths)} lengths, {rows.lengths[0]:,} to {rows.lengths[-1]:,} tokens{fill}"
+        ]
+
+
+def dense_mask(model: nn.Module, device: torch.device, *, half: bool) -> str | None:
+    """Why attention over one long row costs more on this GPU than over padded ones: its mask has S × S entries.
+
+    Args:
+        half: whether autocast makes half precision of what the model computes.
+    """
+    if device.type == "cpu":
+        return None  # where there is nothing else
+    config: Any = model.config
+    implementation = config.get_text_config()._attn_implementation
+    if implementation in _DENSE:
+        return f"its attention ({implementation}) would need a mask of a whole row's tokens by as many"
+    if not half and next(model.parameters()).dtype == torch.float32:
+        return "in float32 its attention would need a mask of a whole row's tokens by as many"
+    return None

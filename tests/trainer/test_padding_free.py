@@ -1,0 +1,358 @@
+"""padding_free: the losses, gradients and metrics of TRL's padded batches; where it is refused, and what is said."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import fake_flash_attention as fake
+import pytest
+import tiny_data
+import tiny_models
+import torch
+import trl
+from graph_stand_in import StandIn
+from training_runs import SETTINGS, logged, run
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from chronicals_trl import SFTConfig, SFTTrainer
+from chronicals_trl import trainer as trainer_module
+from chronicals_trl.model import graphs
+from chronicals_trl.model import trainer as graphs_trainer
+
+STEPS = 6
+OPTIONS = {"per_device_train_batch_size": 4, "max_steps": STEPS}
+
+
+def ours(tmp_path: Path, setting: str = "auto", options: Any = None, config: Any = None, **arguments: Any):
+    config = {"padding_free": setting, "lora_plus": "off", **(config or {})}
+    options = {**OPTIONS, "use_chronicals": True, "chronicals_config": config, **(options or {})}
+    trainer_class = arguments.pop("trainer_class", SFTTrainer)
+    return run(trainer_class, SFTConfig, tmp_path / "ours", options=options, **arguments)
+
+
+def theirs(tmp_path: Path, options: Any = None, **arguments: Any):
+    return run(trl.SFTTrainer, trl.SFTConfig, tmp_path / "theirs", options={**OPTIONS, **(options or {})}, **arguments)
+
+
+def note(trainer: Any) -> str:
+    (found,) = (each for each in trainer.chronicals_report.notes if each.startswith("padding-free"))
+    return found
+
+
+def batches(trainer: Any) -> list[dict[str, Any]]:
+    return list(trainer.get_train_dataloader())
+
+
+def require_same(mine: tuple[Any, Any], stock: tuple[Any, Any], steps: int = STEPS) -> None:
+    (trainer, gradients), (reference, expected) = mine, stock
+    assert len(logged(reference, "loss")) == steps
+    for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "aux_loss"):
+        assert logged(trainer, key) == pytest.approx(logged(reference, key), rel=1e-5, abs=1e-6), key
+    assert logged(trainer, "num_tokens") == logged(reference, "num_tokens")
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm().clamp_min(1e-6), name
+    assert min(logged(trainer, "grad_norm")) > 0
+
+
+# -- the same training -----------------------------------------------------------------------------------------------
+
+SKIP = {"skip_prepare_dataset": True}
+
+
+def split_rows() -> Any:
+    """Rows with `seq_lengths`, of two documents each: TRL reads them for padding-free batches alone."""
+    data = tiny_data.tokenized()
+    return data.add_column("seq_lengths", [[3, len(ids) - 3] for ids in data["input_ids"]])
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "text": {},
+    "completion_only": {"data": tiny_data.prompt_completion},
+    "prompt_completion_whole": {"data": tiny_data.prompt_completion, "options": {"completion_only_loss": False}},
+    "assistant_only": {"data": tiny_data.chat, "options": {"assistant_only_loss": True}},
+    "tokenized": {"data": tiny_data.tokenized},
+    "accumulation": {"options": {"gradient_accumulation_steps": 2}},
+    "the last batch has one document": {"data": lambda: tiny_data.text(9)},
+    "documents are cut": {"options": {"max_length": 20}},
+    "their ends are kept": {"options": {"max_length": 20, "truncation_mode": "keep_end"}},
+    "in order": {"options": {"train_sampling_strategy": "sequential"}},
+    "padding to multiples": {"options": {"pad_to_multiple_of": 24}},
+    "dft": {"options": {"loss_type": "dft"}},
+    "label smoothing": {"options": {"label_smoothing_factor": 0.1}},
+    "TRL's head": {"config": {"head": "off"}},
+    "experts": {"family": "qwen3_moe", "options": {"router_aux_loss_coef": 0.3, "gradient_accumulation_steps": 2}},
+    "experts, TRL's head": {
+        "family": "qwen3_moe", "options": {"router_aux_loss_coef": 0.3}, "config": {"head": "off"},
+    },
+    "sliding windows": {"family": "gemma3"},
+    "learned positions": {"family": "gpt2", "options": {"padding_free": True, "max_length": None}},
+    "checkpointing": {"options": {"gradient_checkpointing": True}},
+    "TRL's own setting": {"options": {"padding_free": True, "max_length": None}},
+    "rows that are not split": {"data": lambda: split_rows(), "options": {"dataset_kwargs": SKIP, "max_length": None}},
+    "rows that TRL splits": {
+        "data": lambda: split_rows(), "options": {"dataset_kwargs": SKIP, "max_length": None, "padding_free": True},
+    },
+    "a packed evaluation beside it": {"options": {"eval_packing": True}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_training(tmp_path: Path, case: str) -> None:
+    settings = dict(CASES[case])
+    data, options, config = (
+        settings.pop("data", tiny_data.text),
+        settings.pop("options", {}),
+        settings.pop("config", {}),
+    )
+    if case == "a packed evaluation beside it":
+        settings["eval_dataset"] = tiny_data.text(9, seed=4)
+    mine = ours(tmp_path, options=options, config=config, data=data(), **settings)
+    require_same(mine, theirs(tmp_path, options=options, data=data(), **settings))
+    assert note(mine[0]).startswith("padding-free: the documents of a batch are one row")
+    batch = batches(mine[0])[0]
+    assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch and "num_real_tokens" in batch
+    multiple = options.get("pad_to_multiple_of", 8)
+    assert all(each["input_ids"].shape[1] % multiple == 0 for each in batches(mine[0]))
+    assert mine[0].chronicals_report["head"].state == ("off" if config or case == "label smoothing" else "on")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_side_of_the_padding(tmp_path: Path, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = copy.deepcopy(tiny_data.tokenizer())
+    tokenizer.padding_side = side
+    monkeypatch.setattr(tiny_data, "tokenizer", lambda: tokenizer)
+    require_same(ours(tmp_path), theirs(tmp_path))
+
+
+def test_lora(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def lora() -> Any:
+        return peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True)
+
+    (mine, gradients), (stock, expected) = (
+        ours(tmp_path, peft_config=lora()), theirs(tmp_path, peft_config=lora()),
+    )  # fmt: skip
+    trained = [name for name in expected if "lora_B" in name]  # B is 0 at first, so that A has no gradient
+    require_same(
+        (mine, {name: gradients[name] for name in trained}), (stock, {name: expected[name] for name in trained})
+    )
+
+
+def test_a_stream(tmp_path: Path) -> None:
+    mine = ours(tmp_path, data=tiny_data.text().to_iterable_dataset())
+    require_same(mine, theirs(tmp_path, data=tiny_data.text().to_iterable_dataset()))
+    lengths = {batch["input_ids"].shape[1] for batch in batches(mine[0])}
+    assert lengths <= {48 * (index + 1) for index in range(8)} and len(lengths) > 1  # 4 documents of at most 96
+    assert "rows of 8 lengths, 48 to 384 tokens" in note(mine[0]) and "real" not in note(mine[0])
+
+
+def test_on_insists_where_nothing_is_won(tmp_path: Path) -> None:
+    options = {"per_device_train_batch_size": 1}
+    mine = ours(tmp_path, "on", options=options)
+    require_same(mine, theirs(tmp_path, options=options))
+    assert batches(mine[0])[0]["cu_seq_lens_q"].shape == (3,)
+
+
+def test_evaluation_is_trls(tmp_path: Path) -> None:
+    """Its collator and its figures, in the middle of training too."""
+    options = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4}
+    (mine, _), (stock, _) = (
+        each(tmp_path, options=options, eval_dataset=tiny_data.text(9, seed=4)) for each in (ours, theirs)
+    )
+    for key in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert logged(mine, key) == pytest.approx(logged(stock, key), rel=1e-5) and len(logged(mine, key)) == 2
+    assert logged(mine, "loss") == pytest.approx(logged(stock, "loss"), rel=1e-5)
+    assert type(mine.data_collator) is DataCollatorForLanguageModeling
+    assert next(iter(mine.get_eval_dataloader()))["input_ids"].shape[0] == 4
+
+
+def test_the_same_documents_in_few_lengths(tmp_path: Path) -> None:
+    """Batch by batch those of TRL's padded run, over a hundred of them."""
+    (mine, _), (stock, _) = ours(tmp_path), theirs(tmp_path)
+    lengths, offsets = set(), set()
+    seen = 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        unpadded = batches(mine)
+        torch.manual_seed(seed)
+        for batch, padded in zip(unpadded, batches(stock), strict=True):
+            real = batch["num_real_tokens"]
+            documents = [
+                row[mask.bool()] for row, mask in zip(padded["input_ids"], padded["attention_mask"], strict=True)
+            ]
+            assert torch.equal(batch["input_ids"][0, :real], torch.cat(documents))
+            lengths.add(batch["input_ids"].shape[1])
+            offsets.add((batch["cu_seq_lens_q"].shape, batch["max_length_q"]))
+            seen += 1
+    assert seen == 100 and 1 < len(lengths) <= graphs.MAX_GRAPHS
+    assert len({shape for shape, _ in offsets}) == 1
+
+
+def test_a_varlen_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.install(monkeypatch)
+    mine = ours(tmp_path, config={"attention_backend": "flash_attn_4"})
+    assert mine[0].chronicals_report["attention"].backend == "flash_attn_4"
+    assert fake.CALLS["backward"] >= STEPS * 2
+    assert not any(each.startswith("attention") for each in mine[0].chronicals_report.notes)
+    require_same(mine, theirs(tmp_path))
+
+
+# -- graphs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", ["auto", "on"])
+def test_graphs_capture_the_rows(tmp_path: Path, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = StandIn()
+    monkeypatch.setattr(graphs_trainer, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: recorder)
+    # By the estimate for padded rows these would be too large to pad any further.
+    monkeypatch.setattr(graphs_trainer, "FLOP_RATE", 1.0)
+    options = {"max_steps": 30}
+    mine = ours(tmp_path, setting, options=options, data=tiny_data.text(120))
+    assert recorder.replayed > 30 and mine[0].chronicals_report["cuda_graphs"].state == "on"
+    assert not any("multiples of" in each for each in mine[0].chronicals_report.notes)
+    require_same(mine, theirs(tmp_path, options=options, data=tiny_data.text(120)), steps=30)
+
+
+# -- refused ---------------------------------------------------------------------------------------------------------
+
+
+class OwnCollator(DataCollatorForLanguageModeling):
+    pass
+
+
+class OwnLoss(SFTTrainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs)
+
+
+class OwnLoader(SFTTrainer):
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_dataloader(*args, **kwargs)
+
+
+def token_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    flat = torch.nn.functional.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    return flat / num_items_in_batch
+
+
+def stream() -> Any:
+    return tiny_data.text().to_iterable_dataset()
+
+
+def layers_of_another_kind() -> Any:
+    model = tiny_models.build("llama")
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    return model
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "collator": ({"data_collator": OwnCollator(pad_token_id=2)}, "those of OwnCollator, not of TRL's collator"),
+    "compute_loss": ({"trainer_class": OwnLoss}, "OwnLoss overrides compute_loss"),
+    "dataloader": ({"trainer_class": OwnLoader}, "OwnLoader overrides _get_dataloader"),
+    "compute_loss_func": ({"compute_loss_func": token_loss}, "compute_loss_func may count"),
+    "neftune": ({"options": {"neftune_noise_alpha": 5.0}}, "NEFTune's noise depends on the length"),
+    "dispatch": ({"options": {"accelerator_config": {"dispatch_batches": True}}}, "dispatch_batches=True cuts"),
+    "first tokens": ({"family": "gpt2"}, "counts each document's first token as a label"),
+    "no limit": ({"options": {"max_length": None}, "data": stream}, "set max_length"),
+    "layers": ({"model": layers_of_another_kind}, "layers (linear_attention) that go by a row"),
+}  # fmt: skip
+
+
+def refused(case: str) -> tuple[dict[str, Any], str]:
+    arguments, reason = REFUSED[case]
+    return {
+        name: value() if value in (stream, layers_of_another_kind) else value for name, value in arguments.items()
+    }, reason
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_batches_stay_padded_where_the_result_could_differ(tmp_path: Path, case: str) -> None:
+    arguments, reason = refused(case)
+    trainer, _ = ours(tmp_path, options={"max_steps": 1, **arguments.pop("options", {})}, **arguments)
+    assert note(trainer).startswith("padding-free: off, batches stay as they are: ") and reason in note(trainer)
+    batch = batches(trainer)[0]
+    assert batch["input_ids"].shape[0] == 4 and "attention_mask" in batch and "position_ids" not in batch
+    arguments, _ = refused(case)
+    with pytest.raises(
+        ValueError, match=r"padding_free='on' in chronicals_config, but .*Set padding_free='auto'"
+    ) as e:
+        ours(tmp_path, "on", **arguments)
+    assert reason in str(e.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"eval_packing": True}])
+def test_a_collator_that_is_set_later_makes_the_batches(tmp_path: Path, options: dict[str, Any]) -> None:
+    trainer, _ = ours(tmp_path, options={"max_steps": 1, **options}, eval_dataset=tiny_data.text(9))
+    assert batches(trainer)[0]["input_ids"].shape[0] == 1
+    trainer.data_collator = OwnCollator(pad_token_id=2)
+    assert batches(trainer)[0]["input_ids"].shape[0] == 4
+    assert batches(trainer)[0]["input_ids"].shape[0] == 4
+    told = [each for each in trainer.chronicals_report.notes if "data_collator was replaced (by OwnCollator)" in each]
+    assert len(told) == 1 and told[0] in (tmp_path / "ours" / "out" / "chronicals_report.json").read_text()
+
+
+def test_a_model_that_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "verify_isolation", lambda model, device: "logits change by 0.2 when packed")
+    mine = ours(tmp_path)
+    assert "documents of a row attend to each other (logits change by 0.2" in note(mine[0])
+    require_same(mine, theirs(tmp_path))
+    with pytest.raises(ValueError, match="attend to each other"):
+        ours(tmp_path, "on")
+
+
+def test_prompt_learning(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    trainer, _ = ours(tmp_path, peft_config=config)
+    assert "PromptTuningConfig puts its virtual tokens before each row" in note(trainer)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"per_device_train_batch_size": 1}, "a batch of one document has no padding"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length' puts"),
+    ],
+)
+def test_auto_leaves_out_what_wins_nothing(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
+    trainer, _ = ours(tmp_path, options={"max_steps": 1, **options})
+    assert reason in note(trainer) and "attention_mask" in batches(trainer)[0]
+
+
+def test_a_dense_mask_is_not_for_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chronicals_trl.padding_free.dense_mask", lambda model, device, half: f"dense, half={half}")
+    trainer, _ = ours(tmp_path, options={"max_steps": 1})
+    assert note(trainer).endswith("dense, half=False")
+    trainer, _ = ours(tmp_path, options={"max_steps": 1, "bf16": True})
+    assert note(trainer).endswith("dense, half=True")
+    trainer, _ = ours(tmp_path, "on", options={"max_steps": 1})
+    assert note(trainer).startswith("padding-free: the documents")
+
+
+@pytest.mark.parametrize(("setting", "options"), [("off", {}), ("auto", {"packing": True}), ("on", {"packing": True})])
+def test_nothing_is_said_where_nothing_is_padded_or_asked(
+    tmp_path: Path, setting: str, options: dict[str, Any]
+) -> None:
+    trainer, _ = ours(tmp_path, setting, options={"max_steps": 1, **options})
+    assert not any(each.startswith("padding-free") for each in trainer.chronicals_report.notes)
+    assert ("attention_mask" in batches(trainer)[0]) == (setting == "off")
+
+
+def test_it_is_off_unless_asked_for(tmp_path: Path) -> None:
+    trainer, _ = run(SFTTrainer, SFTConfig, tmp_path, options={**OPTIONS, "max_steps": 1, "use_chronicals": True})
+    assert "attention_mask" in batches(trainer)[0]
+
+
+def test_the_report_is_written_with_the_note(tmp_path: Path) -> None:
+    trainer, _ = ours(tmp_path, options={"max_steps": 1})
+    written = json.loads((tmp_path / "ours" / "out" / "chronicals_report.json").read_text())
+    assert note(trainer) in written["notes"]
+    assert SETTINGS["max_length"] == 96 and "real" in note(trainer)
