@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from chronicals_trl import _inputs
+from chronicals_trl import _data_sets, _inputs
 from chronicals_trl._agreement import compare_starts, started_with
 from chronicals_trl.config import ChronicalsConfig, read_flag
 from chronicals_trl.model.patch import base_model
@@ -50,7 +50,7 @@ def check_data(trainer: SFTTrainer) -> None:
     if vocabulary is None:
         return
     for name, dataset in named.items():
-        _inputs.require_known_tokens(name, dataset, vocabulary)
+        _data_sets.require_known_tokens(name, dataset, vocabulary)
 
 
 def refuse_shared_rows(trainer: SFTTrainer) -> None:

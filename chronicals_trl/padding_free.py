@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from chronicals_trl import _inputs
+from chronicals_trl import _data_sets
 from chronicals_trl.config import ChronicalsConfig
 from chronicals_trl.model.patch import base_model
 from chronicals_trl.packing.padding_free import (
@@ -137,8 +137,8 @@ class PaddingFreeMixin(Trainer):
         collator: Any = self._unpadded or self.data_collator
         multiple = math.lcm(8, collator.pad_to_multiple_of or 1)
         documents = self._documents_in_a_row(batch_size)
-        if isinstance(dataset, Dataset) and len(dataset) and _inputs.has_token_lists(dataset):
-            lengths = _inputs.list_lengths(dataset, "input_ids")
+        if isinstance(dataset, Dataset) and len(dataset) and _data_sets.has_token_lists(dataset):
+            lengths = _data_sets.list_lengths(dataset, "input_ids")
             if args.train_sampling_strategy == "random":
                 return fitted_row_lengths(lengths, documents, multiple=multiple)
             return even_row_lengths(documents, max(1, int(lengths.max())), multiple=multiple)

@@ -17,7 +17,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from chronicals_trl import _inputs
+from chronicals_trl import _data_sets, _inputs
 from chronicals_trl._files import write_text
 from chronicals_trl.config import ChronicalsConfig
 from chronicals_trl.packing.balance import BalancedSampler, StepLayout, attention_costs, have_tokens
@@ -64,7 +64,7 @@ class PackingMixin(Trainer):
         training, self._train_prepared = not self._train_prepared, True
         name = "train" if training else "eval" if dataset_name == "eval" else f"eval[{dataset_name!r}]"
         packs = packing and self._packing.state == "on"
-        if packs and _inputs.came_packed(f"{name} data set", dataset, args.max_length):
+        if packs and _data_sets.came_packed(f"{name} data set", dataset, args.max_length):
             self._data_notes[name] = f"packing {name}: the rows came packed (seq_lengths) and are used as they are"
             return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
         # Without max_length and packing the parent only tokenises and builds labels: truncating here would lose the
@@ -78,7 +78,7 @@ class PackingMixin(Trainer):
         if training:
             cuts = not packs or args.packing_strategy == "bfd"
             keep_end = not packs and args.truncation_mode == "keep_end"  # TRL packs the beginnings whatever it says
-            _inputs.require_labels(dataset, args.max_length if cuts else None, keep_end=keep_end)
+            _data_sets.require_labels(dataset, args.max_length if cuts else None, keep_end=keep_end)
         if not packs:
             # The second step of two, so that what is cut off is seen: tokens are there, and are truncated now.
             if args.max_length is not None:
@@ -197,7 +197,7 @@ class PackingMixin(Trainer):
         return [] if same or then.get("ranks") == now["ranks"] else ["ranks"]
 
     def _note_truncation(self, name: str, dataset: Dataset, max_length: int) -> None:
-        lengths = _inputs.list_lengths(dataset, "input_ids")
+        lengths = _data_sets.list_lengths(dataset, "input_ids")
         above = lengths[lengths > max_length]
         if len(above):
             self._data_notes[name] = (
