@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from chronicals_trl.observe.health import CHECKS, Finding, monitor, start
+from chronicals_trl.observe.health.contention import Contention
 from chronicals_trl.observe.health.gradients import Movement, have_gradients
 from chronicals_trl.observe.health.series import LogChecks
 
@@ -34,13 +35,17 @@ class Clock:
 
 def checks_of(entries: Iterable[dict[str, Any]], **settings: Any) -> list[tuple[int, str]]:
     """(entry, check) of all that is said; each entry lies one second behind the one before, or its "seconds"."""
+    return [(number, finding.check) for number, finding in findings_of(entries, **settings)]
+
+
+def findings_of(entries: Iterable[dict[str, Any]], **settings: Any) -> list[tuple[int, Finding]]:
     clock = Clock()
-    checks = LogChecks(**{"flat_at": None, "clock": clock, **settings})
+    checks = LogChecks(**{"flat_at": None, "clock": clock, "contention": Contention(dict), **settings})
     said = []
     for number, entry in enumerate(entries):
         clock.now += entry.pop("seconds", 1.0)
-        given = {name: entry.pop(name) for name in ("full_rate", "disturbed") if name in entry}
-        said += [(number, finding.check) for finding in checks.look({"loss": 2.0, **entry}, **given)]
+        given = {name: entry.pop(name) for name in ("full_rate", "disturbed", "labelled") if name in entry}
+        said += [(number, finding) for finding in checks.look({"loss": 2.0, **entry}, **given)]
     return said
 
 
@@ -53,11 +58,19 @@ def test_zero_norm_takes_two_entries_in_a_row() -> None:
     assert checks_of([{}, {}, {}]) == []  # nobody measured it
 
 
+def test_steps_without_a_label_are_no_fault_while_there_are_others() -> None:
+    empty = {"grad_norm": 0.0, "loss": 0.0, "labelled": False}
+    some: list[dict[str, Any]] = [{"grad_norm": 1.0}, empty, empty, empty, {"grad_norm": 1.0}, empty, empty]
+    assert checks_of(map(dict, some * 9), flat_at=0.0) == []  # nor is the loss of 2.0 a spike above 0
+    assert checks_of(dict(empty) for _ in range(20)) == [(19, "zero_gradient_norm")]
+    assert checks_of(map(dict, [empty, {"grad_norm": 0.0}, empty, {"grad_norm": 0.0}])) == [(3, "zero_gradient_norm")]
+
+
 @pytest.mark.parametrize("wrong", [{"grad_norm": math.nan}, {"grad_norm": math.inf}, {"loss": math.nan}])
 def test_not_finite(wrong: dict[str, float]) -> None:
-    entries = [{}, wrong, {}, wrong, wrong, wrong, wrong]
+    entries = [{}, wrong, {}, *[wrong] * 10]
     assert checks_of(map(dict, entries))[0] == (1, "not_finite")
-    assert checks_of(map(dict, entries), overflows=True) == [(6, "not_finite")]
+    assert checks_of(map(dict, entries), overflows=True) == [(12, "not_finite")]
 
 
 def test_flat_loss_means_guessing_at_full_rate() -> None:
@@ -107,6 +120,32 @@ def test_slow_is_half_the_runs_own_median_for_a_while() -> None:
     assert said([*usual, *[40.0] * 9], disturbed=True) == []
     short = [{"tokens_per_second": speed, "seconds": 0.5} for speed in [100.0] * 100 + [10.0, 10.0, 10.0] * 2]
     assert checks_of(short) == []  # three seconds of noise
+
+
+def test_slow_names_others_on_the_cores_where_they_are_the_cause() -> None:
+    def told(waiting: Iterable[int]) -> str:
+        waited = iter([0, 0, *[0] * 8, *waiting])  # at the start, at the first entry, in 8 at the usual pace
+        contention = Contention(lambda: {"1": next(waited)})
+        next(waited)
+        speeds = [1.0] + [100.0] * 8 + [40.0] * 3
+        entries = ({"tokens_per_second": speed, "seconds": 6.0} for speed in speeds)
+        ((_, finding),) = findings_of(entries, contention=contention)
+        return str(finding)
+
+    second = 10**9
+    assert "waited for a core 25% of the time" in told([2 * second, 4 * second, 11 * second // 2])
+    assert "waited for a core" not in told([2 * second, 3 * second, 5 * second])  # a second of six in one of the three
+
+
+def test_contention_is_what_threads_waited_since_the_look_before() -> None:
+    looks = iter([{"1": 5 * 10**9, "2": 7}, {"1": 6 * 10**9, "3": 2 * 10**9}, {"1": 6 * 10**9}])
+    contention = Contention(lambda: next(looks))
+    assert [contention.look(), contention.look()] == [3.0, 0.0]
+
+
+def test_contention_on_this_machine() -> None:
+    contention = Contention()
+    assert contention.look() >= 0.0
 
 
 # -- gradients -------------------------------------------------------------------------------------------------------
@@ -241,6 +280,36 @@ def test_nor_do_those_without_a_learning_rate() -> None:
     run = Run()
     run.optimizer.param_groups[0]["lr"] = 0.0
     assert run.steps(40, grade=first_without).said == []
+    # LoRA's B begins to move now, and A has a gradient from the next step on.
+    run.optimizer.param_groups[0]["lr"] = 1e-2
+    assert run.steps(1, grade=first_without).steps(20).said == []
+
+
+def test_a_group_that_is_meant_to_rest_is_no_fault() -> None:
+    run = Run()
+    (group,) = run.optimizer.param_groups
+    run.optimizer.add_param_group({"params": [group["params"].pop()], "lr": 0.0})
+    assert run.steps(30).said == []
+    run = Run()
+    (group,) = run.optimizer.param_groups
+    run.optimizer.add_param_group({"params": [group["params"].pop()], "lr": 1e-12})
+    assert run.steps(30).said == [(13, "some_still_weights")]
+
+
+def test_a_step_without_a_label_has_no_gradient_norm_to_be_judged_by() -> None:
+    def log(labels: Any) -> list[Finding]:
+        run = Run().steps(1)
+        run.monitor.step(labels)
+        return [finding for _ in range(2) for finding in run.monitor.log({"loss": 0.0, "grad_norm": 0.0})]
+
+    assert log(0) == log(torch.tensor(0)) == []
+    assert [f.check for f in log(5)] == [f.check for f in log(None)] == ["zero_gradient_norm"]
+
+
+def test_another_ranks_labels_count() -> None:
+    run = Run()
+    run.monitor._reduce = lambda flags: torch.maximum(flags, torch.ones_like(flags)) if len(flags) == 1 else flags
+    assert run.steps(1, grade=nothing, labels=0).said == [(1, "no_gradient")]
 
 
 class Rarely(nn.Module):
