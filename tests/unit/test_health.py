@@ -189,6 +189,29 @@ def test_movement_watches_what_has_a_gradient() -> None:
     assert movement.finish().tolist() == [[1, 1, 0], [0, 0, 0]]
 
 
+def test_movement_follows_a_gradient_of_either_sign_among_many_parameters() -> None:
+    parameters = [with_grad(0.0) for _ in range(31)]
+    parameters[29].grad = torch.tensor([0.0, -1.0, 0.0])  # its largest element is 0
+    movement = Movement([parameters], CPU, alone)
+    movement.start()
+    assert movement.finish().tolist() == [[1], [0]]
+    movement.start()
+    with torch.no_grad():
+        parameters[29][1] += 1
+    assert movement.finish().tolist() == [[1], [1]]
+
+
+def test_movement_passes_over_what_it_cannot_follow() -> None:
+    sparse = nn.Embedding(4, 2, sparse=True)
+    sparse(torch.tensor([1])).sum().backward()
+    apart = SimpleNamespace(detach=lambda: torch.ones(6), grad=torch.ones(3))  # a gradient that is cut otherwise
+    strided = nn.Parameter(torch.ones(4, 2).t())
+    strided.grad = torch.ones(2, 4)
+    movement = Movement([[sparse.weight, apart, strided, with_grad(1.0)]], CPU, alone)  # type: ignore[list-item]
+    movement.start()
+    assert len(movement._then) == 1 and movement.finish().tolist() == [[1], [0]]
+
+
 def test_full_rate() -> None:
     def at(rate: Any, peak: float | None = 1.0) -> bool:
         return monitor.at_full_rate([{"lr": rate} | ({} if peak is None else {"initial_lr": peak})])
@@ -304,6 +327,12 @@ def test_a_step_without_a_label_has_no_gradient_norm_to_be_judged_by() -> None:
 
     assert log(0) == log(torch.tensor(0)) == []
     assert [f.check for f in log(5)] == [f.check for f in log(None)] == ["zero_gradient_norm"]
+
+
+def test_another_ranks_gradients_count() -> None:
+    run = Run().steps(7, grade=first_without)
+    run.monitor._reduce = torch.ones_like
+    assert run.steps(20, grade=first_without).said == []
 
 
 def test_another_ranks_labels_count() -> None:

@@ -193,8 +193,6 @@ class HealthMonitor:
             had, moved = self._moved.tolist()
             self._moved = None
             found += self._still(had, moved)
-        if self._watches and self._pending is None:  # steps without a label so far, which `step` counts
-            logs = {name: value for name, value in logs.items() if name != "grad_norm"}
         found += self._series.look(logs, full_rate=at_full_rate(self._groups), disturbed=disturbed, labelled=not empty)
         return self._new(found)
 
