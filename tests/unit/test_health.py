@@ -308,6 +308,16 @@ def test_nor_do_those_without_a_learning_rate() -> None:
     assert run.steps(1, grade=first_without).steps(20).said == []
 
 
+def test_movement_waits_for_the_full_rate() -> None:
+    run = Run()
+    (group,) = run.optimizer.param_groups
+    group |= {"initial_lr": 1e-2, "lr": 1e-3}
+    with mock.patch.object(run.optimizer, "step"):
+        assert run.steps(20).said == []
+        group["lr"] = 1e-2
+        assert run.steps(12).said == [(31, "still_weights")]
+
+
 def test_a_group_that_is_meant_to_rest_is_no_fault() -> None:
     run = Run()
     (group,) = run.optimizer.param_groups
