@@ -60,7 +60,7 @@ def test_zero_norm_takes_two_entries_in_a_row() -> None:
 
 def test_steps_without_a_label_are_no_fault_while_there_are_others() -> None:
     empty = {"grad_norm": 0.0, "loss": 0.0, "labelled": False}
-    some: list[dict[str, Any]] = [{"grad_norm": 1.0}, empty, empty, empty, {"grad_norm": 1.0}, empty, empty]
+    some: list[dict[str, Any]] = [*[{"grad_norm": 1.0}] * 2, *[empty] * 3]
     assert checks_of(map(dict, some * 9), flat_at=0.0) == []  # nor is the loss of 2.0 a spike above 0
     assert checks_of(dict(empty) for _ in range(20)) == [(19, "zero_gradient_norm")]
     assert checks_of(map(dict, [empty, {"grad_norm": 0.0}, empty, {"grad_norm": 0.0}])) == [(3, "zero_gradient_norm")]
@@ -98,6 +98,9 @@ def test_a_spike_is_two_entries_far_above_the_median() -> None:
     assert said(3.0, 3.0, 3.0) == []  # less than half as much again, and less than one nat
     assert checks_of([{"loss": 1.0}] * 6 + [{"loss": 9.0}] * 3) == []  # too few to compare with
     assert checks_of([{"loss": 0.01}] * 10 + [{"loss": 0.9}] * 2) == []  # texts known by heart, and a new one
+    assert checks_of([{"loss": 10.0}] * 10 + [{"loss": 12.0}] * 2) == []  # more than one nat, less than half as much
+    # Single ones teach what is usual.
+    assert checks_of([*map(dict, usual), *([{"loss": 4.0}, {"loss": 2.0}] * 16), *([{"loss": 4.0}] * 2)]) == []
     wild = [{"loss": loss} for loss in (1.0, 4.0, 2.0, 5.0, 1.5, 4.5, 3.0, 0.5)]
     assert checks_of([*wild, {"loss": 12.0}, {"loss": 12.0}]) == []
 
@@ -118,6 +121,8 @@ def test_slow_is_half_the_runs_own_median_for_a_while() -> None:
     assert said([*usual, 40.0, 40.0, 100.0, 40.0, 40.0]) == said([*usual, *[60.0] * 9]) == []
     assert said([*usual[:8], 40.0, 40.0, 40.0]) == []
     assert said([*usual, *[40.0] * 9], disturbed=True) == []
+    longer = [{"tokens_per_second": 100.0, "seconds": 30.0}] * 3  # as many tokens a second
+    assert checks_of([*({"tokens_per_second": 100.0, "seconds": 6.0} for _ in range(10)), *map(dict, longer)]) == []
     short = [{"tokens_per_second": speed, "seconds": 0.5} for speed in [100.0] * 100 + [10.0, 10.0, 10.0] * 2]
     assert checks_of(short) == []  # three seconds of noise
 
@@ -277,6 +282,34 @@ def test_what_follows_from_a_finding_is_not_said() -> None:
     run = Run().steps(1, grade=nothing)
     silent = [run.monitor.log({"loss": 1.0, "grad_norm": 0.0}) for _ in range(4)]
     assert run.said == [(1, "no_gradient")] and silent == [[]] * 4
+
+
+@pytest.mark.parametrize(("cause", "follows"), [
+    ("no_labels", "zero_gradient_norm"), ("no_labels", "missing_gradients"), ("not_optimized", "flat_loss"),
+    ("not_optimized", "still_weights"), ("not_finite", "loss_spike"), ("still_weights", "flat_loss"),
+    ("zero_gradient_norm", "still_weights"),
+])  # fmt: skip
+def test_a_fault_is_told_by_its_cause(cause: str, follows: str) -> None:
+    at_once, later = Run().monitor, Run().monitor
+    first, second = (Finding(check, "a", "b", "c") for check in (cause, follows))
+    assert at_once._new([first, second, first]) == [first]
+    assert later._new([first]) == [first] and later._new([second]) == []
+    assert later._new([Finding("slow", "a", "b", "c")]) != []
+
+
+def test_the_resolution_is_the_cause_where_one_of_the_still_groups_is_in_16_bits() -> None:
+    for dtypes, low in (((torch.bfloat16, torch.float32), True), ((torch.float32, torch.float32), False)):
+        run = Run()
+        run.monitor._watched_groups = [(0, [nn.Parameter(torch.ones(1, dtype=dtype))]) for dtype in dtypes]
+        run.monitor._looked_at = [True, True]
+        (finding,) = run.monitor._still([1, 1], [0, 0])
+        assert ("below the resolution" in str(finding)) == low
+
+
+def test_movement_is_looked_at_from_the_first_labels_on() -> None:
+    run = Run().steps(3, grade=nothing, labels=0)
+    with mock.patch.object(run.optimizer, "step"):
+        assert run.steps(20).said == [(14, "still_weights")]
 
 
 def test_steps_without_labels_say_nothing_about_the_model() -> None:
@@ -455,6 +488,12 @@ def test_dropped_documents() -> None:
 def test_duplicate_bos(rows: list[list[int]], bos: int | None, found: bool) -> None:
     finding = start.duplicate_bos(Dataset.from_dict({"input_ids": rows}), bos)
     assert (finding is not None) == found
+
+
+def test_duplicate_bos_reads_a_sample_and_no_stream() -> None:
+    data = Dataset.from_dict({"input_ids": [[7, 7, 1]] * 1000})
+    assert "200 of 200 sampled" in str(start.duplicate_bos(data, 7))
+    assert start.duplicate_bos(data.to_iterable_dataset(), 7) is None
 
 
 def test_a_finding_names_one_of_the_checks() -> None:

@@ -128,8 +128,6 @@ class LogChecks:
         self._spike.append(loss)
         if len(self._spike) < _SPIKE_LOGS:
             return None
-        self._losses.extend(self._spike)
-        self._spike.clear()
         return Finding(
             "loss_spike",
             f"the loss has jumped to {loss:.3f}; the median of the log entries before is {median:.3f}",
@@ -177,9 +175,6 @@ class _Speed:
         if len(self._slow) < _SLOW_STRETCHES:
             return None
         contended = min(self._contended)
-        self._stretches.extend(self._slow)
-        self._slow.clear()
-        self._contended.clear()
         seen = f"throughput has fallen to {speed:,.0f} tokens a second, from a median of {usual:,.0f}"
         if contended > _CONTENDED_SHARE:
             return Finding(
