@@ -374,6 +374,23 @@ def test_a_wrong_flash_attn(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path
         assert said in str(problem)
 
 
+def test_a_gpu_on_which_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch)
+    verified(monkeypatch)
+    checks = attention_checks.check_attention(CUDA)
+    assert attention_checks.chosen(checks) == "varlen"
+    assert attention_checks.attention_problems(checks, CUDA) == []
+
+
+def test_a_module_that_no_package_has_brought(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_versions, "installed", lambda name: None)
+    assert attention_checks._broken("fa3", "flash-attn 3 is not installed") is None
+    # Copied from a checkout of flash-attention's hopper folder.
+    assert attention_checks._broken("fa3", "its function takes no window") == "its function takes no window"
+    # Its module shares a name with flash-attn 2's.
+    assert attention_checks._broken("fa4", "no function") is None
+
+
 def test_a_broken_flash_attn_4(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu(monkeypatch)
     verified(monkeypatch)
