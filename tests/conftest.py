@@ -19,7 +19,10 @@ for _name in [name for name in os.environ if name.startswith("CHRONICALS_")]:
 
 @pytest.fixture(autouse=True)
 def no_false_alarm(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No run of the suite is told that it is unhealthy, but those that have a fault planted (`planted_fault`)."""
+    """No run of the suite is told that it is unhealthy, but those that have a fault planted (`planted_fault`).
+
+    That other processes hold the cores is true where they do, and no fault of the run.
+    """
     if request.node.get_closest_marker("planted_fault") is not None:
         yield
         return
@@ -32,4 +35,4 @@ def no_false_alarm(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
     finally:
         health.removeHandler(handler)
-    assert not alarms
+    assert not [alarm for alarm in alarms if "waited for a core" not in alarm]

@@ -84,7 +84,7 @@ def unfused(machine: Machine, q: Array, k: Array, v: Array) -> Array:
 def _fold(machine: Machine, scores: Array, v: Array, out: Array, peak: Array, total: Array) -> None:
     """One tile into the running values of its rows: the merge of docs/theory/online-softmax.md, with an output."""
     new = np.maximum(peak, scores.max(1))
-    shrink = np.exp(np.where(np.isinf(peak), -np.inf, peak - new))
+    shrink = np.exp(peak - new)  # 0 for a row without keys so far: each row sees one in its first tile
     scores -= new[:, None]
     np.exp(scores, out=scores)
     total *= shrink

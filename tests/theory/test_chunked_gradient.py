@@ -35,6 +35,10 @@ def test_a_sum_in_bfloat16_keeps_its_bound_and_no_better_one(smallest_chunks: Me
     assert isinstance(exact_of_rounded, torch.Tensor)
     error = (total.double() - exact_of_rounded).abs()
     assert (error <= gamma(len(products) - 1, torch.bfloat16) * sizes).all()
+    # With the rounding of each chunk.
+    exact = torch.stack(products).sum(0)
+    magnitudes = torch.stack(products).abs().sum(0)
+    assert ((total.double() - exact).abs() <= gamma(len(products), torch.bfloat16) * magnitudes).all()
     # A bound that did not grow with the chunks would be broken.
     assert (error > 8 * UNIT_ROUNDOFF[torch.bfloat16] * exact_of_rounded.abs()).any()
 

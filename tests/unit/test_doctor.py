@@ -257,6 +257,14 @@ def test_a_gpu_that_is_new_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel_checks.probe_dtype(CUDA) is torch.bfloat16
 
 
+def test_gpus_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_compute", lambda: None)
+    device = {"name": "NVIDIA A100", "memory_gib": 79.3, "capability": "8.0"}
+    assert machine._problems_of([device, dict(device)], "12.8") == []
+    (problem,) = machine._problems_of([device, device | {"memory_gib": 39.4}], "12.8")
+    assert "The GPUs differ" in problem.what and not problem.fatal
+
+
 def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     gpu(monkeypatch, "Tesla P100", (6, 0))
     monkeypatch.setattr(machine, "_compute", lambda: "CUDA error: no kernel image is available for execution")
@@ -374,6 +382,23 @@ def test_a_wrong_flash_attn(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path
         assert said in str(problem)
 
 
+def test_a_gpu_on_which_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch)
+    verified(monkeypatch)
+    checks = attention_checks.check_attention(CUDA)
+    assert attention_checks.chosen(checks) == "varlen"
+    assert attention_checks.attention_problems(checks, CUDA) == []
+
+
+def test_a_module_that_no_package_has_brought(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_versions, "installed", lambda name: None)
+    assert attention_checks._broken("fa3", "flash-attn 3 is not installed") is None
+    # Copied from a checkout of flash-attention's hopper folder.
+    assert attention_checks._broken("fa3", "its function takes no window") == "its function takes no window"
+    # Its module shares a name with flash-attn 2's.
+    assert attention_checks._broken("fa4", "no function") is None
+
+
 def test_a_broken_flash_attn_4(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu(monkeypatch)
     verified(monkeypatch)
@@ -471,6 +496,16 @@ def test_an_op_that_is_wrong_is_found(name: str, monkeypatch: pytest.MonkeyPatch
     assert check.state == "failed" and "differs from the original" in (check.detail or "")
     (problem,) = kernel_checks.kernel_problems([check])
     assert problem.fatal and f"Self-check failed for {name}: " in problem.what
+
+
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_cross_entropy, tiles"])
+def test_a_loss_that_counts_ignored_labels_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernels.linear_cross_entropy
+    monkeypatch.setattr(
+        kernels, "linear_cross_entropy", lambda hidden, weight, labels, **_: right(hidden, weight, labels.clamp(min=0))
+    )
+    monkeypatch.setattr(kernel_checks, "CASES", {name: kernel_checks.CASES[name]})
+    assert kernel_checks.check_kernels(CPU)[0].state == "failed"
 
 
 def test_a_kernel_that_is_not_launched_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from chronicals_trl.observe.health import CHECKS, Finding, monitor, start
+from chronicals_trl.observe.health.contention import Contention
 from chronicals_trl.observe.health.gradients import Movement, have_gradients
 from chronicals_trl.observe.health.series import LogChecks
 
@@ -34,13 +35,17 @@ class Clock:
 
 def checks_of(entries: Iterable[dict[str, Any]], **settings: Any) -> list[tuple[int, str]]:
     """(entry, check) of all that is said; each entry lies one second behind the one before, or its "seconds"."""
+    return [(number, finding.check) for number, finding in findings_of(entries, **settings)]
+
+
+def findings_of(entries: Iterable[dict[str, Any]], **settings: Any) -> list[tuple[int, Finding]]:
     clock = Clock()
-    checks = LogChecks(**{"flat_at": None, "clock": clock, **settings})
+    checks = LogChecks(**{"flat_at": None, "clock": clock, "contention": Contention(dict), **settings})
     said = []
     for number, entry in enumerate(entries):
         clock.now += entry.pop("seconds", 1.0)
-        given = {name: entry.pop(name) for name in ("full_rate", "disturbed") if name in entry}
-        said += [(number, finding.check) for finding in checks.look({"loss": 2.0, **entry}, **given)]
+        given = {name: entry.pop(name) for name in ("full_rate", "disturbed", "labelled") if name in entry}
+        said += [(number, finding) for finding in checks.look({"loss": 2.0, **entry}, **given)]
     return said
 
 
@@ -53,11 +58,19 @@ def test_zero_norm_takes_two_entries_in_a_row() -> None:
     assert checks_of([{}, {}, {}]) == []  # nobody measured it
 
 
+def test_steps_without_a_label_are_no_fault_while_there_are_others() -> None:
+    empty = {"grad_norm": 0.0, "loss": 0.0, "labelled": False}
+    some: list[dict[str, Any]] = [*[{"grad_norm": 1.0}] * 2, *[empty] * 3]
+    assert checks_of(map(dict, some * 9), flat_at=0.0) == []  # nor is the loss of 2.0 a spike above 0
+    assert checks_of(dict(empty) for _ in range(20)) == [(19, "zero_gradient_norm")]
+    assert checks_of(map(dict, [empty, {"grad_norm": 0.0}, empty, {"grad_norm": 0.0}])) == [(3, "zero_gradient_norm")]
+
+
 @pytest.mark.parametrize("wrong", [{"grad_norm": math.nan}, {"grad_norm": math.inf}, {"loss": math.nan}])
 def test_not_finite(wrong: dict[str, float]) -> None:
-    entries = [{}, wrong, {}, wrong, wrong, wrong, wrong]
+    entries = [{}, wrong, {}, *[wrong] * 10]
     assert checks_of(map(dict, entries))[0] == (1, "not_finite")
-    assert checks_of(map(dict, entries), overflows=True) == [(6, "not_finite")]
+    assert checks_of(map(dict, entries), overflows=True) == [(12, "not_finite")]
 
 
 def test_flat_loss_means_guessing_at_full_rate() -> None:
@@ -85,6 +98,9 @@ def test_a_spike_is_two_entries_far_above_the_median() -> None:
     assert said(3.0, 3.0, 3.0) == []  # less than half as much again, and less than one nat
     assert checks_of([{"loss": 1.0}] * 6 + [{"loss": 9.0}] * 3) == []  # too few to compare with
     assert checks_of([{"loss": 0.01}] * 10 + [{"loss": 0.9}] * 2) == []  # texts known by heart, and a new one
+    assert checks_of([{"loss": 10.0}] * 10 + [{"loss": 12.0}] * 2) == []  # more than one nat, less than half as much
+    # Single ones teach what is usual.
+    assert checks_of([*map(dict, usual), *([{"loss": 4.0}, {"loss": 2.0}] * 16), *([{"loss": 4.0}] * 2)]) == []
     wild = [{"loss": loss} for loss in (1.0, 4.0, 2.0, 5.0, 1.5, 4.5, 3.0, 0.5)]
     assert checks_of([*wild, {"loss": 12.0}, {"loss": 12.0}]) == []
 
@@ -105,8 +121,36 @@ def test_slow_is_half_the_runs_own_median_for_a_while() -> None:
     assert said([*usual, 40.0, 40.0, 100.0, 40.0, 40.0]) == said([*usual, *[60.0] * 9]) == []
     assert said([*usual[:8], 40.0, 40.0, 40.0]) == []
     assert said([*usual, *[40.0] * 9], disturbed=True) == []
+    longer = [{"tokens_per_second": 100.0, "seconds": 30.0}] * 3  # as many tokens a second
+    assert checks_of([*({"tokens_per_second": 100.0, "seconds": 6.0} for _ in range(10)), *map(dict, longer)]) == []
     short = [{"tokens_per_second": speed, "seconds": 0.5} for speed in [100.0] * 100 + [10.0, 10.0, 10.0] * 2]
     assert checks_of(short) == []  # three seconds of noise
+
+
+def test_slow_names_others_on_the_cores_where_they_are_the_cause() -> None:
+    def told(waiting: Iterable[int]) -> str:
+        waited = iter([0, 0, *[0] * 8, *waiting])  # at the start, at the first entry, in 8 at the usual pace
+        contention = Contention(lambda: {"1": next(waited)})
+        next(waited)
+        speeds = [1.0] + [100.0] * 8 + [40.0] * 3
+        entries = ({"tokens_per_second": speed, "seconds": 6.0} for speed in speeds)
+        ((_, finding),) = findings_of(entries, contention=contention)
+        return str(finding)
+
+    second = 10**9
+    assert "waited for a core 25% of the time" in told([2 * second, 4 * second, 11 * second // 2])
+    assert "waited for a core" not in told([2 * second, 3 * second, 5 * second])  # a second of six in one of the three
+
+
+def test_contention_is_what_threads_waited_since_the_look_before() -> None:
+    looks = iter([{"1": 5 * 10**9, "2": 7}, {"1": 6 * 10**9, "3": 2 * 10**9}, {"1": 6 * 10**9}])
+    contention = Contention(lambda: next(looks))
+    assert [contention.look(), contention.look()] == [3.0, 0.0]
+
+
+def test_contention_on_this_machine() -> None:
+    contention = Contention()
+    assert contention.look() >= 0.0
 
 
 # -- gradients -------------------------------------------------------------------------------------------------------
@@ -148,6 +192,29 @@ def test_movement_watches_what_has_a_gradient() -> None:
     with torch.no_grad():
         table[0, 0] *= 0.9  # weight decay, say, of an element without a gradient
     assert movement.finish().tolist() == [[1, 1, 0], [0, 0, 0]]
+
+
+def test_movement_follows_a_gradient_of_either_sign_among_many_parameters() -> None:
+    parameters = [with_grad(0.0) for _ in range(31)]
+    parameters[29].grad = torch.tensor([0.0, -1.0, 0.0])  # its largest element is 0
+    movement = Movement([parameters], CPU, alone)
+    movement.start()
+    assert movement.finish().tolist() == [[1], [0]]
+    movement.start()
+    with torch.no_grad():
+        parameters[29][1] += 1
+    assert movement.finish().tolist() == [[1], [1]]
+
+
+def test_movement_passes_over_what_it_cannot_follow() -> None:
+    sparse = nn.Embedding(4, 2, sparse=True)
+    sparse(torch.tensor([1])).sum().backward()
+    apart = SimpleNamespace(detach=lambda: torch.ones(6), grad=torch.ones(3))  # a gradient that is cut otherwise
+    strided = nn.Parameter(torch.ones(4, 2).t())
+    strided.grad = torch.ones(2, 4)
+    movement = Movement([[sparse.weight, apart, strided, with_grad(1.0)]], CPU, alone)  # type: ignore[list-item]
+    movement.start()
+    assert len(movement._then) == 1 and movement.finish().tolist() == [[1], [0]]
 
 
 def test_full_rate() -> None:
@@ -217,6 +284,34 @@ def test_what_follows_from_a_finding_is_not_said() -> None:
     assert run.said == [(1, "no_gradient")] and silent == [[]] * 4
 
 
+@pytest.mark.parametrize(("cause", "follows"), [
+    ("no_labels", "zero_gradient_norm"), ("no_labels", "missing_gradients"), ("not_optimized", "flat_loss"),
+    ("not_optimized", "still_weights"), ("not_finite", "loss_spike"), ("still_weights", "flat_loss"),
+    ("zero_gradient_norm", "still_weights"),
+])  # fmt: skip
+def test_a_fault_is_told_by_its_cause(cause: str, follows: str) -> None:
+    at_once, later = Run().monitor, Run().monitor
+    first, second = (Finding(check, "a", "b", "c") for check in (cause, follows))
+    assert at_once._new([first, second, first]) == [first]
+    assert later._new([first]) == [first] and later._new([second]) == []
+    assert later._new([Finding("slow", "a", "b", "c")]) != []
+
+
+def test_the_resolution_is_the_cause_where_one_of_the_still_groups_is_in_16_bits() -> None:
+    for dtypes, low in (((torch.bfloat16, torch.float32), True), ((torch.float32, torch.float32), False)):
+        run = Run()
+        run.monitor._watched_groups = [(0, [nn.Parameter(torch.ones(1, dtype=dtype))]) for dtype in dtypes]
+        run.monitor._looked_at = [True, True]
+        (finding,) = run.monitor._still([1, 1], [0, 0])
+        assert ("below the resolution" in str(finding)) == low
+
+
+def test_movement_is_looked_at_from_the_first_labels_on() -> None:
+    run = Run().steps(3, grade=nothing, labels=0)
+    with mock.patch.object(run.optimizer, "step"):
+        assert run.steps(20).said == [(14, "still_weights")]
+
+
 def test_steps_without_labels_say_nothing_about_the_model() -> None:
     count = torch.tensor(0)
     assert Run().steps(3, grade=nothing, labels=count).steps(30).said == []
@@ -241,6 +336,52 @@ def test_nor_do_those_without_a_learning_rate() -> None:
     run = Run()
     run.optimizer.param_groups[0]["lr"] = 0.0
     assert run.steps(40, grade=first_without).said == []
+    # LoRA's B begins to move now, and A has a gradient from the next step on.
+    run.optimizer.param_groups[0]["lr"] = 1e-2
+    assert run.steps(1, grade=first_without).steps(20).said == []
+
+
+def test_movement_waits_for_the_full_rate() -> None:
+    run = Run()
+    (group,) = run.optimizer.param_groups
+    group |= {"initial_lr": 1e-2, "lr": 1e-3}
+    with mock.patch.object(run.optimizer, "step"):
+        assert run.steps(20).said == []
+        group["lr"] = 1e-2
+        assert run.steps(12).said == [(31, "still_weights")]
+
+
+def test_a_group_that_is_meant_to_rest_is_no_fault() -> None:
+    run = Run()
+    (group,) = run.optimizer.param_groups
+    run.optimizer.add_param_group({"params": [group["params"].pop()], "lr": 0.0})
+    assert run.steps(30).said == []
+    run = Run()
+    (group,) = run.optimizer.param_groups
+    run.optimizer.add_param_group({"params": [group["params"].pop()], "lr": 1e-12})
+    assert run.steps(30).said == [(13, "some_still_weights")]
+
+
+def test_a_step_without_a_label_has_no_gradient_norm_to_be_judged_by() -> None:
+    def log(labels: Any) -> list[Finding]:
+        run = Run().steps(1)
+        run.monitor.step(labels)
+        return [finding for _ in range(2) for finding in run.monitor.log({"loss": 0.0, "grad_norm": 0.0})]
+
+    assert log(0) == log(torch.tensor(0)) == []
+    assert [f.check for f in log(5)] == [f.check for f in log(None)] == ["zero_gradient_norm"]
+
+
+def test_another_ranks_gradients_count() -> None:
+    run = Run().steps(7, grade=first_without)
+    run.monitor._reduce = torch.ones_like
+    assert run.steps(20, grade=first_without).said == []
+
+
+def test_another_ranks_labels_count() -> None:
+    run = Run()
+    run.monitor._reduce = lambda flags: torch.maximum(flags, torch.ones_like(flags)) if len(flags) == 1 else flags
+    assert run.steps(1, grade=nothing, labels=0).said == [(1, "no_gradient")]
 
 
 class Rarely(nn.Module):
@@ -347,6 +488,12 @@ def test_dropped_documents() -> None:
 def test_duplicate_bos(rows: list[list[int]], bos: int | None, found: bool) -> None:
     finding = start.duplicate_bos(Dataset.from_dict({"input_ids": rows}), bos)
     assert (finding is not None) == found
+
+
+def test_duplicate_bos_reads_a_sample_and_no_stream() -> None:
+    data = Dataset.from_dict({"input_ids": [[7, 7, 1]] * 1000})
+    assert "200 of 200 sampled" in str(start.duplicate_bos(data, 7))
+    assert start.duplicate_bos(data.to_iterable_dataset(), 7) is None
 
 
 def test_a_finding_names_one_of_the_checks() -> None:

@@ -63,7 +63,7 @@ class Movement:
     """
 
     def __init__(self, groups: Sequence[Sequence[nn.Parameter]], device: torch.device, reduce: Reduce) -> None:
-        self._groups = [list(group)[:: max(1, len(group) // _WATCHED)][:_WATCHED] for group in groups]
+        self._groups = [_spread(group) for group in groups]
         self._device, self._reduce = device, reduce
         # (group, parameter, indices, values then, whether the gradient there was not zero)
         self._then: list[tuple[int, nn.Parameter, Tensor, Tensor, Tensor]] = []
@@ -97,6 +97,11 @@ class Movement:
         none = torch.zeros(2, dtype=torch.bool, device=self._device)
         columns = [torch.stack(group).any(0) if group else none for group in seen]
         return self._reduce(torch.stack(columns, 1).to(torch.int32))
+
+
+def _spread(group: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    count = min(_WATCHED, len(group))
+    return [group[number * len(group) // count] for number in range(count)]
 
 
 def _elements(parameter: Any) -> Tensor | None:

@@ -68,14 +68,17 @@ class HealthMonitor:
         self._series, self._watches, self._sharded = series, gradients, sharded
         self._said: set[str] = set()
         self._steps = self._unlabelled = 0
+        self._labels: int | Tensor | None = None  # of the last step
         # Parameters without a gradient so far; None until a first step has had one at all.
         self._pending: list[tuple[str, nn.Parameter]] | None = None
         self._pending_had: Tensor | None = None
+        self._pending_looks = 1  # the first step's
         self._missing: Tensor | None = None  # to be read with the next log entry; 0 for a parameter of these names
         self._missing_names: list[str] = []
         self._movement: Movement | None = None
         self._watched_groups: list[tuple[int, list[nn.Parameter]]] = []
         self._look_began: int | None = None
+        self._looked_at: list[bool] = []  # the groups that were at their full rate when the look began
         self._next_look, self._moving_steps = _FIRST_LOOK, 0
         self._moved: Tensor | None = None  # likewise
 
@@ -88,13 +91,14 @@ class HealthMonitor:
             labels: labelled tokens of the step, over all ranks; None where nobody counted.
             skipped: the optimizer left out the step before this one (an overflow in float16).
         """
+        self._labels = labels
         if not self._watches:
             return []
         found = []
         if self._pending is None:
             found += [*self._outside_the_optimizer(), *self._first_gradients(labels)]
         elif self._pending and any(rate_of(group) != 0 for group in self._groups):
-            self._later_gradients()
+            self._later_gradients(skipped)
         if not skipped:
             self._steps += 1
             self._look_at_movement()
@@ -108,7 +112,7 @@ class HealthMonitor:
         if any(flags) or not any(due):
             self._pending = [each for each, flag, d in zip(named, flags, due, strict=True) if d and not flag]
             return []
-        if labels is not None and int(labels) == 0:  # of that nothing follows about the model
+        if labels is not None and self._of_all_ranks(labels) == 0:  # of that nothing follows about the model
             self._unlabelled += 1
             if self._unlabelled < LABEL_STEPS:
                 return []
@@ -117,12 +121,18 @@ class HealthMonitor:
         self._pending = []
         return [no_gradient(self._model)]
 
-    def _later_gradients(self) -> None:
+    def _of_all_ranks(self, labels: int | Tensor) -> int:
+        """The ranks' most labels: with `average_tokens_across_devices=False` each has counted its own."""
+        count = torch.as_tensor(labels, device=self._device).detach().clone().reshape(1)
+        return int(self._reduce(count).item())
+
+    def _later_gradients(self, skipped: bool) -> None:
         assert self._pending is not None
         # The ranks are asked once, at the end.
         had = have_gradients([parameter for _, parameter in self._pending], self._device, _this_rank)
         self._pending_had = had if self._pending_had is None else self._pending_had | had
-        if self._steps + 1 >= GRADIENT_STEPS:
+        self._pending_looks += not skipped
+        if self._pending_looks >= GRADIENT_STEPS:
             self._missing = self._reduce(self._pending_had)
             self._missing_names = [name for name, _ in self._pending]
             self._pending = []
@@ -160,6 +170,7 @@ class HealthMonitor:
         elif self._steps >= self._next_look and self._pending is not None:
             self._movement.start()
             self._look_began, self._moving_steps = self._steps, 0
+            self._looked_at = [at_full_rate([self._groups[number]]) for number, _ in self._watched_groups]
             self._next_look = self._steps + MOVEMENT_PERIOD
 
     # -- logs --------------------------------------------------------------------------------------------------------
@@ -172,6 +183,8 @@ class HealthMonitor:
             disturbed: an evaluation or a save fell into the interval.
         """
         found = []
+        # Norm 0 stands for the last step; without a label it says nothing about the model.
+        empty = logs.get("grad_norm") == 0 and self._labels is not None and self._of_all_ranks(self._labels) == 0
         if self._missing is not None:
             had, self._missing = self._missing.tolist(), None
             names = [name for name, flag in zip(self._missing_names, had, strict=True) if not flag]
@@ -180,13 +193,12 @@ class HealthMonitor:
             had, moved = self._moved.tolist()
             self._moved = None
             found += self._still(had, moved)
-        if self._watches and self._pending is None:  # steps without a label so far, which `step` counts
-            logs = {name: value for name, value in logs.items() if name != "grad_norm"}
-        found += self._series.look(logs, full_rate=at_full_rate(self._groups), disturbed=disturbed)
+        found += self._series.look(logs, full_rate=at_full_rate(self._groups), disturbed=disturbed, labelled=not empty)
         return self._new(found)
 
     def _still(self, had: list[int], moved: list[int]) -> list[Finding]:
-        still = [group for group, h, m in zip(self._watched_groups, had, moved, strict=True) if h and not m]
+        groups = zip(self._watched_groups, self._looked_at, had, moved, strict=True)
+        still = [group for group, looked, h, m in groups if looked and h and not m]
         if not still:
             return []
         told, low = [], False

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from chronicals_trl.observe.health.contention import Contention
 from chronicals_trl.observe.health.findings import Finding
 
 __all__ = ["LogChecks"]
@@ -17,11 +18,15 @@ _WINDOW, _ENOUGH = 16, 8
 
 _FLAT_LOGS, _FLAT_SHARE = 10, 0.01
 _SPIKE_LOGS = 2  # one odd batch in a small run is no spike
-_ZERO_LOGS = 2  # one batch may have nothing to learn
-_OVERFLOW_LOGS = 4  # fp16's loss scale is found by overflowing
+_ZERO_LOGS = 2  # one may be an accident
+_UNLABELLED_LOGS = 20  # where documents are not looked at, half of them may have no label
+# fp16's loss scale begins at 65,536 and is halved by an overflow: ten in a row leave it at 64.
+_OVERFLOW_LOGS = 10
 
 # Throughput is judged over stretches of this length; two cores of a busy machine halve it for a second.
 _STRETCH_SECONDS, _SLOW_STRETCHES, _SLOW_SHARE = 5.0, 3, 0.5
+# Of a stretch; threads that wait at once count each. More than that, and others on the cores are the cause.
+_CONTENDED_SHARE = 0.2
 
 
 class LogChecks:
@@ -31,29 +36,38 @@ class LogChecks:
         flat_at: the loss of guessing, ln(V), in nats; None where the loss is not a cross-entropy over V tokens.
         overflows: gradients may overflow now and then, as they do while fp16's loss scale is found.
         clock: seconds, monotonic.
+        contention: for how long others held the cores.
     """
 
     def __init__(
-        self, *, flat_at: float | None, overflows: bool = False, clock: Callable[[], float] = time.perf_counter
+        self,
+        *,
+        flat_at: float | None,
+        overflows: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+        contention: Contention | None = None,
     ) -> None:
         self._flat_at, self._overflow_logs = flat_at, _OVERFLOW_LOGS if overflows else 1
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._spike: list[float] = []
-        self._flat = self._zeros = self._overflows = 0
-        self._speed = _Speed(clock)
+        self._flat = self._zeros = self._labelled_zeros = self._overflows = 0
+        self._speed = _Speed(clock, contention or Contention())
 
-    def look(self, logs: Mapping[str, float], *, full_rate: bool = True, disturbed: bool = False) -> list[Finding]:
+    def look(
+        self, logs: Mapping[str, float], *, full_rate: bool = True, disturbed: bool = False, labelled: bool = True
+    ) -> list[Finding]:
         """What is wrong, as of this entry.
 
         Args:
             logs: "loss" and, where they are known, "grad_norm", "learning_rate" and "tokens_per_second".
             full_rate: the learning rate is at least half of its peak; a warm-up may well leave the loss where it is.
             disturbed: an evaluation or a save fell into the interval.
+            labelled: the step that the gradient norm is of had labels.
         """
         loss, norm = logs["loss"], logs.get("grad_norm")
         rate = logs.get("learning_rate", math.nan)
-        found = [self._finite(loss, norm), self._zero(norm), self._speed.look(logs, disturbed)]
-        if math.isfinite(loss):
+        found = [self._finite(loss, norm), self._zero(norm, labelled), self._speed.look(logs, disturbed)]
+        if math.isfinite(loss) and labelled:
             found += [self._flat_loss(loss, full_rate), self._spiked(loss, rate)]
         return [finding for finding in found if finding is not None]
 
@@ -71,9 +85,10 @@ class LogChecks:
             "above 0, and bf16 in place of fp16",
         )
 
-    def _zero(self, norm: float | None) -> Finding | None:
+    def _zero(self, norm: float | None, labelled: bool) -> Finding | None:
         self._zeros = self._zeros + 1 if norm == 0 else 0
-        if self._zeros < _ZERO_LOGS:
+        self._labelled_zeros = self._labelled_zeros + labelled if norm == 0 else 0
+        if self._labelled_zeros < _ZERO_LOGS and self._zeros < _UNLABELLED_LOGS:
             return None
         return Finding(
             "zero_gradient_norm",
@@ -113,8 +128,6 @@ class LogChecks:
         self._spike.append(loss)
         if len(self._spike) < _SPIKE_LOGS:
             return None
-        self._losses.extend(self._spike)
-        self._spike.clear()
         return Finding(
             "loss_spike",
             f"the loss has jumped to {loss:.3f}; the median of the log entries before is {median:.3f}",
@@ -128,12 +141,13 @@ class LogChecks:
 class _Speed:
     """Real tokens a second, over stretches of some seconds, against the median of the run's own."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float], contention: Contention) -> None:
+        self._clock, self._contention = clock, contention
         self._since: float | None = None  # the first entry's interval has compilation in it
         self._stretches: deque[float] = deque(maxlen=_WINDOW)
         self._tokens = self._seconds = 0.0
         self._slow: list[float] = []
+        self._contended: list[float] = []  # in each of these, the share of the time that was waited for a core
 
     def look(self, logs: Mapping[str, float], disturbed: bool) -> Finding | None:
         now = self._clock()
@@ -145,24 +159,34 @@ class _Speed:
         self._seconds += now - since
         if self._seconds < _STRETCH_SECONDS:
             return None
-        speed = self._tokens / self._seconds
+        speed, contended = self._tokens / self._seconds, self._contention.look() / self._seconds
         self._tokens = self._seconds = 0.0
-        return self._compare(speed)
+        return self._compare(speed, contended)
 
-    def _compare(self, speed: float) -> Finding | None:
+    def _compare(self, speed: float, contended: float) -> Finding | None:
         usual = statistics.median(self._stretches) if len(self._stretches) >= _ENOUGH else None
         if usual is None or speed >= _SLOW_SHARE * usual:
             self._stretches.extend([*self._slow, speed])
             self._slow.clear()
+            self._contended.clear()
             return None
         self._slow.append(speed)
+        self._contended.append(contended)
         if len(self._slow) < _SLOW_STRETCHES:
             return None
-        self._stretches.extend(self._slow)
-        self._slow.clear()
+        contended = min(self._contended)
+        seen = f"throughput has fallen to {speed:,.0f} tokens a second, from a median of {usual:,.0f}"
+        if contended > _CONTENDED_SHARE:
+            return Finding(
+                "slow",
+                seen,
+                f"other processes on the CPU cores: this one waited for a core {contended:.0%} of the time, all its "
+                "threads together",
+                "give the run cores of its own, or wait until the others are done; data loader workers count too",
+            )
         return Finding(
             "slow",
-            f"throughput has fallen to {speed:,.0f} tokens a second, from a median of {usual:,.0f}",
+            seen,
             "another process on the GPU or on the CPU cores, a GPU that is too hot or at its power limit, memory that "
             "is nearly full (the allocator frees and asks again), or a data loader that does not keep up",
             "look at nvidia-smi (processes, clocks, memory) and at host_bound in the logs; raise "
