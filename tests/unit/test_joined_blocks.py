@@ -171,6 +171,11 @@ def test_checkpointing_goes_on(monkeypatch, reentrant: bool) -> None:
     assert len(calls) == 4  # two layers, each computed a second time in the backward pass
 
 
+def need_checkpoints_in_the_forward(model: nn.Module) -> None:
+    if not model.model.layers[0].__dict__[match.SPEC].checkpoints:
+        pytest.skip("this transformers checkpoints around the layer's forward")
+
+
 def results_not_needed(monkeypatch) -> list[bool]:
     """What each MLP's node is told; where its result is not needed, nobody may read it: it is NaN."""
     told = []
@@ -196,8 +201,7 @@ def test_a_layer_computed_again_leaves_the_last_product_out(
 ) -> None:
     expected = gradients(tiny_models.build(family))
     model = patched(family)
-    if not model.model.layers[0].__dict__[match.SPEC].checkpoints:
-        pytest.skip("this transformers checkpoints around the layer's forward")
+    need_checkpoints_in_the_forward(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
     told = results_not_needed(monkeypatch)
@@ -213,6 +217,7 @@ def test_under_a_checkpoint_of_the_whole_model_the_layers_results_are_needed(mon
     """Its recomputation runs each layer for its result, and each layer's own checkpoint once more."""
     expected = gradients(tiny_models.build("llama"))
     model = patched()
+    need_checkpoints_in_the_forward(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     told = results_not_needed(monkeypatch)
     batch = tiny_models.packed_batch()
@@ -228,6 +233,7 @@ def test_under_a_checkpoint_of_the_whole_model_the_layers_results_are_needed(mon
 
 def test_who_looks_at_an_mlp_sees_its_result_each_time(monkeypatch) -> None:
     model = patched()
+    need_checkpoints_in_the_forward(model)
     # (The other kind stops before the hook, once it has what it needs.)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
