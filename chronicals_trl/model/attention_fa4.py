@@ -48,15 +48,20 @@ _CACHE, _CACHE_FOLDER = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTI
 def _keep_compiled_kernels() -> None:
     """Switch the package's cache on, unless the user has said something about it, or it could not lock files there.
 
-    Its own default folder is one in the machine's temporary folder, where others could have put code of theirs.
+    Its own default folder is one in the machine's temporary folder, where others could have put code of theirs. Ours
+    is one for each kind of GPU: the package finds some of its kernels by a key that leaves the GPU out, and a home
+    may be shared by several kinds.
     """
     if fcntl is None or _CACHE in os.environ or "flash_attn.cute.cache_utils" in sys.modules:
+        return
+    if not torch.cuda.is_available():
         return
     try:
         if importlib.util.find_spec("flash_attn") is None:
             return
+        kind = "sm_{}{}".format(*torch.cuda.get_device_capability())
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = Path(os.environ.get(_CACHE_FOLDER) or caches / "chronicals-trl" / "flash_attn_4")
+        folder = Path(os.environ.get(_CACHE_FOLDER) or caches / "chronicals-trl" / "flash_attn_4" / kind)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(folder / "lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

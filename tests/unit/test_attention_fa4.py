@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import fake_flash_attention as fake
@@ -200,14 +201,16 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with the package, on which nothing has been set; where its caches are."""
     monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path)})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.delitem(sys.modules, "flash_attn.cute.cache_utils", raising=False)
     return tmp_path
 
 
 def test_compiled_kernels_are_kept(environment: Path) -> None:
-    """In a folder of the user's own: what is in it is run."""
+    """In a folder of the user's own, since what is in it is run, and of the kind of GPU."""
     attention_fa4._keep_compiled_kernels()
-    folder = environment / "chronicals-trl" / "flash_attn_4"
+    folder = environment / "chronicals-trl" / "flash_attn_4" / "sm_90"
     assert (os.environ[ENABLED], os.environ[FOLDER]) == ("1", str(folder))
     assert folder.stat().st_mode & 0o777 == 0o700
     with open(folder / "lock", "w") as file:  # another rank, at the same time
@@ -228,13 +231,24 @@ def test_the_users_settings_of_the_cache_win(environment: Path) -> None:
     assert [each.name for each in environment.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("obstacle", ["no package", "imported already", "no folder", "no locks", "no home"])
+@pytest.mark.parametrize(
+    "obstacle",
+    ["no package", "a package without a spec", "imported already", "no GPU", "no folder", "no locks", "no home"],
+)
 def test_no_cache_where_it_could_not_work(obstacle: str, environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise OSError(errno.ENOLCK, "no locks available")
 
     if obstacle == "no package":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    elif obstacle == "a package without a spec":
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(environment)})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    elif obstacle == "no GPU":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     elif obstacle == "imported already":
         monkeypatch.setitem(sys.modules, "flash_attn.cute.cache_utils", None)
     elif obstacle == "no folder":
