@@ -182,10 +182,11 @@ class GraphedStack:
     def _let_go(self, kinds: list[_Kind]) -> None:
         if self._recorder is not None:
             self._recorder.wait()
+        ended = self.reason is not None or any(kind.captured is not None for kind in kinds)
         for kind in kinds:
             kind.captured = None
         # Nothing can be captured into a pool whose graphs are gone, and of whose memory a `.grad` still has a part.
-        if self._recorder is not None and all(kind.captured is None for kind in self._kinds.values()):
+        if ended and self._recorder is not None and all(kind.captured is None for kind in self._kinds.values()):
             self._recorder.release()
 
     @contextmanager

@@ -145,7 +145,8 @@ class RecomputeMixin(Trainer):
         memory = self._memory()
         keeping, peak, room = 0, self._peak(memory), memory.room()
         if self._layer_bytes is not None:
-            # Graphs hold the layers' gradients a second time.
+            # Under DDP, and while they accumulate, graphs hold the layers' gradients a second time; else it is room to
+            # spare.
             trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
             twice = sum(p.numel() * p.element_size() for p in trained)
             keeping = layers_that_keep(len(layers), peak, self._layer_bytes, room, twice)

@@ -307,6 +307,14 @@ def test_memory_that_runs_out_after_all(tmp_path: Path, memory: MadeUp, after_ba
     assert flags == [[True] * LAYERS] * 3
 
 
+def nine_steps(trainer_class: type[SFTTrainer], folder: Path) -> SFTTrainer:
+    settings = {**LEFT_OPEN, "output_dir": str(folder), "use_chronicals": True, "packing": True, "max_steps": 9}
+    return trainer_class(
+        model=tiny_models.build("llama"), args=SFTConfig(**settings), train_dataset=tiny_data.text(120),
+        processing_class=tiny_data.tokenizer(),
+    )  # fmt: skip
+
+
 def test_memory_that_runs_out_twice_is_an_error(tmp_path: Path, memory: MadeUp) -> None:
     """With every layer computed again there is nothing left to give."""
     roomy(memory)
@@ -319,11 +327,7 @@ def test_memory_that_runs_out_twice_is_an_error(tmp_path: Path, memory: MadeUp) 
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().compute_loss(*args, **kwargs)
 
-    settings = {**LEFT_OPEN, "output_dir": str(tmp_path), "use_chronicals": True, "packing": True, "max_steps": 9}
-    trainer = Failing(
-        model=tiny_models.build("llama"), args=SFTConfig(**settings), train_dataset=tiny_data.text(120),
-        processing_class=tiny_data.tokenizer(),
-    )  # fmt: skip
+    trainer = nine_steps(Failing, tmp_path)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train()
     assert failures == [1, 1]
@@ -349,11 +353,7 @@ def test_graphs_end_when_memory_runs_out(
                 at_retry.append(len(released))
             return super().compute_loss(*args, **kwargs)
 
-    settings = {**LEFT_OPEN, "output_dir": str(tmp_path), "use_chronicals": True, "packing": True, "max_steps": 9}
-    trainer = Failing(
-        model=tiny_models.build("llama"), args=SFTConfig(**settings), train_dataset=tiny_data.text(120),
-        processing_class=tiny_data.tokenizer(),
-    )  # fmt: skip
+    trainer = nine_steps(Failing, tmp_path)
     trainer.train()
     part = trainer.chronicals_report["cuda_graphs"]
     assert failures[0] > 0 and at_retry == [1], "graphs were in use, and their memory is given back first"
