@@ -4,7 +4,8 @@ The seams, all of them methods that TRL or transformers calls: `compute_loss` (t
 `packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks' shares) and `_get_dataloader`, the last in
 `padding_free.py` too; in
 `optim/trainer.py` `create_optimizer`; in `model/trainer.py` (CUDA graphs) and `model/recompute_trainer.py` `train`,
-`training_step` and `evaluation_loop`; in `observe/trainer.py` `get_batch_samples` (token counts) and `log`; in
+`training_step` and `evaluation_loop`; in `model/walks_trainer.py` `training_step` and `floating_point_ops`; in
+`observe/trainer.py` `get_batch_samples` (token counts) and `log`; in
 `observe/health/trainer.py` these two, once more, and `create_optimizer`; in `observe/out_of_memory.py` errors on
 their way out; in `checkpoints.py` which one `train` resumes from. With the flag off each returns the parent's result
 as it is.
@@ -38,6 +39,7 @@ from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
 from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpatch_model
 from chronicals_trl.model.recompute_trainer import RecomputeMixin
 from chronicals_trl.model.trainer import CudaGraphsMixin
+from chronicals_trl.model.walks_trainer import WalksMixin
 from chronicals_trl.observe.health.trainer import HealthMixin
 from chronicals_trl.observe.out_of_memory import OutOfMemoryMixin
 from chronicals_trl.observe.trainer import ThroughputMixin
@@ -58,6 +60,7 @@ class SFTTrainer(
     PackingMixin,
     HealthMixin,
     LoraPlusMixin,
+    WalksMixin,
     RecomputeMixin,
     CudaGraphsMixin,
     ThroughputMixin,
