@@ -155,6 +155,7 @@ class SFTTrainer(
         self._lora_plus = report["lora_plus"].state == "on"
         self._lora_plus_rates = report["lora_plus"].backend or ""
         self._head = report["head"].state == "on"
+        self._enlarge_buckets(report)
         rounding = self._round_lengths_up(report)  # of TRL's collator, before one for packed rows is put around it
         if self._packing.state == "on":
             self.data_collator = self._packed_collator(base_model(self.model).config.get_text_config())
