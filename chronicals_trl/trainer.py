@@ -352,26 +352,6 @@ class SFTTrainer(
         finally:
             self.router_aux_loss_coef = coefficient
 
-    @torch.no_grad()
-    def _record(self, mode: str, outputs: Any) -> None:
-        """TRL's metrics of one micro-batch, over all ranks, kept on the device until they are logged."""
-        values = [outputs.label_mask.sum(), outputs.entropy.detach().sum(), outputs.is_top1.sum()]
-        if self.aux_loss_enabled:
-            aux_loss = outputs.aux_loss.detach()
-            values += [aux_loss, aux_loss.new_full((), self._batch_tokens != 0)]
-        sums = torch.stack([value.to(values[0].device, torch.float32) for value in values])
-        if self.args.world_size > 1:
-            if mode == "train":
-                sums = self.accelerator.reduce(sums, reduction="sum")
-            else:  # as TRL does: without the ranks that have repeated rows alone
-                sums = self.accelerator.gather_for_metrics(sums[None]).sum(0)
-        labelled = sums[0].clamp(min=1)
-        self._metrics[mode]["entropy"].append(sums[1] / labelled)
-        self._metrics[mode]["mean_token_accuracy"].append(sums[2] / labelled)
-        self._metrics[mode]["num_tokens"] = [0]  # filled in by `log`
-        if self.aux_loss_enabled:
-            self._metrics[mode]["aux_loss"].append(sums[3] / sums[4].clamp(min=1))
-
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
         if self._chronicals is not None and isinstance(inputs, MutableMapping):  # BatchEncoding is no dict

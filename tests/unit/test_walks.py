@@ -1,4 +1,4 @@
-"""A model's modules and parameters listed once: the answers are those of a walk, whatever has been done to the model."""
+"""A model's modules and parameters listed once: the answers are those of a walk, whatever is done to the model."""
 
 from __future__ import annotations
 
