@@ -38,8 +38,8 @@ class Walked(TrainerCallback):
         self.by_step.append(0)
 
 
-def make(tmp_path: Path, watch: TrainerCallback, *, use_chronicals: bool = True, lora: bool = False) -> SFTTrainer:
-    options = {"use_chronicals": use_chronicals, "max_steps": STEPS, "gradient_accumulation_steps": 2}
+def make(tmp_path: Path, watch: TrainerCallback, *, lora: bool = False, **options: Any) -> SFTTrainer:
+    options = {"use_chronicals": True, "max_steps": STEPS, "gradient_accumulation_steps": 2, **options}
     return SFTTrainer(
         model=tiny_models.build("llama"),
         args=SFTConfig(**{**SETTINGS, **options, "output_dir": str(tmp_path / "out")}),
@@ -71,12 +71,24 @@ def test_stock_trl_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_operations_told_are_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Growing(Walked):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                kwargs["model"].add_module("extra", nn.Linear(50, 50))
+
     told = []
     for on in (True, False):
-        trainer = make(tmp_path / str(on), Walked(monkeypatch), use_chronicals=on)
+        trainer = make(tmp_path / str(on), Growing(monkeypatch), use_chronicals=on)
         trainer.train()
         told.append(trainer.state.total_flos)
     assert told[0] == told[1] > 0
+
+
+def test_a_model_that_an_engine_runs_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Walked(monkeypatch)
+    trainer = make(tmp_path, watch, activation_offloading=True)
+    trainer.train()
+    assert all(watch.by_step)
 
 
 def test_a_run_that_fails_leaves_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
