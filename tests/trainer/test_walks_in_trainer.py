@@ -86,7 +86,7 @@ def test_the_operations_told_are_trainers(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_model_that_an_engine_runs_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Walked(monkeypatch)
-    trainer = make(tmp_path, watch, activation_offloading=True)
+    trainer = make(tmp_path, watch, auto_find_batch_size=True)
     trainer.train()
     assert all(watch.by_step)
 

@@ -143,7 +143,8 @@ def test_a_copy_answers_for_itself(model: nn.Module, walks: Walks, way: str) -> 
     assert all(module.training for module in other.modules())
     other.add_module("extra", nn.Linear(2, 2))
     assert same(list(other.parameters()), walked(other))
-    if way != "copy":  # which shares its tables with the original
+    if way != "copy":  # which shares its tables, and its lists, with the original
+        assert other.__dict__[walks_module._WALKS]._model is None
         assert same(list(model.parameters()), walked(model)) and len(walked(model)) < len(walked(other))
 
 
