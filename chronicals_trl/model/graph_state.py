@@ -197,8 +197,8 @@ def _same_objects(one: Call, other: Call) -> bool:
     return (
         len(one[0]) == len(other[0])
         and one[1].keys() == other[1].keys()
-        and all(a is b for a, b in zip(one[0], other[0], strict=True))
-        and all(value is other[1][name] for name, value in one[1].items())
+        and all(map(is_, one[0], other[0]))
+        and all(map(is_, one[1].values(), map(other[1].__getitem__, one[1])))
     )
 
 
