@@ -22,9 +22,9 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)  # not DTensor, not a subclass whose ker
 _SCALARS = (bool, int, float, str, type(None))
 _VALUES = (*_SCALARS, torch.dtype, torch.device, torch.layout)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Modules that only hold others, and are not called: no hook, flag or setting of theirs decides anything. PEFT's layers
-# have so many that looking at them took as long as looking at those that are called.
-_HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+# Modules that only hold others and are not called, of which PEFT's layers have many, and how many attributes one has
+# without any of its own: then no hook or flag of it decides anything.
+_HOLDERS: dict[type[nn.Module], int] = {kind: len(vars(kind())) for kind in (nn.ModuleList, nn.ModuleDict)}
 # Of PEFT's layers: containers that are changed in place.
 _CONTAINERS = ("scaling", "merged_adapters", "_active_adapter")
 # Of PEFT's layers too: settings whose names begin with an underscore, as torch's own bookkeeping does.
@@ -50,12 +50,12 @@ class LayerState:
     def _list(self) -> None:
         self._generation += 1
         self.modules = list({id(m): m for layer in self._layers for m in layer.modules()}.values())
-        called = [m for m in self.modules if type(m) not in _HOLDERS]
+        called = [m for m in self.modules if len(vars(m)) != _HOLDERS.get(type(m))]
         dicts = [m.__dict__ for m in called]
         self._hooks = [getattr(m, name) for m in called for name in _HOOKS]
         tables: list[dict[str, Any]] = [t for m in self.modules for t in (m._modules, m._parameters, m._buffers)]
         self._empty, self._filled = [table for table in tables if not table], [table for table in tables if table]
-        self._sized = [*dicts, *self._filled]
+        self._sized = [*map(vars, self.modules), *self._filled]
         self._sizes = list(map(len, self._sized))
         self._members = list(chain.from_iterable(map(dict.values, self._filled)))
         self.parameters: list[nn.Parameter] = _distinct(chain(*(m._parameters.values() for m in self.modules)))

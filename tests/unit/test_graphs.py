@@ -423,6 +423,10 @@ STATE_CHANGES: dict[str, Callable[[Any], Any]] = {
     "a module in a holder": lambda layer: layer.mlp.held.update({"a": nn.Linear(2, 2)}),
     "a module in a holder that was empty": lambda layer: layer.mlp.nothing.update({"a": nn.Linear(2, 2)}),
     "modules in another order": lambda layer: layer.mlp.held.update({"a": layer.mlp.held.pop("a")}),
+    "an attribute of a holder": lambda layer: setattr(layer.mlp.held, "more", 1),
+    "an attribute of a holder, changed": lambda layer: setattr(layer.mlp.told, "more", 2),
+    "a value among parameters": lambda layer: layer.mlp.values.update({"a": 2}),
+    "a value among no parameters": lambda layer: layer.mlp.no_values.update({"a": 2}),
     "a buffer more": lambda layer: layer.mlp.square.register_buffer("more", torch.ones(1)),
     "one setting in the place of another": lambda layer: (delattr(layer.mlp, "window"), setattr(layer.mlp, "x", 1)),
     "a forward in the place of an attribute": lambda layer: (
@@ -444,6 +448,9 @@ def test_what_else_belongs_to_the_state(change: str) -> None:
     mlp.square.bias.requires_grad_(False)
     mlp.square._note = None
     mlp.held, mlp.nothing = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}), nn.ModuleDict()
+    mlp.told = nn.ModuleList()
+    mlp.told.more = 1
+    mlp.values, mlp.no_values = nn.ParameterDict({"a": 1, "b": torch.ones(1)}), nn.ParameterDict()
     state = LayerState(layers)
     before = state.read()
     mlp.table += 1.0  # a value, which replays read
