@@ -24,7 +24,9 @@ _VALUES = (*_SCALARS, torch.dtype, torch.device, torch.layout)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Modules that only hold others and are not called, of which PEFT's layers have many, and how many attributes one has
 # without any of its own: then no hook or flag of it decides anything.
-_HOLDERS: dict[type[nn.Module], int] = {kind: len(vars(kind())) for kind in (nn.ModuleList, nn.ModuleDict)}
+_HOLDERS: dict[type[nn.Module], int] = {
+    kind: len(vars(kind())) for kind in (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+}
 # Of PEFT's layers: containers that are changed in place.
 _CONTAINERS = ("scaling", "merged_adapters", "_active_adapter")
 # Of PEFT's layers too: settings whose names begin with an underscore, as torch's own bookkeeping does.
