@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ._common import math_dtype, use_triton
+from ._common import kernel_op, math_dtype, use_triton
 from ._cross_entropy_pass import (
     Head,
     OfLoss,
@@ -286,12 +286,20 @@ def _run_tiles(
         gradients.hidden_MH.copy_(hidden_sum_MH)
 
 
-@torch.library.custom_op(
-    "chronicals_trl::linear_cross_entropy",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? scale, float logit_scale, "
-    "float? softcap, ScalarType compute, int? budget_mib, bool dft, float z_loss, bool[] needs) "
+def _fake_score(
+    hidden: Any, weight: Any, bias: Any, labels: Any, scale: Any, logit_scale: Any, cap: Any, compute: Any,
+    budget: Any, dft: Any, z_loss: Any, needs: Any,
+) -> Any:  # fmt: skip
+    floats = [hidden.new_empty(hidden.shape[0], dtype=math_dtype(compute)) for _ in range(3)]
+    is_top1 = hidden.new_empty(hidden.shape[0], dtype=torch.bool)
+    return *floats, is_top1, *_fake_gradients(hidden, weight, needs, compute, compute != torch.float16)
+
+
+@kernel_op(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? scale, "
+    "float logit_scale, float? softcap, ScalarType compute, int? budget_mib, bool dft, float z_loss, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_score,
 )
 def score(
     hidden_MH: torch.Tensor,
@@ -321,16 +329,6 @@ def score(
         final=compute != torch.float16,
     )  # fmt: skip
     return *statistics, *gradients
-
-
-@score.register_fake
-def _(
-    hidden: Any, weight: Any, bias: Any, labels: Any, scale: Any, logit_scale: Any, cap: Any, compute: Any,
-    budget: Any, dft: Any, z_loss: Any, needs: Any,
-) -> Any:  # fmt: skip
-    floats = [hidden.new_empty(hidden.shape[0], dtype=math_dtype(compute)) for _ in range(3)]
-    is_top1 = hidden.new_empty(hidden.shape[0], dtype=torch.bool)
-    return *floats, is_top1, *_fake_gradients(hidden, weight, needs, compute, compute != torch.float16)
 
 
 @torch.library.custom_op(

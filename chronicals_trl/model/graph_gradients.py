@@ -31,7 +31,8 @@ class StaticGradients:
         self.tensors = list(tensors)
         self._pairs = [(p, t) for p, t in zip(parameters, tensors, strict=True) if t is not None]
         # A storage may hold several: the parts of a product that was computed as one.
-        self._at_home = {_address(tensor): _references(tensor) for _, tensor in self._pairs}
+        self._storages = list({_storage(tensor): None for _, tensor in self._pairs})
+        self._at_home = self._references()
 
     def lent(self) -> list[Tensor | None]:
         """Tensors on the graph's memory. One that nobody else holds becomes `.grad` without a copy."""
@@ -44,8 +45,12 @@ class StaticGradients:
 
     def kept(self) -> bool:
         """Whether somebody holds on to this memory otherwise than by `.grad`."""
-        lent = Counter(_address(tensor) for _, tensor in self._borrowers())
-        return any(_references(t) > self._at_home[_address(t)] + lent[_address(t)] for _, t in self._pairs)
+        references = self._references()
+        if references == self._at_home:
+            return False
+        lent = Counter(_storage(tensor) for _, tensor in self._borrowers())
+        counts = zip(self._storages, references, self._at_home, strict=True)
+        return any(now > at_home + lent[storage] for storage, now, at_home in counts)
 
     def take_back(self) -> None:
         """Move each `.grad` on this memory to memory of its own."""
@@ -57,14 +62,14 @@ class StaticGradients:
         """Each `.grad` on this memory, with the tensor of ours that it shares it with."""
         return [(p.grad, t) for p, t in self._pairs if p.grad is not None and p.grad.data_ptr() == t.data_ptr()]
 
+    def _references(self) -> list[int]:
+        """How many tensors, and objects of Python's for it, hold each storage."""
+        return list(map(torch._C._storage_Use_Count, self._storages))
 
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
-
-def _references(tensor: Tensor) -> int:
-    """How many tensors, and objects of Python's for it, hold the storage."""
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+def _storage(tensor: Tensor) -> int:
+    """A name for the tensor's storage, as long as there is the tensor; with none of Python's objects for it."""
+    return tensor.untyped_storage()._cdata
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:

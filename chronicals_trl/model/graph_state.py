@@ -8,9 +8,9 @@ they are given, `surroundings` at the process.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
-from itertools import chain
-from operator import attrgetter, itemgetter
+from collections.abc import Sequence
+from itertools import chain, repeat
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +22,16 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)  # not DTensor, not a subclass whose ker
 _SCALARS = (bool, int, float, str, type(None))
 _VALUES = (*_SCALARS, torch.dtype, torch.device, torch.layout)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Modules that only hold others and are not called, of which PEFT's layers have many, and how many attributes one has
+# without any of its own: then no hook or flag of it decides anything.
+_HOLDERS: dict[type[nn.Module], int] = {
+    kind: len(vars(kind())) for kind in (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+}
 # Of PEFT's layers: containers that are changed in place.
 _CONTAINERS = ("scaling", "merged_adapters", "_active_adapter")
 # Of PEFT's layers too: settings whose names begin with an underscore, as torch's own bookkeeping does.
 _PRIVATE_SETTINGS = ("_disable_adapters", "_active_adapter")
+_MISSING = object()
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -34,7 +40,8 @@ class LayerState:
     """The settings, hooks and parameters of some layers and of all that is in them, to be compared from pass to pass.
 
     What to look at is listed once and again only when the structure has changed (modules, parameters, attributes come
-    or gone), so that a look at some thousand modules takes about a millisecond.
+    or gone). A look at some thousand modules waits for memory most of the time: so each thing is looked at once, by
+    what runs in C over a prepared list, and little is made of it.
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
@@ -45,40 +52,40 @@ class LayerState:
     def _list(self) -> None:
         self._generation += 1
         self.modules = list({id(m): m for layer in self._layers for m in layer.modules()}.values())
-        self._dicts = [m.__dict__ for m in self.modules]
-        own: list[dict[str, Any]] = [t for m in self.modules for t in (m._modules, m._parameters, m._buffers)]
-        # What is empty is looked at for its length alone.
-        self._sized, self._filled = [*self._dicts, *own], [table for table in own if table]
-        self._hooks = [getattr(m, name) for m in self.modules for name in _HOOKS]
+        called = [m for m in self.modules if len(vars(m)) != _HOLDERS.get(type(m))]
+        dicts = [m.__dict__ for m in called]
+        self._hooks = [getattr(m, name) for m in called for name in _HOOKS]
+        tables: list[dict[str, Any]] = [t for m in self.modules for t in (m._modules, m._parameters, m._buffers)]
+        self._empty, self._filled = [table for table in tables if not table], [table for table in tables if table]
+        self._sized = [*map(vars, self.modules), *self._filled]
+        self._sizes = list(map(len, self._sized))
+        self._members = list(chain.from_iterable(map(dict.values, self._filled)))
         self.parameters: list[nn.Parameter] = _distinct(chain(*(m._parameters.values() for m in self.modules)))
         buffers = chain(*(m._buffers.values() for m in self.modules))
         self.tensors: list[Tensor] = _distinct([*self.parameters, *buffers])
-        self._settings: list[tuple[Callable[[Any], Any], dict[str, Any]]] = []
-        self._containers: list[tuple[dict[str, Any], str]] = []
-        for d in self._dicts:
-            names = [n for n in d if (n[:1] != "_" or n in _PRIVATE_SETTINGS) and _is_setting(d[n])]
-            if names:
-                self._settings.append((itemgetter(*names), d))
-            self._containers += [(d, n) for n in _CONTAINERS if n in d]
-            # Tensors that are neither parameters nor buffers: the kernels have their addresses too.
-            self._containers += [(d, n) for n in d if isinstance(d[n], Tensor)]
+        self._settings = _Places([(d, n) for d in dicts for n in ("forward", *_settings_in(d))])
+        # Tensors that are neither parameters nor buffers: the kernels have their addresses too.
+        mutable = [(d, n) for d in dicts for n in d if n in _CONTAINERS or isinstance(d[n], Tensor)]
+        self._containers = _Places(mutable)
         # Of the configuration the layers may read anything while they run.
-        self._configs = [vars(c) for c in _distinct(d.get("config") for d in self._dicts) if hasattr(c, "__dict__")]
-        self._structure = self._look_at_structure()
+        self._configs = [vars(c) for c in _distinct(d.get("config") for d in dicts) if hasattr(c, "__dict__")]
 
-    def _look_at_structure(self) -> tuple[list[int], list[int]]:
-        values = chain.from_iterable(map(dict.values, self._filled))
-        return list(map(len, self._sized)), list(map(id, values))
+    def _has_another_structure(self) -> bool:
+        members = chain.from_iterable(map(dict.values, self._filled))
+        return (
+            any(self._empty)
+            or list(map(len, self._sized)) != self._sizes
+            or not all(map(is_, members, self._members))  # as many as there were: their tables have the old lengths
+        )
 
     def read(self) -> tuple[Any, ...]:
         """The state as a tuple; two passes with equal ones launch the same kernels, given the same kind of call."""
-        if self._look_at_structure() != self._structure:
+        if self._has_another_structure():
             self._list()
         return (
             self._generation,
-            [d.get("forward") for d in self._dicts],
-            [read(d) for read, d in self._settings],
-            [_copied(d[name]) for d, name in self._containers],
+            self._settings.read(),
+            list(map(_copied, self._containers.read())),
             any(self._hooks),
             list(map(Tensor.data_ptr, self.tensors)),
             list(map(attrgetter("requires_grad", "dtype", "shape"), self.tensors)),
@@ -108,8 +115,24 @@ class LayerState:
         return None if self.trainable() else "nothing in the layers is trained"
 
 
+class _Places:
+    """Names in dictionaries, of which all values are read at once."""
+
+    def __init__(self, places: Sequence[tuple[dict[str, Any], str]]) -> None:
+        self._dicts, self._names = [d for d, _ in places], [name for _, name in places]
+
+    def read(self) -> list[Any]:
+        return list(map(dict.get, self._dicts, self._names, repeat(_MISSING)))
+
+
 def _distinct(values: Any) -> list[Any]:
     return list({id(value): value for value in values if value is not None}.values())
+
+
+def _settings_in(attributes: dict[str, Any]) -> list[str]:
+    """The names of a module's attributes that are compared by value."""
+    public = [name for name in attributes if name[:1] != "_" or name in _PRIVATE_SETTINGS]
+    return [name for name in public if name != "forward" and _is_setting(attributes[name])]
 
 
 def _is_setting(value: Any) -> bool:
@@ -120,11 +143,13 @@ def _is_setting(value: Any) -> bool:
 
 
 def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
     if isinstance(value, dict):
-        return tuple((name, _copied(item)) for name, item in value.items())
+        return [*value, *map(_copied, value.values())]
     if isinstance(value, Tensor):  # its values may change: a replay reads them
         return value.data_ptr(), value.shape, value.stride(), value.dtype, value.requires_grad
-    return tuple(value) if isinstance(value, list) else value
+    return value
 
 
 # -- a call ----------------------------------------------------------------------------------------------------------
@@ -174,8 +199,8 @@ def _same_objects(one: Call, other: Call) -> bool:
     return (
         len(one[0]) == len(other[0])
         and one[1].keys() == other[1].keys()
-        and all(a is b for a, b in zip(one[0], other[0], strict=True))
-        and all(value is other[1][name] for name, value in one[1].items())
+        and all(map(is_, one[0], other[0]))
+        and all(map(is_, one[1].values(), map(other[1].__getitem__, one[1])))
     )
 
 

@@ -100,7 +100,6 @@ class PackedCollator:
         input_ids_S = np.empty(size, dtype=np.int64)
         labels_S = np.full(size, IGNORE_INDEX, dtype=np.int64)
         position_ids_S = np.empty(size, dtype=np.int64)
-        real_S = np.zeros(size, dtype=bool)
         segments: list[NDArray[np.int64]] = []
         for row, (example, seq_lengths) in enumerate(zip(examples, rows, strict=True)):
             num_tokens = len(example["input_ids"])
@@ -109,32 +108,34 @@ class PackedCollator:
             end, stop = begin + num_tokens, begin + self.capacity
             input_ids_S[begin:end] = example["input_ids"]
             labels_S[begin:end] = example.get("labels", example["input_ids"])
-            real_S[begin:end] = True
             starts = np.cumsum(seq_lengths) - seq_lengths
             labels_S[begin + starts] = IGNORE_INDEX
             position_ids_S[begin:end] = np.arange(num_tokens) - np.repeat(starts, seq_lengths)
             segments.append(seq_lengths)
             if end < stop:
-                input_ids_S[end:stop] = np.resize(filler, stop - end)
-                position_ids_S[end:stop] = np.arange(stop - end) % longest_document
+                tail = np.arange(stop - end)
+                input_ids_S[end:stop] = filler[tail % len(filler)]
+                position_ids_S[end:stop] = tail % longest_document
                 segments.append(np.array([stop - end], dtype=np.int64))
 
         segments_G = np.concatenate(segments)
-        cu_seqlens = np.concatenate([[0], np.cumsum(segments_G)])
         seq_idx_S = np.repeat(np.arange(len(segments_G), dtype=np.int32), segments_G)
-        cu_seqlens = np.pad(cu_seqlens, (0, self._padded_length(len(examples), len(cu_seqlens))), mode="edge")
+        cu_seqlens = np.full(self._padded_length(len(examples), len(segments_G) + 1), size, dtype=np.int32)
+        cu_seqlens[0] = 0
+        np.cumsum(segments_G, out=cu_seqlens[1 : len(segments_G) + 1])
 
         batch = {
             "input_ids": torch.from_numpy(input_ids_S)[None],
             "labels": torch.from_numpy(labels_S)[None],
             "position_ids": torch.from_numpy(position_ids_S)[None],
             "seq_idx": torch.from_numpy(seq_idx_S)[None],
-            "num_real_tokens": int(real_S.sum()),
+            "num_real_tokens": sum(len(example["input_ids"]) for example in examples),
         }
-        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.from_numpy(cu_seqlens.astype(np.int32))
+        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.from_numpy(cu_seqlens)
         batch["max_length_q"] = batch["max_length_k"] = self._max_length(int(segments_G.max()))
         if self.emit_token_mask:
-            batch["token_mask"] = torch.from_numpy(real_S)[None]
+            lengths_N = np.array([len(example["input_ids"]) for example in examples])
+            batch["token_mask"] = torch.from_numpy(np.arange(self.capacity) < lengths_N[:, None]).view(1, size)
         return batch
 
     def _filler(self, examples: Sequence[Example]) -> NDArray[np.int64]:
@@ -162,10 +163,10 @@ class PackedCollator:
             )
 
     def _padded_length(self, num_bins: int, exact: int) -> int:
-        """How many times the last value of cu_seqlens is repeated."""
+        """The entries of cu_seqlens, the repeated ones among them."""
         if self.cu_seqlens_bucket is None:
-            return 0
+            return exact
         # A bin has at most max_docs_per_bin documents and one padding.
         static = 0 if self.max_docs_per_bin is None else num_bins * (self.max_docs_per_bin + 1) + 1
         wanted = max(static, exact)
-        return -(-wanted // self.cu_seqlens_bucket) * self.cu_seqlens_bucket - exact
+        return -(-wanted // self.cu_seqlens_bucket) * self.cu_seqlens_bucket

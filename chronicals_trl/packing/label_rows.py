@@ -10,6 +10,7 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,19 +31,19 @@ def label_rows(labels: Tensor) -> Tensor | None:
     Returns:
         (R,) int64 into the B * S positions, ascending, filled up with -1.
     """
-    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-    step = max(1, len(shifted) // _STEPS)
-    rows = (shifted != IGNORE_INDEX).nonzero().flatten()
+    places = np.flatnonzero(labels.numpy() != IGNORE_INDEX)  # in numpy, which takes half the time for a short row
+    rows = places[places % labels.shape[1] != 0] - 1
+    step = max(1, labels.numel() // _STEPS)
     length = max(1, -(-len(rows) // step)) * step
-    if length >= len(shifted):
+    if length >= labels.numel():
         return None
-    return torch.nn.functional.pad(rows, (0, length - len(rows)), value=-1)
+    return torch.from_numpy(np.append(rows, np.full(length - len(rows), -1)))
 
 
 def add_label_rows(batch: MutableMapping[str, Any]) -> None:
     """Put `label_rows` into a batch that has labels (B, S), if there are few enough. The trainer takes them out."""
     labels = batch.get("labels") if isinstance(batch, MutableMapping) else None
-    if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_cuda:
+    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.device.type == "cpu":
         rows = label_rows(labels)
         if rows is not None:
             batch["label_rows"] = rows

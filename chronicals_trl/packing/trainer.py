@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from chronicals_trl import _data_sets, _inputs
 from chronicals_trl._files import write_text
 from chronicals_trl.config import ChronicalsConfig
+from chronicals_trl.packing.arrays import ArrayRows
 from chronicals_trl.packing.balance import BalancedSampler, StepLayout, attention_costs, have_tokens
 from chronicals_trl.packing.collator import PackedCollator
 from chronicals_trl.packing.dataset import PackStats, pack_dataset
@@ -233,7 +234,7 @@ class PackingMixin(Trainer):
         if self._chronicals is not None and self._head and not self._cuts_batches(dataset):
             self.data_collator = WithLabelRows(collator)
         if type(collator) is PackedCollator and _python_rows_of_bins(dataset):
-            dataset = dataset.with_format("numpy")  # lists of Python integers take ten times as long
+            dataset = ArrayRows.of(dataset)  # lists of Python integers take ten times as long
         try:
             loader = super()._get_dataloader(dataset, *args, **kwargs)
         finally:

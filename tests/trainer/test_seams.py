@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer, _inputs, _start
 from chronicals_trl.packing import BalancedSampler, pack_dataset
+from chronicals_trl.packing.arrays import ArrayRows
 from chronicals_trl.packing.balance import attention_costs
 
 
@@ -105,6 +106,7 @@ def test_packed_rows_reach_the_collator_as_arrays(tmp_path: Path) -> None:
     made = make(tmp_path, packing=True, eval_packing=True, eval_dataset=tiny_data.text(), bf16=False)
     loader = made.get_train_dataloader()
     assert loader.dataset.format["type"] == made.get_eval_dataloader().dataset.format["type"] == "numpy"
+    assert type(loader.dataset) is ArrayRows
     assert made.train_dataset.format["type"] is None
     collate = made.data_collator
     batches = list(made.get_eval_dataloader())
