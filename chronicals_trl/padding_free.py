@@ -70,7 +70,7 @@ class PaddingFreeMixin(Trainer):
         """Decide, once the model is patched.
 
         Args:
-            leave_out: why not, if it has been decided already.
+            leave_out: why not, if another rank has found a reason.
 
         Raises:
             ValueError: `padding_free="on"` and it cannot be.
@@ -78,14 +78,14 @@ class PaddingFreeMixin(Trainer):
         self._unpadded = self._padded_because = None
         if config.padding_free == "off" or self.args.packing:
             return
-        reason = leave_out or self._padding_free_ruled_out()
+        reason = self._padding_free_ruled_out()
         if reason is not None and config.padding_free == "on":
             raise ValueError(
                 f"padding_free='on' in chronicals_config, but {reason}. Set padding_free='auto', which leaves the "
                 "batches of such a run as they are, or change what stands in the way."
             )
         if reason is None and config.padding_free == "auto":
-            reason = self._padding_free_pointless()
+            reason = self._padding_free_pointless() or leave_out
         if reason is None:
             self._unpadded = self.data_collator
         else:
@@ -219,6 +219,12 @@ class PaddingFreeMixin(Trainer):
             return args.per_device_train_batch_size * args.max_length if args.max_length else None
         rows = self._row_lengths(self.train_dataset, self._train_batch_size)
         return None if rows is None else rows.largest
+
+    def _usual_batch(self) -> int:
+        """Tokens of a training batch whose documents are one row, on average."""
+        rows = self._row_lengths(self.train_dataset, self._train_batch_size)
+        assert rows is not None
+        return rows.usual
 
     def _padding_free_notes(self, report: ActivationReport) -> list[str]:
         """What is said of the rows, once it is known whether graphs of them are captured."""

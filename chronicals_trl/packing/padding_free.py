@@ -25,8 +25,10 @@ Integers = NDArray[np.int64]
 
 # As many as there may be CUDA graphs (model/graphs.py, MAX_GRAPHS).
 MOST_LENGTHS = 8
-# Batches that are drawn to see how long they are: of those to come, one in so many is larger than all of them.
+# Batches that are drawn to see how long they are: of those to come, one in so many is larger than all of them. Fewer
+# where they have more than 1,024 documents each.
 _DRAWN = 8192
+_DRAWN_DOCUMENTS = 1024 * _DRAWN
 # Lengths that are candidates: the time and memory of the search grow with their square.
 _ENDS = 1024
 
@@ -39,6 +41,7 @@ class RowLengths:
         lengths: ascending; none where every row is as long as its documents.
         multiple: what rows that no length fits are rounded up to.
         max_segment: tokens of the longest document, or of the padding at the end of a row, if that may be longer.
+        usual: tokens of a batch without padding, on average; a guess where nothing is known but a limit.
         largest: most tokens that a row may have, unless documents are longer, or come more often, than was said.
         fill, padded: share of a row's tokens that is real, by estimate, and the share of TRL's padded rows; None where
             nothing is known of the documents but a limit, and the lengths are a guess.
@@ -47,6 +50,7 @@ class RowLengths:
     lengths: tuple[int, ...]
     multiple: int
     max_segment: int
+    usual: int
     largest: int
     fill: float | None = None
     padded: float | None = None
@@ -78,7 +82,7 @@ def spread_row_lengths(documents: int, longest: int, *, multiple: int = 8) -> Ro
     count = math.ceil(math.log(largest / multiple) / math.log(ratio)) + 1
     lengths = {rounded_up(math.ceil(largest / ratio**step), multiple) for step in range(count)}
     tail = math.ceil(largest * (1 - 1 / ratio)) + multiple
-    return RowLengths(tuple(sorted(lengths)), multiple, max(longest, tail), largest)
+    return RowLengths(tuple(sorted(lengths)), multiple, max(longest, tail), largest // 2, largest)
 
 
 def fitted_row_lengths(
@@ -104,7 +108,8 @@ def fitted_row_lengths(
         batches = whole[:: math.ceil(len(whole) / _DRAWN)]
     else:
         # By a generator of its own: the user's stands where it stood, and all ranks draw the same.
-        batches = np.random.default_rng(0).choice(document_lengths, size=(_DRAWN, documents))
+        count = max(256, min(_DRAWN, _DRAWN_DOCUMENTS // documents))
+        batches = np.random.default_rng(0).choice(document_lengths, size=(count, documents))
     drawn = np.minimum(batches.sum(axis=1), largest)
     grain = multiple * math.ceil(largest / (multiple * _ENDS))
     rounded = np.minimum(-(-np.maximum(drawn, 1) // grain) * grain, rounded_up(largest, multiple))
@@ -115,6 +120,7 @@ def fitted_row_lengths(
         tuple(lengths.tolist()),
         multiple,
         max(longest, int((rows - drawn).max())),
+        int(drawn.mean()),
         rounded_up(largest, multiple),
         fill=float(drawn.sum() / rows.sum()),
         padded=float(batches.sum() / max(1, documents * batches.max(axis=1).sum())),

@@ -270,14 +270,30 @@ def test_a_varlen_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_graphs_capture_the_rows(
     tmp_path: Path, setting: str, recorder: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # By the estimate for padded rows these would be too large to pad any further.
-    monkeypatch.setattr(graphs_trainer, "FLOP_RATE", 1.0)
+    # By the estimate for padded rows these would be too large to pad any further. Filled up they are by less.
+    monkeypatch.setattr(graphs_trainer, "HOST_SECONDS_PER_LAYER", 0.0)
     options = {"max_steps": 30}
     mine = ours(tmp_path, setting, options=options, data=tiny_data.text(120))
     assert recorder.replayed > 30 and mine[0].chronicals_report["cuda_graphs"].state == "on"
     assert not any("multiples of" in each for each in mine[0].chronicals_report.notes)
     require_same(mine, theirs(tmp_path, options=options, data=tiny_data.text(120)), steps=30)
     assert "rows of 8 lengths" in note(mine[0]) and "of them real (padded, " in note(mine[0])
+
+
+def test_rows_that_keep_the_gpu_busy_are_not_filled_up(
+    tmp_path: Path, recorder: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs_trainer, "FLOP_RATE", 1.0)
+    mine, _ = ours(tmp_path)
+    assert "filling them up to a few lengths would cost more" in mine.chronicals_report["cuda_graphs"].reason
+    assert "rows are as long as their documents" in note(mine) and not recorder.recorded
+    mine, _ = ours(tmp_path, config={"cuda_graphs": "on"})
+    assert "rows of 8 lengths" in note(mine)
+    layers = graphs.decoder_layers(mine.model)
+    weights = sum(p.numel() for p in layers[0].parameters())
+    lengths = [len(ids) for ids in mine.train_dataset["input_ids"]]
+    usual = 4 * sum(lengths) / len(lengths)  # tokens of a batch, not those that there may be
+    assert mine._seconds_per_layer(mine._usual_batch()) == pytest.approx(6 * weights * usual, rel=0.03)
 
 
 def test_without_graphs_rows_are_as_long_as_their_documents(tmp_path: Path, recorder: StandIn) -> None:

@@ -44,6 +44,7 @@ def test_random_batches_have_at_most_as_many_lengths_as_there_may_be_graphs(docu
     lengths, fill = used(rows, ALPACA, documents, 2000)
     assert len(lengths - set(rows.lengths)) <= 2  # a batch that is larger than all that were drawn
     assert rows.fill == pytest.approx(fill, abs=0.01)
+    assert rows.usual == pytest.approx(documents * ALPACA.mean(), rel=0.02)
     largest = int(np.sort(ALPACA)[-documents:].sum())
     assert rows.lengths[-1] <= rows.largest and largest <= rows.largest < largest + multiple
 
@@ -63,9 +64,15 @@ def test_fitted_lengths_waste_little() -> None:
 
 
 def test_documents_of_one_length() -> None:
-    assert fitted_row_lengths(np.full(50, 24), 4) == RowLengths((96,), 8, 24, 96, 1.0, 1.0)
+    assert fitted_row_lengths(np.full(50, 24), 4) == RowLengths((96,), 8, 24, 96, 96, 1.0, 1.0)
     assert fitted_row_lengths(np.array([3, 4]), 16).largest == 8  # fewer than a batch
     assert fitted_row_lengths(np.array([0, 0]), 2).lengths == (8,)
+
+
+def test_batches_of_very_many_documents() -> None:
+    """Of which fewer are drawn."""
+    rows = fitted_row_lengths(np.tile(ALPACA, 5), 20_000)
+    assert rows.lengths[0] > 0.98 * 20_000 * ALPACA.mean() and rows.fill > 0.99
 
 
 def test_a_search_among_many_ends_stays_small() -> None:
@@ -134,7 +141,7 @@ def test_nothing_of_the_users_is_drawn_and_every_rank_draws_the_same() -> None:
 
 
 def test_longer_than_promised() -> None:
-    rows = RowLengths((16, 24), 8, 8, 24)
+    rows = RowLengths((16, 24), 8, 8, 20, 24)
     assert [rows.of(tokens) for tokens in (0, 16, 17, 24, 25, 49)] == [16, 16, 24, 24, 32, 56]
 
 
@@ -153,7 +160,9 @@ def test_the_bound_on_segments_covers_usual_padding() -> None:
 
 
 def collator(lengths: tuple[int, ...] = (16, 24), documents: int = 4, **settings: Any) -> PaddingFreeCollator:
-    return PaddingFreeCollator(RowLengths(lengths, 8, 10, 48, 0.9), documents=documents, pad_token_id=0, **settings)
+    return PaddingFreeCollator(
+        RowLengths(lengths, 8, 10, 20, 48, 0.9), documents=documents, pad_token_id=0, **settings
+    )
 
 
 def examples(*lengths: int) -> list[dict[str, list[int]]]:
@@ -190,14 +199,14 @@ def test_the_next_length_and_beyond_the_last() -> None:
 
 def test_where_lengths_are_a_guess_no_row_takes_more_than_padded_rows_have() -> None:
     """Neither of the documents that a limit allows nor of those that come."""
-    guess = PaddingFreeCollator(RowLengths((40, 160, 640), 8, 160, 640), documents=4, pad_token_id=0)
+    guess = PaddingFreeCollator(RowLengths((40, 160, 640), 8, 160, 320, 640), documents=4, pad_token_id=0)
     sizes = [(10, 10), (20, 2), (20, 20, 20), (50, 1, 1), (10, 10), (300, 300, 20)]
     rows = [guess(examples(*lengths))["input_ids"].shape[1] for lengths in sizes]
     #      2·10  40  60, not 160  150, not 160  40, the first that fits  beyond all
     assert rows == [24, 40, 64, 152, 40, 640]
     padded = [len(lengths) * max(lengths) for lengths in sizes]
     assert all(row < max(padded[: index + 1]) + 8 for index, row in enumerate(rows))
-    known = PaddingFreeCollator(RowLengths((40, 160), 8, 160, 640, 0.9, 0.5), documents=4, pad_token_id=0)
+    known = PaddingFreeCollator(RowLengths((40, 160), 8, 160, 320, 640, 0.9, 0.5), documents=4, pad_token_id=0)
     assert known(examples(10, 10))["input_ids"].shape[1] == 40  # shapes that recur are worth more
 
 
