@@ -43,6 +43,9 @@ _BESIDE = ("_get_dataloader", "_get_num_items_in_batch", "_prepare_input", "_inn
 # Implementations that attend through a mask of a row's tokens by a row's tokens.
 _DENSE = ("sdpa", "eager", "chronicals_blockwise")
 
+# On CPUs, where that is the only way: from here on such a mask has a quarter of a gibibyte.
+LONGEST_DENSE_ROW = 16_384
+
 # Strategies whose batches have hardly any padding.
 _ALIKE = ("group_by_length", "batch_rebalance")
 
@@ -154,6 +157,8 @@ class PaddingFreeMixin(Trainer):
             return dense
         rows = self._row_lengths(self.train_dataset, self._train_batch_size)
         assert rows is not None
+        if args.device.type == "cpu" and rows.largest > LONGEST_DENSE_ROW:
+            return f"on a CPU its attention would need a mask of {rows.largest:,} tokens by as many"
         if rows.fill is not None and rows.padded is not None and rows.padded >= rows.fill:
             return f"its documents are of like length: about {rows.padded:.0%} of padded batches is real already"
         if any(hasattr(parameter, "ds_shape") for parameter in self.model.parameters()):

@@ -29,6 +29,7 @@ MOST_LENGTHS = 8
 # where they have more than 1,024 documents each.
 _DRAWN = 8192
 _DRAWN_DOCUMENTS = 1024 * _DRAWN
+_HARDLY_ANY = 0.005
 # Lengths that are candidates: the time and memory of the search grow with their square.
 _ENDS = 1024
 
@@ -40,7 +41,8 @@ class RowLengths:
     Attributes:
         lengths: ascending; none where every row is as long as its documents.
         multiple: what rows that no length fits are rounded up to.
-        max_segment: tokens of the longest document, or of the padding at the end of a row, if that may be longer.
+        longest: tokens of the longest document.
+        smallest: tokens of a batch that hardly any is below.
         usual: tokens of a batch without padding, on average; a guess where nothing is known but a limit.
         largest: most tokens that a row may have, unless documents are longer, or come more often, than was said.
         fill, padded: share of a row's tokens that is real, by estimate, and the share of TRL's padded rows; None where
@@ -49,7 +51,8 @@ class RowLengths:
 
     lengths: tuple[int, ...]
     multiple: int
-    max_segment: int
+    longest: int
+    smallest: int
     usual: int
     largest: int
     fill: float | None = None
@@ -59,6 +62,16 @@ class RowLengths:
         """S for a batch of T tokens."""
         index = int(np.searchsorted(self.lengths, tokens))
         return self.lengths[index] if index < len(self.lengths) else rounded_up(tokens, self.multiple)
+
+    def longest_segment(self, capacity: int) -> int:
+        """Of a row of so many tokens: the longest document or the longest padding, the same for all rows of a length.
+
+        A kernel that is told too large a bound looks for queries where there are none.
+        """
+        index = int(np.searchsorted(self.lengths, capacity))
+        if index >= len(self.lengths):
+            return max(self.longest, self.multiple)
+        return max(self.longest, self.lengths[index] - (self.lengths[index - 1] if index else self.smallest))
 
     def exact(self) -> RowLengths:
         """Rows as long as their documents, for a run in which shapes need not recur."""
@@ -81,8 +94,7 @@ def spread_row_lengths(documents: int, longest: int, *, multiple: int = 8) -> Ro
     ratio = math.exp(0.5 / math.sqrt(documents))
     count = math.ceil(math.log(largest / multiple) / math.log(ratio)) + 1
     lengths = {rounded_up(math.ceil(largest / ratio**step), multiple) for step in range(count)}
-    tail = math.ceil(largest * (1 - 1 / ratio)) + multiple
-    return RowLengths(tuple(sorted(lengths)), multiple, max(longest, tail), largest // 2, largest)
+    return RowLengths(tuple(sorted(lengths)), multiple, longest, 0, largest // 2, largest)
 
 
 def fitted_row_lengths(
@@ -119,7 +131,8 @@ def fitted_row_lengths(
     return RowLengths(
         tuple(lengths.tolist()),
         multiple,
-        max(longest, int((rows - drawn).max())),
+        longest,
+        int(np.quantile(drawn, _HARDLY_ANY)),
         int(drawn.mean()),
         rounded_up(largest, multiple),
         fill=float(drawn.sum() / rows.sum()),
@@ -181,10 +194,11 @@ class PaddingFreeCollator:
             "labels": np.concatenate(labels),
             "seq_lengths": self._document_lengths(examples),
         }
+        capacity = self._row_length(tokens)
         collate = PackedCollator(
             pad_token_id=self.pad_token_id,
-            capacity=self._row_length(tokens),
-            max_segment_length=self.row_lengths.max_segment,
+            capacity=capacity,
+            max_segment_length=self.row_lengths.longest_segment(capacity),
             max_docs_per_bin=self.documents,
             cu_seqlens_bucket=1,
             emit_token_mask=self.emit_token_mask,

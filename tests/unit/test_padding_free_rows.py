@@ -64,7 +64,7 @@ def test_fitted_lengths_waste_little() -> None:
 
 
 def test_documents_of_one_length() -> None:
-    assert fitted_row_lengths(np.full(50, 24), 4) == RowLengths((96,), 8, 24, 96, 96, 1.0, 1.0)
+    assert fitted_row_lengths(np.full(50, 24), 4) == RowLengths((96,), 8, 24, 96, 96, 96, 1.0, 1.0)
     assert fitted_row_lengths(np.array([3, 4]), 16).largest == 8  # fewer than a batch
     assert fitted_row_lengths(np.array([0, 0]), 2).lengths == (8,)
 
@@ -106,8 +106,7 @@ def test_lengths_where_only_a_limit_is_known(documents: int) -> None:
         lengths, fill = used(rows, ALPACA, documents, 1000)
         assert lengths <= set(rows.lengths) and len(lengths) <= 13
         assert fill > {1: 0.76, 2: 0.82, 16: 0.93, 64: 0.95}[documents]
-        tails = np.diff([0, *rows.lengths])
-        assert (tails <= rows.max_segment).all() and all(length % 8 == 0 for length in rows.lengths)
+        assert rows.longest == limit and all(length % 8 == 0 for length in rows.lengths)
     assert spread_row_lengths(1, 5).lengths == (8,)
     assert spread_row_lengths(2, 100, multiple=40).lengths == (40, 80, 120, 160, 200)
 
@@ -116,7 +115,7 @@ def test_rows_as_long_as_their_documents() -> None:
     for rows in (fitted_row_lengths(ALPACA, 16, multiple=24), spread_row_lengths(16, 512, multiple=24)):
         exact = rows.exact()
         assert [exact.of(tokens) for tokens in (0, 1, 24, 25, 9999)] == [24, 24, 24, 48, 10_008]
-        assert (exact.largest, exact.max_segment) == (rows.largest, rows.max_segment)
+        assert (exact.largest, exact.longest_segment(240)) == (rows.largest, 512)
 
 
 def test_the_lengths_are_the_best_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +140,7 @@ def test_nothing_of_the_users_is_drawn_and_every_rank_draws_the_same() -> None:
 
 
 def test_longer_than_promised() -> None:
-    rows = RowLengths((16, 24), 8, 8, 20, 24)
+    rows = RowLengths((16, 24), 8, 8, 0, 20, 24)
     assert [rows.of(tokens) for tokens in (0, 16, 17, 24, 25, 49)] == [16, 16, 24, 24, 32, 56]
 
 
@@ -151,9 +150,19 @@ def test_the_bound_on_segments_covers_usual_padding() -> None:
     rows = fitted_row_lengths(short, 256)
     sums = [int(RNG.choice(short, 256, replace=False).sum()) for _ in range(500)]
     tails = np.array([rows.of(tokens) - tokens for tokens in sums])
-    assert (tails > 20).mean() > 0.05 and (tails > rows.max_segment).mean() < 0.01
-    assert rows.max_segment < 200  # not that of the largest batch there can be
-    assert fitted_row_lengths(ALPACA, 2).max_segment == 512
+    bounds = np.array([rows.longest_segment(rows.of(tokens)) for tokens in sums])
+    assert (tails > 20).mean() > 0.05 and (tails > bounds).mean() < 0.01
+    assert bounds.max() < 300  # not that of the largest batch there can be
+
+
+@pytest.mark.parametrize("rows", [fitted_row_lengths(ALPACA, 16), spread_row_lengths(16, 512)])
+def test_each_length_has_a_bound_of_its_own(rows: RowLengths) -> None:
+    """The few largest batches stand far apart: long padding there is no reason for a larger bound elsewhere."""
+    assert [rows.longest_segment(length) for length in rows.lengths[1:4]] == [512] * 3
+    assert 512 <= rows.longest_segment(rows.lengths[0]) < 700
+    assert rows.longest_segment(rows.lengths[-1]) == rows.lengths[-1] - rows.lengths[-2] > 512
+    assert rows.longest_segment(rows.lengths[-1] - 8) == rows.longest_segment(rows.lengths[-1])  # a guess, held down
+    assert rows.longest_segment(rows.lengths[-1] + 8) == rows.exact().longest_segment(8000) == 512
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------
@@ -161,7 +170,7 @@ def test_the_bound_on_segments_covers_usual_padding() -> None:
 
 def collator(lengths: tuple[int, ...] = (16, 24), documents: int = 4, **settings: Any) -> PaddingFreeCollator:
     return PaddingFreeCollator(
-        RowLengths(lengths, 8, 10, 20, 48, 0.9), documents=documents, pad_token_id=0, **settings
+        RowLengths(lengths, 8, 10, 10, 20, 48, 0.9), documents=documents, pad_token_id=0, **settings
     )
 
 
@@ -199,14 +208,14 @@ def test_the_next_length_and_beyond_the_last() -> None:
 
 def test_where_lengths_are_a_guess_no_row_takes_more_than_padded_rows_have() -> None:
     """Neither of the documents that a limit allows nor of those that come."""
-    guess = PaddingFreeCollator(RowLengths((40, 160, 640), 8, 160, 320, 640), documents=4, pad_token_id=0)
+    guess = PaddingFreeCollator(RowLengths((40, 160, 640), 8, 160, 0, 320, 640), documents=4, pad_token_id=0)
     sizes = [(10, 10), (20, 2), (20, 20, 20), (50, 1, 1), (10, 10), (300, 300, 20)]
     rows = [guess(examples(*lengths))["input_ids"].shape[1] for lengths in sizes]
     #      2·10  40  60, not 160  150, not 160  40, the first that fits  beyond all
     assert rows == [24, 40, 64, 152, 40, 640]
     padded = [len(lengths) * max(lengths) for lengths in sizes]
     assert all(row < max(padded[: index + 1]) + 8 for index, row in enumerate(rows))
-    known = PaddingFreeCollator(RowLengths((40, 160), 8, 160, 320, 640, 0.9, 0.5), documents=4, pad_token_id=0)
+    known = PaddingFreeCollator(RowLengths((40, 160), 8, 160, 0, 320, 640, 0.9, 0.5), documents=4, pad_token_id=0)
     assert known(examples(10, 10))["input_ids"].shape[1] == 40  # shapes that recur are worth more
 
 
