@@ -113,6 +113,8 @@ class PaddingFreeMixin(Trainer):
             return "neftune_noise_alpha is set, and NEFTune's noise depends on the length of the padded rows"
         if not collator.padding_free and not self._loss_shifts_labels:
             return "of this model transformers counts each document's first token as a label, as it is in padded rows"
+        if args.include_num_input_tokens_seen == "non_padding" and not collator.padding_free:
+            return "include_num_input_tokens_seen='non_padding' counts by the mask of padded rows"
         if args.n_gpu > 1:
             return "several GPUs in one process get a share of each batch's rows"
         if self._cuts_batches(self.train_dataset):  # TRL has set it to False for streams

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_flash_attention as fake
@@ -22,6 +23,7 @@ from chronicals_trl import SFTConfig, SFTTrainer
 from chronicals_trl import trainer as trainer_module
 from chronicals_trl.model import graphs
 from chronicals_trl.model import trainer as graphs_trainer
+from chronicals_trl.padding_free import PaddingFreeMixin
 
 STEPS = 6
 OPTIONS = {"per_device_train_batch_size": 4, "max_steps": STEPS}
@@ -379,6 +381,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "compute_loss": ({"trainer_class": OwnLoss}, "OwnLoss overrides compute_loss"),
     "dataloader": ({"trainer_class": OwnLoader}, "OwnLoader overrides _get_dataloader"),
     "count": ({"trainer_class": OwnCount}, "OwnCount overrides _get_num_items_in_batch"),
+    "tokens seen": (
+        {"options": {"include_num_input_tokens_seen": "non_padding"}}, "counts by the mask of padded rows",
+    ),
     "compute_loss_func": ({"compute_loss_func": token_loss}, "compute_loss_func may count"),
     "neftune": ({"options": {"neftune_noise_alpha": 5.0}}, "NEFTune's noise depends on the length"),
     "dispatch": ({"options": {"accelerator_config": {"dispatch_batches": True}}}, "dispatch_batches=True cuts"),
@@ -452,6 +457,29 @@ def test_an_activated_lora(tmp_path: Path) -> None:
     )
     mine, _ = ours(tmp_path, peft_config=config, **arguments)
     assert "an activated LoRA (alora_invocation_tokens) begins at one place in each row" in note(mine)
+
+
+def test_several_gpus_in_one_process(tmp_path: Path) -> None:
+    trainer, _ = ours(tmp_path, options={"max_steps": 1})
+    assert trainer._padding_free_ruled_out() is None
+    trainer.args._n_gpu = 2
+    assert trainer._padding_free_ruled_out() == "several GPUs in one process get a share of each batch's rows"
+
+
+def test_a_multimodal_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose text is one of several things in a row."""
+    model = tiny_models.build("llama")
+    text = copy.copy(model.config)
+    monkeypatch.setattr(type(model.config), "get_text_config", lambda self, *args, **kwargs: text)
+    assert PaddingFreeMixin._model_in_the_way(SimpleNamespace(model=model)) == "the model is multimodal"
+
+
+def test_a_mask_of_a_long_row_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = sorted(len(ids) for ids in tiny_data.tokenized()["input_ids"])[-4:]
+    for limit in (sum(longest) - 8, sum(longest) + 8):
+        monkeypatch.setattr("chronicals_trl.padding_free.LONGEST_DENSE_ROW", limit)
+        trainer, _ = ours(tmp_path, options={"max_steps": 1}, data=tiny_data.tokenized())
+        assert ("on a CPU its attention would need a mask of" in note(trainer)) == (limit < sum(longest))
 
 
 def test_partitioned_weights_cannot_be_tried(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,11 @@ def test_where_lengths_are_a_guess_no_row_takes_more_than_padded_rows_have() -> 
     assert all(row < max(padded[: index + 1]) + 8 for index, row in enumerate(rows))
     known = PaddingFreeCollator(RowLengths((40, 160), 8, 160, 0, 320, 640, 0.9, 0.5), documents=4, pad_token_id=0)
     assert known(examples(10, 10))["input_ids"].shape[1] == 40  # shapes that recur are worth more
+
+
+def test_workers_that_are_spawned_get_a_copy() -> None:
+    batch, copied = (each(examples(9, 8)) for each in (collator(), pickle.loads(pickle.dumps(collator()))))
+    assert torch.equal(batch["input_ids"], copied["input_ids"])
 
 
 def test_empty_documents() -> None:
