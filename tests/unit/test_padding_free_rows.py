@@ -84,6 +84,8 @@ def test_a_search_among_many_ends_stays_small() -> None:
     assert rows.lengths[-1] <= rows.largest == -(-largest // 8) * 8
     _, fill = used(rows, long, 16, 1000)
     assert fill > 0.95
+    alike = fitted_row_lengths(np.full(50, 30_001), 16)
+    assert alike.lengths == (alike.largest,) == (480_016,)
 
 
 def test_batches_in_the_order_of_the_documents() -> None:
