@@ -4,7 +4,8 @@ The seams, all of them methods that TRL or transformers calls: `compute_loss` (t
 `packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks' shares) and `_get_dataloader`, the last in
 `padding_free.py` too; in
 `optim/trainer.py` `create_optimizer`; in `model/trainer.py` (CUDA graphs) and `model/recompute_trainer.py` `train`,
-`training_step` and `evaluation_loop`; in `observe/trainer.py` `get_batch_samples` (token counts) and `log`; in
+`training_step` and `evaluation_loop`; in `model/walks_trainer.py` `training_step` and `floating_point_ops`; in
+`observe/trainer.py` `get_batch_samples` (token counts) and `log`; in
 `observe/health/trainer.py` these two, once more, and `create_optimizer`; in `observe/out_of_memory.py` errors on
 their way out; in `checkpoints.py` which one `train` resumes from. With the flag off each returns the parent's result
 as it is.
@@ -38,6 +39,7 @@ from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
 from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpatch_model
 from chronicals_trl.model.recompute_trainer import RecomputeMixin
 from chronicals_trl.model.trainer import CudaGraphsMixin
+from chronicals_trl.model.walks_trainer import WalksMixin
 from chronicals_trl.observe.health.trainer import HealthMixin
 from chronicals_trl.observe.out_of_memory import OutOfMemoryMixin
 from chronicals_trl.observe.trainer import ThroughputMixin
@@ -58,6 +60,7 @@ class SFTTrainer(
     PackingMixin,
     HealthMixin,
     LoraPlusMixin,
+    WalksMixin,
     RecomputeMixin,
     CudaGraphsMixin,
     ThroughputMixin,
@@ -153,6 +156,7 @@ class SFTTrainer(
         self._lora_plus = report["lora_plus"].state == "on"
         self._lora_plus_rates = report["lora_plus"].backend or ""
         self._head = report["head"].state == "on"
+        self._enlarge_buckets(report)
         rounding = self._round_lengths_up(report)  # of TRL's collator, before one for packed rows is put around it
         if self._packing.state == "on":
             self.data_collator = self._packed_collator(base_model(self.model).config.get_text_config())
@@ -348,26 +352,6 @@ class SFTTrainer(
                 yield {**inputs, "attention_mask": mask}
         finally:
             self.router_aux_loss_coef = coefficient
-
-    @torch.no_grad()
-    def _record(self, mode: str, outputs: Any) -> None:
-        """TRL's metrics of one micro-batch, over all ranks, kept on the device until they are logged."""
-        values = [outputs.label_mask.sum(), outputs.entropy.detach().sum(), outputs.is_top1.sum()]
-        if self.aux_loss_enabled:
-            aux_loss = outputs.aux_loss.detach()
-            values += [aux_loss, aux_loss.new_full((), self._batch_tokens != 0)]
-        sums = torch.stack([value.to(values[0].device, torch.float32) for value in values])
-        if self.args.world_size > 1:
-            if mode == "train":
-                sums = self.accelerator.reduce(sums, reduction="sum")
-            else:  # as TRL does: without the ranks that have repeated rows alone
-                sums = self.accelerator.gather_for_metrics(sums[None]).sum(0)
-        labelled = sums[0].clamp(min=1)
-        self._metrics[mode]["entropy"].append(sums[1] / labelled)
-        self._metrics[mode]["mean_token_accuracy"].append(sums[2] / labelled)
-        self._metrics[mode]["num_tokens"] = [0]  # filled in by `log`
-        if self.aux_loss_enabled:
-            self._metrics[mode]["aux_loss"].append(sums[3] / sums[4].clamp(min=1))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)

@@ -35,6 +35,11 @@ SLOW_HOST_SECONDS_PER_LAYER = 9e-3
 # next one computes. At most so many, since between two of them a residual addition stands alone.
 SEGMENT_BYTES, MAX_SEGMENTS = 128 * 2**20, 7
 
+# A graph's gradients come all at once, so that nothing is won by sending them in DDP's 25 MiB: each sending takes
+# multiprocessors from the graph after it, for 0.1 ms and more before its bytes count
+# (docs/results/ddp_profile_h200.txt).
+BUCKET_MB = 100
+
 # Passes without a single replay after which the user is told why.
 PATIENCE = 16
 
@@ -138,6 +143,13 @@ class CudaGraphsMixin(Trainer):
         sent = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters() if p.requires_grad)
         full = sent // SEGMENT_BYTES
         return 1 if full < 2 else min(MAX_SEGMENTS, len(layers), full + 1)  # and the first layer's, a small one
+
+    def _enlarge_buckets(self, report: ActivationReport) -> None:
+        """DDP's buckets as they suit graphs, where the user has not set their size."""
+        handler: Any = self.accelerator.ddp_handler
+        if handler is None or report[PART].state == "off" or self.args.ddp_bucket_cap_mb is not None:
+            return
+        handler.bucket_cap_mb = BUCKET_MB
 
     def _engine_in_the_way(self) -> str | None:
         """What runs or moves the decoder layers in a way of its own, in words; None if nothing does."""

@@ -22,10 +22,14 @@ class ThroughputMixin(Trainer):
     _chronicals: ChronicalsConfig | None
     _metrics: dict[str, dict[str, list[Any]]]
     _data_ranks: Callable[[], int]
+    _batch_tokens: int | None
+    aux_loss_enabled: bool
 
     _meter: ThroughputMeter
     _real_tokens: int | Tensor = 0
     _router_share: float | Tensor = 1.0
+    _sums: list[Tensor]  # of training's micro-batches since the last log
+    _sums_on_their_way: list[Any]  # around the ranks
 
     def _start_meter(self) -> None:
         """A meter for the model as it is trainable now, before it is sharded."""
@@ -36,6 +40,7 @@ class ThroughputMixin(Trainer):
         assert self._chronicals is not None
         if self._chronicals.profile_steps is not None:
             self.add_callback(StepProfile(self._chronicals.profile_steps))
+        self._sums, self._sums_on_their_way = [], []
         self._meter = ThroughputMeter(device, flops=training_flops(model), flop_rate=flop_rate)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -65,6 +70,42 @@ class ThroughputMixin(Trainer):
         self._real_tokens = self._real_tokens + real
         self._meter.update(real, slots, squares)
 
+    @torch.no_grad()
+    def _record(self, mode: str, outputs: Any) -> None:
+        """Keep what TRL's metrics of one micro-batch are made of, on the device until they are logged."""
+        values = [outputs.label_mask.sum(), outputs.entropy.detach().sum(), outputs.is_top1.sum()]
+        if self.aux_loss_enabled:
+            aux_loss = outputs.aux_loss.detach()
+            values += [aux_loss, aux_loss.new_full((), self._batch_tokens != 0)]
+        sums = torch.stack([value.to(values[0].device, torch.float32) for value in values])
+        if mode == "eval":
+            if self.args.world_size > 1:  # as TRL does: without the ranks that have repeated rows alone
+                sums = self.accelerator.gather_for_metrics(sums[None]).sum(0)
+            self._keep_metrics(mode, sums[None])
+            return
+        if self.args.world_size > 1:
+            # Beside the step: it would have all ranks wait for the slowest one in the middle of it.
+            self._sums_on_their_way.append(torch.distributed.all_reduce(sums, async_op=True))
+        self._sums.append(sums)
+
+    def _keep_metrics(self, mode: str, sums: Tensor) -> None:
+        """TRL's metrics of micro-batches with these `sums` over all ranks, float32 (micro-batches, 3 or 5)."""
+        labelled, entropy, top1, *router = sums.unbind(1)
+        told = {"entropy": entropy / labelled.clamp(min=1), "mean_token_accuracy": top1 / labelled.clamp(min=1)}
+        if router:
+            told["aux_loss"] = router[0] / router[1].clamp(min=1)
+        for name, values in told.items():
+            self._metrics[mode][name] += values.unbind()
+        self._metrics[mode]["num_tokens"] = [0]  # filled in by `log`
+
+    def _settle_metrics(self) -> None:
+        """Metrics of what has been trained since the last log."""
+        for work in self._sums_on_their_way:
+            work.wait()
+        if self._sums:
+            self._keep_metrics("train", torch.stack(self._sums).cpu())
+        self._sums, self._sums_on_their_way = [], []
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
         if self._chronicals is not None:
@@ -75,6 +116,8 @@ class ThroughputMixin(Trainer):
         if self._chronicals is not None:
             model: Any = self.model
             mode = "train" if model.training else "eval"
+            if mode == "train":
+                self._settle_metrics()
             for name, values in self._metrics[mode].items():
                 self._metrics[mode][name] = [float(value) for value in values]
             # Real tokens, padding left out; TRL counts the slots of a padding-free batch.
@@ -86,6 +129,7 @@ class ThroughputMixin(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self._chronicals is not None:
             self._meter.reset()  # what came before the first step is not training
+            self._sums, self._sums_on_their_way = [], []
         return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

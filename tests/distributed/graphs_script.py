@@ -19,14 +19,14 @@ from chronicals_trl.model import graphs
 from chronicals_trl.model import trainer as graphs_trainer
 
 
-def train(output: Path, setting: str, segment_bytes: int, accumulation: int) -> dict[str, Any]:
+def train(output: Path, setting: str, segment_bytes: int, accumulation: int, **options: Any) -> dict[str, Any]:
     recorder = StandIn()
     graphs_trainer.DEVICES = ("cpu",)
     graphs_trainer.SEGMENT_BYTES = segment_bytes
     graphs.CudaRecorder = lambda device: recorder  # type: ignore[misc,assignment]
     trainer = make(
         output, data=tiny_data.text(120), max_steps=6, gradient_accumulation_steps=accumulation,
-        chronicals_config={"cuda_graphs": setting},
+        chronicals_config={"cuda_graphs": setting}, **options,
     )  # fmt: skip
     gradients = Gradients()
     trainer.add_callback(gradients)
@@ -38,6 +38,7 @@ def train(output: Path, setting: str, segment_bytes: int, accumulation: int) -> 
         "recorded": recorder.recorded,
         "replayed": recorder.replayed,
         "views": isinstance(wrapped, nn.parallel.DistributedDataParallel) and wrapped.gradient_as_bucket_view,
+        "bucket_mib": wrapped.bucket_bytes_cap / 2**20,
     }
 
 
@@ -47,6 +48,7 @@ def main(output: Path) -> None:
         for accumulation in (1, 2)
         for setting, segments, size in (("off", 0, 1), ("auto", 1, 2**40), ("auto", 2, 1))
     }
+    figures["the user's buckets"] = train(output, "auto", 1, 1, ddp_bucket_cap_mb=7)
     if int(os.environ["RANK"]) == 0:
         torch.save({name: case.pop("gradients") for name, case in figures.items()}, output / "gradients.pt")
         (output / "figures.json").write_text(json.dumps(figures))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from start_ranks import start_ranks
 
+from chronicals_trl.model.trainer import BUCKET_MB
+
 pytestmark = pytest.mark.slow
 
 
@@ -38,3 +40,9 @@ def test_gradients_are_those_of_eager_code(figures: dict[str, Any], segments: in
 
 def test_gradients_lie_in_the_buckets_that_are_sent(figures: dict[str, Any]) -> None:
     assert all(case["views"] for case in figures.values())
+
+
+def test_buckets_are_larger_where_graphs_fill_them(figures: dict[str, Any]) -> None:
+    sizes = {name: case["bucket_mib"] for name, case in figures.items()}
+    assert sizes.pop("the user's buckets") == 7
+    assert sizes == {name: 25 if name.startswith("off") else BUCKET_MB for name in sizes}

@@ -1,0 +1,65 @@
+"""TRL's metrics from sums that wait for the log: around the ranks first, and none of another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_data
+import tiny_models
+import torch
+from training_runs import SETTINGS, logged
+from transformers import TrainerCallback
+
+from chronicals_trl import SFTConfig, SFTTrainer
+
+
+def make(tmp_path: Path, *callbacks: TrainerCallback, **options: Any) -> SFTTrainer:
+    options = {"use_chronicals": True, "output_dir": str(tmp_path / "out"), **options}
+    return SFTTrainer(
+        model=tiny_models.build("llama"),
+        args=SFTConfig(**{**SETTINGS, **options}),
+        train_dataset=tiny_data.text(60),
+        processing_class=tiny_data.tokenizer(),
+        callbacks=list(callbacks),
+    )
+
+
+def test_sums_are_read_when_they_have_been_around(tmp_path: Path) -> None:
+    class Work:
+        def __init__(self, sums: torch.Tensor) -> None:
+            self.sums = sums
+
+        def wait(self) -> None:
+            self.sums.mul_(2)  # another rank with the same numbers
+            self.sums[0] /= 2  # and no label
+
+    trainer = make(tmp_path)
+    trainer._sums = [torch.tensor([4.0, 6.0, 1.0]), torch.tensor([0.0, 0.0, 0.0])]
+    trainer._sums_on_their_way = list(map(Work, trainer._sums))
+    trainer.model.train()
+    trainer.log({})
+    told = trainer.state.log_history[-1]
+    assert told["entropy"] == pytest.approx((12 / 4 + 0) / 2)
+    assert told["mean_token_accuracy"] == pytest.approx((2 / 4 + 0) / 2)
+    assert trainer._sums == trainer._sums_on_their_way == []
+
+
+def test_a_run_that_failed_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    class FailingOnce(TrainerCallback):
+        failed = False
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3 and not self.failed:
+                self.failed = True
+                raise ArithmeticError("a user's callback")
+
+    # A rate of 0: the runs' losses, and so their metrics, are alike.
+    trainer = make(tmp_path, FailingOnce(), logging_steps=4, learning_rate=0.0)
+    with pytest.raises(ArithmeticError):
+        trainer.train()
+    trainer.train()
+    fresh = make(tmp_path / "fresh", logging_steps=4, learning_rate=0.0)
+    fresh.train()
+    assert logged(trainer, "entropy") == logged(fresh, "entropy")
