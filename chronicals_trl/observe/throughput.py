@@ -75,7 +75,8 @@ class ThroughputMeter:
         self._tokens = _Total()
         self._slots = _Total()
         self._squares = _Total()
-        self._looks = self._idle = 0
+        self._step, self._steps, self._dry_steps = -1, 0, 0
+        self._dry, self._waited = False, True
         self._counted = False
         self._seconds = 0.0
         self._since = self._clock()
@@ -95,12 +96,26 @@ class ThroughputMeter:
         self._squares.add(squares)
         self._counted = True
 
-    def look(self) -> None:
-        """Note whether the GPU has anything left to do, without waiting for it: call it when the host has launched a
-        pass. If not, the pass took as long as the host needed to launch it."""
-        if self.device.type == "cuda":
-            self._looks += 1
-            self._idle += torch.cuda.current_stream(self.device).query()
+    def look(self, *, step: int) -> None:
+        """Note whether the GPU has nothing left to do, without waiting for it: then it waits for the host.
+
+        Call it before and after a pass is launched. Behind a launch of many kernels at once, as a CUDA graph is, there
+        is always something to do; before it, the work of the step before is.
+
+        Args:
+            step: a number of the step; of its passes and looks, one that found nothing is enough.
+        """
+        if self.device.type != "cuda":
+            return
+        if step != self._step:
+            self._step, self._dry = step, False
+            self._steps += 1
+            if self._waited:  # for the GPU, in a log: what it has left says nothing
+                self._waited = False
+                return
+        if not self._dry and torch.cuda.current_stream(self.device).query():
+            self._dry = True
+            self._dry_steps += 1
 
     def pause(self) -> None:
         """Stop the clock. Pauses nest: as many `resume` calls start it again."""
@@ -117,6 +132,7 @@ class ThroughputMeter:
         if not self._paused:
             raise RuntimeError("ThroughputMeter.resume() without a pause() before it; use `with meter.excluding():`.")
         self._paused -= 1
+        self._waited = True
         if not self._paused:
             self._since = self._clock()
 
@@ -136,7 +152,8 @@ class ThroughputMeter:
             "tokens_per_second": real tokens; absent if no time has passed.
             "mfu": model FLOPs utilisation, 0 to 1; absent without `flops` and `flop_rate`.
             "packing_fill": real tokens over positions.
-            "host_bound": share of the looks at which the GPU had nothing left to do; absent without a GPU.
+            "host_bound": share of the steps in which a look found the GPU with nothing left to do; absent without a
+            GPU.
             "peak_memory_gib": the most memory of the CUDA device that torch has taken for itself (what tensors
             occupied, which leaves out the inside of CUDA graphs, is less), else the most resident memory that the
             process has had (absent on Windows).
@@ -155,8 +172,8 @@ class ThroughputMeter:
             if self.flops is not None and self.flop_rate is not None:
                 done = self.flops.per_token * tokens + self.flops.per_square * self._squares.value()
                 figures["mfu"] = done / seconds / self.flop_rate
-        if self._looks:
-            figures["host_bound"] = self._idle / self._looks
+        if self._steps:
+            figures["host_bound"] = self._dry_steps / self._steps
         peak = _peak_memory_bytes(self.device)
         if peak is not None:
             figures["peak_memory_gib"] = peak / _GIB

@@ -107,9 +107,11 @@ class ThroughputMixin(Trainer):
         self._sums, self._sums_on_their_way = [], []
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._chronicals is None:
+            return super().training_step(*args, **kwargs)
+        self._meter.look(step=self.state.global_step)
         loss: Tensor = super().training_step(*args, **kwargs)
-        if self._chronicals is not None:
-            self._meter.look()
+        self._meter.look(step=self.state.global_step)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -170,20 +170,46 @@ def test_no_utilisation_without_a_rate(clock: Clock) -> None:
         assert "mfu" not in meter.read()
 
 
-def test_looks_count_an_idle_gpu(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    idle = iter([True, False, False, True, True])
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=lambda: next(idle)))
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> tuple[ThroughputMeter, list[bool]]:
+    """A meter of a GPU, and whether that has nothing to do at the looks to come."""
+    idle: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=lambda: idle.pop(0)))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 0)
-    meter = ThroughputMeter("cuda", clock=clock)
-    for count, expected in ((4, 0.5), (1, 1.0)):
-        for _ in range(count):
-            meter.look()
-        meter.update(1, 1)
-        assert meter.read()["host_bound"] == expected
+    return ThroughputMeter("cuda", clock=clock), idle
+
+
+def test_a_look_at_an_idle_gpu_is_enough_for_a_step(gpu: tuple[ThroughputMeter, list[bool]]) -> None:
+    meter, idle = gpu
+    # The first look follows a wait, and is none. Then: before the second step, behind its pass, behind the third's.
+    for step, answers in enumerate([[False], [True], [False, True], [False, False, False, False]]):
+        idle += answers
+        looks = 4 if step == 3 else 2  # two passes in the last one
+        for _ in range(looks):
+            meter.look(step=step)
+        assert not idle, "a step that was found idle is not asked again"
+    meter.update(1, 1)
+    assert meter.read()["host_bound"] == 2 / 4
+
+
+def test_after_a_wait_for_the_gpu_its_idleness_is_not_the_hosts(gpu: tuple[ThroughputMeter, list[bool]]) -> None:
+    meter, idle = gpu
+    idle += [False, True, False]
+    for step in (0, 1):
+        meter.look(step=step), meter.look(step=step)
+    meter.update(1, 1)
+    assert meter.read()["host_bound"] == 1 / 2
+    meter.look(step=2), meter.look(step=2)  # the first of these follows the log
+    with meter.excluding():
+        pass
+    idle += [False]
+    meter.look(step=3), meter.look(step=3)
+    meter.update(1, 1)
+    assert meter.read()["host_bound"] == 0 and not idle
 
 
 def test_without_a_gpu_nothing_is_host_bound(meter: ThroughputMeter) -> None:
-    meter.look()
+    meter.look(step=0)
     meter.update(1, 1)
     assert "host_bound" not in meter.read()
