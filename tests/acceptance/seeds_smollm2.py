@@ -12,6 +12,7 @@ that of stock TRL than its own seeds lie apart, and every run has learned.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -33,9 +34,10 @@ def answers(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
 
 
-def run(ours: bool, seed: int, data: Dataset, gguf: Path, folder: Path, options: argparse.Namespace) -> Any:
-    model, tokenizer = load_model(gguf)
-    model = model.bfloat16()
+def run(
+    ours: bool, seed: int, data: Dataset, untrained: Any, tokenizer: Any, folder: Path, options: argparse.Namespace
+) -> Any:
+    model = copy.deepcopy(untrained)
     if not ours and torch.cuda.is_available():
         model.set_attn_implementation(register())
     arguments = {
@@ -52,9 +54,9 @@ def run(ours: bool, seed: int, data: Dataset, gguf: Path, folder: Path, options:
 
 
 @torch.no_grad()
-def held_out_loss(trained: Any, rows: Dataset, gguf: Path, device: torch.device) -> float:
+def held_out_loss(trained: Any, rows: Dataset, untrained: Any, tokenizer: Any, device: torch.device) -> float:
     """Mean over the answers' tokens, each problem alone, of stock transformers' model with the trained weights."""
-    model, tokenizer = load_model(gguf)
+    model = copy.deepcopy(untrained)
     model.load_state_dict(trained.state_dict())
     model.to(device).eval()
     total, count = 0.0, 0
@@ -80,20 +82,21 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path("docs/results/seeds_smollm2.json"))
     options = parser.parse_args()
-    gguf = options.gguf or find_gguf()
+    model, tokenizer = load_model(options.gguf or find_gguf())  # once: taking the file apart takes a quarter minute
+    model = model.bfloat16()
     data = load_dataset("json", data_files=str(options.data), split="train").map(answers).remove_columns("messages")
     train, held_out = data.select(range(options.held_out, len(data))), data.select(range(options.held_out))
     found: dict[str, list[dict[str, Any]]] = {"stock": [], "ours": []}
     report: dict[str, Any] = {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    untrained = held_out_loss(load_model(gguf)[0].bfloat16(), held_out, gguf, device)
+    untrained = held_out_loss(model, held_out, model, tokenizer, device)
     print(f"untrained: held out {untrained:.4f}", flush=True)
     for seed in options.seeds:
         for side, runs in found.items():
             with tempfile.TemporaryDirectory() as folder:
-                trainer = run(side == "ours", seed, train, gguf, Path(folder), options)
+                trainer = run(side == "ours", seed, train, model, tokenizer, Path(folder), options)
             norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-            loss = held_out_loss(trainer.model, held_out, gguf, device)
+            loss = held_out_loss(trainer.model, held_out, model, tokenizer, device)
             runs.append({"seed": seed, "held_out": loss, "smallest_norm": min(norms), "losses": losses(trainer)})
             print(f"{side}, seed {seed}: held out {loss:.4f}, last {runs[-1]['losses'][-1]:.4f}", flush=True)
             if side == "ours":
