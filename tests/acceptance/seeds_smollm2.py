@@ -5,14 +5,15 @@
 Stock TRL (its own best-fit packing, torch's varlen attention on a GPU) and the flag with everything that it switches
 on, three seeds each, which shuffle the rows. Judged is the loss on the answers of held-out problems after the last
 step, by the same stock code for both; the logged losses are written down beside it. Not collected by pytest: it is
-meant for a GPU. Writes docs/results/seeds_smollm2.json and exits with 1 unless the mean of ours lies no further from
-that of stock TRL than its own seeds lie apart, and every run has learned.
+meant for a GPU. Writes docs/results/seeds_smollm2.json after each run, and makes the runs that this lacks; exits with 1
+unless the mean of ours lies no further from that of stock TRL than its own seeds lie apart, and every run has learned.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import sys
@@ -71,6 +72,21 @@ def held_out_loss(trained: Any, rows: Dataset, untrained: Any, tokenizer: Any, d
     return total / count
 
 
+def begun(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call with these settings, on such a machine, has left in the file: its runs are not made again."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    fresh: dict[str, Any] = settings | {"device": device, "versions": versions(), "runs": {"stock": [], "ours": []}}
+    if not file.exists():
+        return fresh
+    left: dict[str, Any] = json.loads(file.read_text())
+    return left if all(left.get(name) == fresh[name] for name in (*settings, "device", "versions")) else fresh
+
+
+def write(file: Path, result: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -86,32 +102,32 @@ def main() -> int:
     model = model.bfloat16()
     data = load_dataset("json", data_files=str(options.data), split="train").map(answers).remove_columns("messages")
     train, held_out = data.select(range(options.held_out, len(data))), data.select(range(options.held_out))
-    found: dict[str, list[dict[str, Any]]] = {"stock": [], "ours": []}
-    report: dict[str, Any] = {}
+    settings = {
+        "steps": options.steps,
+        "tokens_a_step": options.batch * options.length,
+        "held_out_rows": len(held_out),
+    }
+    result = begun(options.output, settings)
+    found = result["runs"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    untrained = held_out_loss(model, held_out, model, tokenizer, device)
+    result["untrained"] = untrained = held_out_loss(model, held_out, model, tokenizer, device)
     print(f"untrained: held out {untrained:.4f}", flush=True)
-    for seed in options.seeds:
-        for side, runs in found.items():
-            with tempfile.TemporaryDirectory() as folder:
-                trainer = run(side == "ours", seed, train, model, tokenizer, Path(folder), options)
-            norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-            loss = held_out_loss(trainer.model, held_out, model, tokenizer, device)
-            runs.append({"seed": seed, "held_out": loss, "smallest_norm": min(norms), "losses": losses(trainer)})
-            print(f"{side}, seed {seed}: held out {loss:.4f}, last {runs[-1]['losses'][-1]:.4f}", flush=True)
-            if side == "ours":
-                report = trainer.chronicals_report.to_dict()
-            del trainer
+    for seed, (side, runs) in itertools.product(options.seeds, found.items()):
+        if any(each["seed"] == seed for each in runs):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = run(side == "ours", seed, train, model, tokenizer, Path(folder), options)
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        loss = held_out_loss(trainer.model, held_out, model, tokenizer, device)
+        runs.append({"seed": seed, "held_out": loss, "smallest_norm": min(norms), "losses": losses(trainer)})
+        print(f"{side}, seed {seed}: held out {loss:.4f}, last {runs[-1]['losses'][-1]:.4f}", flush=True)
+        if side == "ours":
+            result["report"] = trainer.chronicals_report.to_dict()
+        del trainer
+        write(options.output, result)
     stock, ours = ([each["held_out"] for each in runs] for runs in found.values())
     difference, spread = statistics.mean(ours) - statistics.mean(stock), max(stock) - min(stock)
-    result = {
-        "steps": options.steps, "tokens_a_step": options.batch * options.length, "held_out_rows": options.held_out,
-        "untrained": untrained,
-        "difference_of_means": difference, "spread_of_stock": spread, "runs": found, "report": report,
-        "versions": versions(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }  # fmt: skip
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    write(options.output, result | {"difference_of_means": difference, "spread_of_stock": spread})
     everything = [each for runs in found.values() for each in runs]
     passed = {
         f"ours differs by {difference:+.4f}, stock's seeds by {spread:.4f}": abs(difference) <= spread,
