@@ -5,8 +5,9 @@
 Stock TRL (its own best-fit packing, torch's varlen attention on a GPU) and the flag with everything that it switches
 on, three seeds each, which shuffle the rows. Judged is the loss on the answers of held-out problems after the last
 step, by the same stock code for both; the logged losses are written down beside it. Not collected by pytest: it is
-meant for a GPU. Writes docs/results/seeds_smollm2.json after each run, and makes the runs that this lacks; exits with 1
-unless the mean of ours lies no further from that of stock TRL than its own seeds lie apart, and every run has learned.
+meant for a GPU. Writes docs/results/seeds_smollm2.json after each run, and makes the runs that this lacks; exits with
+1 unless the mean of ours lies no further from that of stock TRL than its own seeds lie apart, and every run has
+learned.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def held_out_loss(trained: Any, rows: Dataset, untrained: Any, tokenizer: Any, d
 
 
 def begun(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier call with these settings, on such a machine, has left in the file: its runs are not made again."""
+    """What an earlier call with these settings, on such a machine, has left in the file; its runs stand."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     fresh: dict[str, Any] = settings | {"device": device, "versions": versions(), "runs": {"stock": [], "ours": []}}
     if not file.exists():
