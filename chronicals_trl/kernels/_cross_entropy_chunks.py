@@ -59,15 +59,22 @@ class Plan(NamedTuple):
     columns: int
 
 
-def automatic_budget_mib(n_rows: int, vocab: int, hidden_size: int, itemsize: int, *, narrowed: bool) -> int:
+def automatic_budget_mib(
+    n_rows: int, vocab: int, hidden_size: int, compute: torch.dtype, *, narrowed: bool, kernels: bool
+) -> int:
     """MiB of logits with which the head's peak is that of TRL's fused head, but at most MOST_MIB.
 
     TRL holds its tile of logits, and the gradients in float32 and in their own dtype at once when it converts them. Of
-    the weight gradient, ours is `narrowed` in its own memory; of the hidden gradient there is only one. What TRL has
-    for all of that is there for logits.
+    the weight gradient, ours is `narrowed` in its own memory, or made as it will be where one chunk is all; of the
+    hidden gradient there is only one. What TRL has for all of that is there for logits.
     """
+    itemsize = compute.itemsize
     tile = min(n_rows, _TRL_TILE[0]) * min(vocab, _TRL_TILE[1]) * itemsize
-    spare = tile + 4 * n_rows * hidden_size + (itemsize * vocab * hidden_size if narrowed else 0)
+    float32_half = itemsize * vocab * hidden_size if narrowed else 0
+    spare = tile + 4 * n_rows * hidden_size + float32_half
+    whole = -(-n_rows * vocab * _per_logit(compute, kernels) // MIB)
+    if whole <= min(MOST_MIB, (spare + float32_half) // MIB):
+        return max(1, whole)
     return min(MOST_MIB, max(1, spare // MIB))
 
 
@@ -80,19 +87,22 @@ def plan(
         trainable: whether a weight gradient is formed.
         kernels: whether the Triton kernels run; the torch code holds some five times as much per logit.
     """
-    itemsize = compute.itemsize
-    # In torch: the GEMM's logits, and four buffers of softmax and gradient in the math dtype.
-    per_logit = itemsize if kernels else itemsize + 4 * math_dtype(compute).itemsize
+    per_logit = _per_logit(compute, kernels)
     rows = max(1, budget_mib * MIB // (per_logit * vocab))
-    if rows > 128:
-        rows -= rows % 128  # whole GEMM tiles
     if rows >= n_rows:
         return Plan(max(1, n_rows), vocab)
+    if rows > 128:
+        rows -= rows % 128  # whole GEMM tiles
     if kernels and trainable and rows < FEWEST_ROWS:
         columns = max(1, budget_mib * MIB // (per_logit * n_rows))
         if columns > 256:
             return Plan(n_rows, columns - columns % 256)  # whole GEMM tiles
     return Plan(rows, vocab)
+
+
+def _per_logit(compute: torch.dtype, kernels: bool) -> int:
+    """Bytes; in torch those of the GEMM's logits, and of four buffers of softmax and gradient in the math dtype."""
+    return compute.itemsize if kernels else compute.itemsize + 4 * math_dtype(compute).itemsize
 
 
 def weight_gradient_dtype(weight: torch.dtype, compute: torch.dtype, final: bool) -> torch.dtype:
@@ -136,6 +146,9 @@ class _WeightSum:
 
     Of a 16-bit gradient the memory holds half of the rows in float32; the other half lies beside it. When all is
     summed, the rows are rounded into their places from the front, over float32 rows that have been rounded before.
+
+    Args:
+        in_parts: so; else rows are written as they will be, each by one product.
     """
 
     def __init__(
@@ -187,7 +200,7 @@ class _Gradients:
 
     def __init__(
         self, hidden_MH: torch.Tensor, weight_VH: torch.Tensor, needs: Sequence[bool], compute: torch.dtype, *,
-        final: bool, tiles: bool,
+        final: bool, summed: bool,
     ) -> None:  # fmt: skip
         device, wide = hidden_MH.device, math_dtype(compute)
         self.device = device
@@ -195,7 +208,7 @@ class _Gradients:
         self.weight = None
         if needs[1]:
             dtype = weight_gradient_dtype(weight_VH.dtype, compute, final)
-            self.weight = _WeightSum(weight_VH.shape, dtype, compute, device, in_parts=not tiles)
+            self.weight = _WeightSum(weight_VH.shape, dtype, compute, device, in_parts=summed)
         self.bias_V = torch.zeros(weight_VH.shape[0], dtype=wide, device=device) if needs[2] else None
 
     def add_rows(self, rows: slice, grad_CV: torch.Tensor, hidden_CH: torch.Tensor, weight_VH: torch.Tensor) -> None:
@@ -226,13 +239,14 @@ def _run(
     n_rows, (vocab, width) = hidden_MH.shape[0], weight_VH.shape
     device = hidden_MH.device
     statistics = Statistics.empty(n_rows, math_dtype(compute), device)
+    kernels = use_triton(hidden_MH, weight_VH)
     narrowed = needs[1] and weight_gradient_dtype(weight_VH.dtype, compute, final) != math_dtype(compute)
     if budget_mib is None:
-        budget_mib = automatic_budget_mib(n_rows, vocab, width, compute.itemsize, narrowed=narrowed)
-    kernels = use_triton(hidden_MH, weight_VH)
+        budget_mib = automatic_budget_mib(n_rows, vocab, width, compute, narrowed=narrowed, kernels=kernels)
     cut = plan(n_rows, vocab, compute, budget_mib, trainable=needs[1], kernels=kernels)
     tiles = cut.columns < vocab
-    gradients = _Gradients(hidden_MH, weight_VH, needs, compute, final=final, tiles=tiles)
+    summed = not tiles and cut.rows < n_rows
+    gradients = _Gradients(hidden_MH, weight_VH, needs, compute, final=final, summed=summed)
     if n_rows == 0:
         return statistics, gradients.get()
     with torch.autocast(device.type, enabled=False):

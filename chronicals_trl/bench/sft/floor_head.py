@@ -22,9 +22,8 @@ BF16 = torch.bfloat16
 def chunk_rows(shape: Shape, mode: str, master: str, tokens: int, kernels: bool) -> int:
     """Positions in a chunk, with the budget that our head takes by itself."""
     trained = mode == "full"
-    budget = automatic_budget_mib(
-        tokens, shape.vocab, shape.hidden, BF16.itemsize, narrowed=trained and master == "bf16"
-    )
+    narrowed = trained and master == "bf16"
+    budget = automatic_budget_mib(tokens, shape.vocab, shape.hidden, BF16, narrowed=narrowed, kernels=kernels)
     cut = plan(tokens, shape.vocab, BF16, budget, trainable=trained, kernels=kernels)
     return cut.rows if cut.columns == shape.vocab else min(tokens, FEWEST_ROWS)
 
@@ -42,7 +41,7 @@ def head_ops(shape: Shape, mode: str, master: str, tokens: int, device: torch.de
     d_weight = None
     if mode == "full":
         dtype = BF16 if master == "bf16" else torch.float32
-        d_weight = _WeightSum(weight.shape, dtype, BF16, device, in_parts=True)
+        d_weight = _WeightSum(weight.shape, dtype, BF16, device, in_parts=rows < tokens)
     ops = []
     for start in range(0, tokens, rows):
         part = slice(start, min(start + rows, tokens))
