@@ -146,13 +146,21 @@ def test_a_packed_batch(tmp_path: Path) -> None:
     assert made.squares == pytest.approx((lengths**2).sum() / lengths.sum() * 1024, rel=0.2)
 
 
+FOUR = Documents(np.zeros(100, np.int32), np.array([0, 10, 30, 60, 100]))
+
+
 def test_a_padded_batch(tmp_path: Path) -> None:
-    lengths = np.array([10, 20, 30, 40])
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    made = make_batch(task(tmp_path, Documents(np.zeros(100, np.int32), offsets), packs=False))
+    made = make_batch(task(tmp_path, FOUR, packs=False, chronicals={"padding_free": "off"}))
     assert made == Batch(160, 100, 3000, made.cu_seqlens, 40)
     assert {0, 40, 80, 120, 160} <= set(made.cu_seqlens)
     assert sorted(b - a for a, b in pairwise(made.cu_seqlens)) == [10, 10, 20, 20, 30, 30, 40]
+
+
+@pytest.mark.parametrize("config", [{}, {"padding_free": "on"}])
+def test_a_batch_without_padding(tmp_path: Path, config: dict[str, Any]) -> None:
+    made = make_batch(task(tmp_path, FOUR, packs=False, chronicals=config))
+    assert made == Batch(100, 100, 3000, made.cu_seqlens, 40)
+    assert sorted(b - a for a, b in pairwise(made.cu_seqlens)) == [10, 20, 30, 40]
 
 
 # -- the figures ------------------------------------------------------------------------------------------------------

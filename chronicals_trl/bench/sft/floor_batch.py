@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from chronicals_trl.bench.sft.cases import Documents, Task
+from chronicals_trl.config import ChronicalsConfig
 
 __all__ = ["Batch", "make_batch"]
 
@@ -36,10 +37,13 @@ class Batch:
 
 
 def make_batch(task: Task) -> Batch:
-    """The median of some steps of `task`, packed by our own planner or padded, as the task says."""
+    """The median of some steps of `task`, packed by our own planner, one behind the other or padded, as it says."""
     lengths = np.minimum(Documents.load(task.documents).lengths, task.row_tokens)
     rng = np.random.default_rng(task.seed)
-    return _packed(task, lengths, rng) if task.packs else _padded(task, lengths, rng)
+    if task.packs:
+        return _packed(task, lengths, rng)
+    padded = task.chronicals.get("padding_free", ChronicalsConfig().padding_free) == "off"
+    return _padded(task, lengths, rng) if padded else _unpadded(task, lengths, rng)
 
 
 def _packed(task: Task, lengths: np.ndarray[tuple[int], np.dtype[np.int64]], rng: np.random.Generator) -> Batch:
@@ -78,6 +82,14 @@ def _padded(task: Task, lengths: np.ndarray[tuple[int], np.dtype[np.int64]], rng
         longest * task.rows, int(step.sum()), int(np.square(step).sum()), tuple(np.cumsum([0, *parts]).tolist()),
         longest,
     )  # fmt: skip
+
+
+def _unpadded(task: Task, lengths: np.ndarray[tuple[int], np.dtype[np.int64]], rng: np.random.Generator) -> Batch:
+    """One row of the documents alone; what graphs add to it, so that its length recurs, is not necessary."""
+    steps = [rng.choice(lengths, task.rows, replace=len(lengths) < task.rows) for _ in range(DRAWN)]
+    step = steps[_middle(steps)]
+    tokens = int(step.sum())
+    return Batch(tokens, tokens, int(np.square(step).sum()), (0, *np.cumsum(step).tolist()), int(step.max()))
 
 
 def _middle(steps: Sequence[np.ndarray[tuple[int], np.dtype[np.int64]]]) -> int:
