@@ -79,8 +79,16 @@ def compare_starts(prepare: Callable[[], tuple[T, Facts]], ranks: int) -> T:
     return result
 
 
-def patch_alike(patch: Callable[[dict[str, str]], ActivationReport], model: nn.Module, ranks: int) -> ActivationReport:
+def patch_alike(
+    patch: Callable[[dict[str, str]], ActivationReport],
+    model: nn.Module,
+    ranks: int,
+    facts: Callable[[], dict[str, str]] = dict,
+) -> ActivationReport:
     """Run `patch`, with what to leave out and why, such that the same parts are on at all ranks.
+
+    Args:
+        facts: what else `patch` has switched on or off, name -> state; left out where the ranks differ, as parts are.
 
     Raises:
         ValueError: the ranks have different models; on every rank.
@@ -91,11 +99,12 @@ def patch_alike(patch: Callable[[dict[str, str]], ActivationReport], model: nn.M
 
     def prepare() -> tuple[ActivationReport, Facts]:
         report = patch({})
-        return report, {"the model": _describe(model)} | {part.name: part.state for part in report.parts}
+        states = {part.name: part.state for part in report.parts} | facts()
+        return report, {"the model": _describe(model)} | states
 
     report, everyone = _ask_all(prepare)
-    _require_alike([{"the model": facts["the model"]} for facts in everyone])
-    apart = [name for name in PARTS if len({facts[name] for facts in everyone}) > 1]
+    _require_alike([{"the model": found["the model"]} for found in everyone])
+    apart = [name for name in (*PARTS, *facts()) if len({found[name] for found in everyone}) > 1]
     return patch(dict.fromkeys(apart, "off on another rank")) if apart else report
 
 

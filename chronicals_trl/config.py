@@ -176,7 +176,7 @@ class ChronicalsConfig:
     packing_window: int = 10_000
     profile_steps: int | None = None
     balance_ranks: bool = True
-    padding_free: str = "off"
+    padding_free: str = "auto"
     health: str = "warn"
     lora_plus_ratio: float = 16.0
     lora_plus_embedding_lr: float | None = None

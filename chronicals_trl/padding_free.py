@@ -23,19 +23,28 @@ from chronicals_trl.model.patch import base_model
 from chronicals_trl.packing.padding_free import (
     PaddingFreeCollator,
     RowLengths,
-    even_row_lengths,
     fitted_row_lengths,
+    spread_row_lengths,
 )
 from chronicals_trl.packing.trainer import first_tokens
 from chronicals_trl.report import ActivationReport
 
 logger = logging.getLogger(__name__)
 
+PADDING_FREE = "padding_free"
+PADDING_FREE_NOTE = "padding-free: the documents of a batch are one row, without padding between them"
+
 # What lies between the collator and the model, and may look for padded rows in a batch.
 BETWEEN = ("get_train_dataloader", "get_batch_samples", "training_step", "_prepare_inputs", "compute_loss")
 
+# What else a subclass may have that counts on a row for each document, and is not between the two.
+_BESIDE = ("_get_dataloader", "_get_num_items_in_batch", "_prepare_input", "_inner_training_loop")
+
 # Implementations that attend through a mask of a row's tokens by a row's tokens.
 _DENSE = ("sdpa", "eager", "chronicals_blockwise")
+
+# On CPUs, where that is the only way: from here on such a mask has a quarter of a gibibyte.
+LONGEST_DENSE_ROW = 16_384
 
 # Strategies whose batches have hardly any padding.
 _ALIKE = ("group_by_length", "batch_rebalance")
@@ -58,9 +67,13 @@ class PaddingFreeMixin(Trainer):
 
     _unpadded: DataCollatorForLanguageModeling | None = None  # TRL's collator, which trains without its padding
     _padded_because: str | None = None
+    _rows_recur: bool = False  # as CUDA graphs need it
 
-    def _choose_padding_free(self, config: ChronicalsConfig) -> None:
+    def _choose_padding_free(self, config: ChronicalsConfig, leave_out: str | None = None) -> None:
         """Decide, once the model is patched.
+
+        Args:
+            leave_out: why not, if another rank has found a reason.
 
         Raises:
             ValueError: `padding_free="on"` and it cannot be.
@@ -75,11 +88,15 @@ class PaddingFreeMixin(Trainer):
                 "batches of such a run as they are, or change what stands in the way."
             )
         if reason is None and config.padding_free == "auto":
-            reason = self._padding_free_pointless()
+            reason = self._padding_free_pointless() or leave_out
         if reason is None:
             self._unpadded = self.data_collator
         else:
             self._padded_because = reason
+
+    def _padding_free_fact(self) -> dict[str, str]:
+        """For the ranks to compare: where one of them alone has the weights (FSDP), it alone can try the model."""
+        return {PADDING_FREE: "off" if self._unpadded is None else "on"}
 
     def _padding_free_ruled_out(self) -> str | None:
         """Why the result would be another one; the cheap questions first."""
@@ -87,7 +104,7 @@ class PaddingFreeMixin(Trainer):
         collator = self.data_collator
         if type(collator) is not DataCollatorForLanguageModeling:
             return f"the batches are those of {type(collator).__name__}, not of TRL's collator for text"
-        overrides = self._overridden((*BETWEEN, "_get_dataloader"))
+        overrides = self._overridden((*BETWEEN, *_BESIDE))
         if overrides is not None:
             return f"{overrides}, which may count on padded rows"
         if self.compute_loss_func is not None:
@@ -96,6 +113,10 @@ class PaddingFreeMixin(Trainer):
             return "neftune_noise_alpha is set, and NEFTune's noise depends on the length of the padded rows"
         if not collator.padding_free and not self._loss_shifts_labels:
             return "of this model transformers counts each document's first token as a label, as it is in padded rows"
+        if args.include_num_input_tokens_seen == "non_padding" and not collator.padding_free:
+            return "include_num_input_tokens_seen='non_padding' counts by the mask of padded rows"
+        if args.n_gpu > 1:
+            return "several GPUs in one process get a share of each batch's rows"
         if self._cuts_batches(self.train_dataset):  # TRL has set it to False for streams
             return "dispatch_batches=True cuts batches apart"
         parallelism = self.accelerator.parallelism_config
@@ -110,24 +131,44 @@ class PaddingFreeMixin(Trainer):
         peft_config = getattr(self.model, "active_peft_config", None)
         if getattr(peft_config, "is_prompt_learning", False):
             return f"PEFT's {type(peft_config).__name__} puts its virtual tokens before each row"
+        if getattr(peft_config, "alora_invocation_tokens", None):
+            return "an activated LoRA (alora_invocation_tokens) begins at one place in each row"
         config = model.config.get_text_config()
         if config is not model.config:
             return "the model is multimodal"
         others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if others:
             return f"the model has layers ({', '.join(sorted(others))}) that go by a row, not by a document"
-        leak = self._leak()
+        try:
+            leak = self._leak()
+        except Exception as error:  # of whatever kind: batches as they were have run without this
+            words = str(error).splitlines()
+            return f"this model could not be tried on it ({type(error).__name__}: {words[0] if words else ''})"
         return None if leak is None else f"this model lets documents of a row attend to each other ({leak})"
 
     def _padding_free_pointless(self) -> str | None:
-        """Why padded batches are no slower."""
+        """Why padded batches are no slower, or why it cannot be told whether the result would be another one."""
         args: Any = self.args
         if self._train_batch_size == 1:
             return "a batch of one document has no padding"
         if isinstance(self.train_dataset, Dataset) and args.train_sampling_strategy in _ALIKE:
             return f"train_sampling_strategy={args.train_sampling_strategy!r} puts documents of like length together"
         half = self.accelerator.mixed_precision in ("bf16", "fp16")
-        return dense_mask(base_model(self.model), args.device, half=half)
+        dense = dense_mask(base_model(self.model), args.device, half=half)
+        if dense is not None:
+            return dense
+        rows = self._row_lengths(self.train_dataset, self._train_batch_size)
+        assert rows is not None
+        if args.device.type == "cpu" and rows.largest > LONGEST_DENSE_ROW:
+            return f"on a CPU its attention would need a mask of {rows.largest:,} tokens by as many"
+        if rows.fill is not None and rows.padded is not None and rows.padded >= rows.fill:
+            return f"its documents are of like length: about {rows.padded:.0%} of padded batches is real already"
+        if any(hasattr(parameter, "ds_shape") for parameter in self.model.parameters()):
+            return (
+                "the weights are partitioned (ZeRO-3), so whether documents of a row attend to each other cannot be "
+                "tried (padding_free='on' insists)"
+            )
+        return None
 
     # -- the rows ----------------------------------------------------------------------------------------------------
 
@@ -137,12 +178,12 @@ class PaddingFreeMixin(Trainer):
         collator: Any = self._unpadded or self.data_collator
         multiple = math.lcm(8, collator.pad_to_multiple_of or 1)
         documents = self._documents_in_a_row(batch_size)
-        if isinstance(dataset, Dataset) and len(dataset) and _data_sets.has_token_lists(dataset):
-            lengths = _data_sets.list_lengths(dataset, "input_ids")
-            if args.train_sampling_strategy == "random":
-                return fitted_row_lengths(lengths, documents, multiple=multiple)
-            return even_row_lengths(documents, max(1, int(lengths.max())), multiple=multiple)
-        return even_row_lengths(documents, args.max_length, multiple=multiple) if args.max_length else None
+        if not (isinstance(dataset, Dataset) and len(dataset) and _data_sets.has_token_lists(dataset)):
+            return spread_row_lengths(documents, args.max_length, multiple=multiple) if args.max_length else None
+        lengths, order = _data_sets.list_lengths(dataset, "input_ids"), args.train_sampling_strategy
+        if order in _ALIKE:
+            return spread_row_lengths(documents, max(1, int(lengths.max())), multiple=multiple)
+        return fitted_row_lengths(lengths, documents, multiple=multiple, in_order=order == "sequential")
 
     def _documents_in_a_row(self, batch_size: int) -> int:
         return max(1, batch_size // (self._data_ranks() if self.accelerator.split_batches else 1))
@@ -154,7 +195,7 @@ class PaddingFreeMixin(Trainer):
         assert row_lengths is not None
         present = self.data_collator
         self.data_collator = PaddingFreeCollator(
-            row_lengths,
+            row_lengths if self._rows_recur else row_lengths.exact(),
             documents=self._documents_in_a_row(kwargs["batch_size"]),
             pad_token_id=self._unpadded.pad_token_id,
             filler_ids=first_tokens(dataset),
@@ -178,18 +219,41 @@ class PaddingFreeMixin(Trainer):
         logger.warning("chronicals-trl: %s", note)
         return True
 
-    def _padding_free_notes(self) -> list[str]:
+    def _largest_batch(self) -> int | None:
+        """Tokens of a rank's largest training batch, padding included; None where nothing limits it."""
+        args: Any = self.args
+        if self._unpadded is None:
+            return args.per_device_train_batch_size * args.max_length if args.max_length else None
+        rows = self._row_lengths(self.train_dataset, self._train_batch_size)
+        return None if rows is None else rows.largest
+
+    def _usual_batch(self) -> int:
+        """Tokens of a training batch whose documents are one row, on average."""
+        rows = self._row_lengths(self.train_dataset, self._train_batch_size)
+        assert rows is not None
+        return rows.usual
+
+    def _padding_free_notes(self, report: ActivationReport) -> list[str]:
+        """What is said of the rows, once it is known whether graphs of them are captured."""
+        self._rows_recur = report["cuda_graphs"].state == "on"
         if self._padded_because is not None:
             return [f"padding-free: off, batches stay as they are: {self._padded_because}"]
         if self._unpadded is None:
             return []
         rows = self._row_lengths(self.train_dataset, self._train_batch_size)
         assert rows is not None
-        fill = "" if rows.fill is None else f", about {rows.fill:.0%} of them real"
-        return [
-            "padding-free: the documents of a batch are one row, without padding between them; rows of "
-            f"{len(rows.lengths)} lengths, {rows.lengths[0]:,} to {rows.lengths[-1]:,} tokens{fill}"
-        ]
+        return [f"{PADDING_FREE_NOTE}; {self._told(rows)}"]
+
+    def _told(self, rows: RowLengths) -> str:
+        assert self._unpadded is not None
+        padded = None if rows.padded is None or self._unpadded.padding_free else f"{rows.padded:.0%}"
+        if not self._rows_recur:
+            told = f"rows are as long as their documents, up to a multiple of {rows.multiple} tokens"
+            return told if padded is None else f"{told} (padded, about {padded} of them would be real)"
+        if rows.fill is None:
+            return f"rows of few lengths, of {rows.largest:,} tokens at most"
+        told = f"rows of {len(rows.lengths)} lengths, {rows.lengths[0]:,} to {rows.lengths[-1]:,} tokens, about "
+        return f"{told}{rows.fill:.0%} of them real" + ("" if padded is None else f" (padded, {padded})")
 
 
 def dense_mask(model: nn.Module, device: torch.device, *, half: bool) -> str | None:

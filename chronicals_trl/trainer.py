@@ -45,7 +45,7 @@ from chronicals_trl.observe.out_of_memory import OutOfMemoryMixin
 from chronicals_trl.observe.trainer import ThroughputMixin
 from chronicals_trl.optim.trainer import LoraPlusMixin
 from chronicals_trl.packing.trainer import PackingMixin
-from chronicals_trl.padding_free import BETWEEN, PaddingFreeMixin
+from chronicals_trl.padding_free import BETWEEN, PADDING_FREE, PaddingFreeMixin
 from chronicals_trl.report import ActivationReport, PartReport
 
 logger = logging.getLogger(__name__)
@@ -150,8 +150,9 @@ class SFTTrainer(
         """Patch the model, set the trainer's own parts, and agree with the other ranks on what is on."""
         leave_out = _inputs.conflicts(self, SFTTrainer)
         report = patch_alike(
-            lambda on_another_rank: self._patch(config, leave_out | on_another_rank), self.model, self.args.world_size
-        )
+            lambda on_another_rank: self._patch(config, leave_out | on_another_rank), self.model, self.args.world_size,
+            facts=self._padding_free_fact,
+        )  # fmt: skip
         self._lora_plus = report["lora_plus"].state == "on"
         self._lora_plus_rates = report["lora_plus"].backend or ""
         self._head = report["head"].state == "on"
@@ -162,7 +163,7 @@ class SFTTrainer(
             self._check_isolation()
         elif self._unpadded is None:
             report.notes += self._use_padded_attention()
-        report.notes += self._padding_free_notes()
+        report.notes += self._padding_free_notes(report)
         report.notes += rounding
         report.notes += self._notes(config)
         report.notes += self._health_notes()
@@ -176,7 +177,7 @@ class SFTTrainer(
             self.model, without_trainer_parts(config), leave_out=leave_out, device=self._device_of_training()
         )
         report.set(self._packing)
-        self._choose_padding_free(config)
+        self._choose_padding_free(config, leave_out.get(PADDING_FREE))
         lora_plus = _inputs.lora_plus_part(self, config)
         if "lora_plus" in leave_out and lora_plus.state == "on":
             lora_plus = PartReport("lora_plus", "off", reason=leave_out["lora_plus"], omitted=True)

@@ -38,6 +38,7 @@ class RecomputeMixin(Trainer):
     _graphs_wanted: bool
     _graphs_wait: bool
     _engine_in_the_way: Callable[[], str | None]
+    _largest_batch: Callable[[], int | None]
 
     _recompute_layers: list[nn.Module] | None = None  # inside `train`, with the part on
     _recompute_probe: LayerMemory | None = None
@@ -61,7 +62,7 @@ class RecomputeMixin(Trainer):
                 PART, "off", reason="gradient_checkpointing=True was asked for (without it, or with recompute='on', "
                 "layers are computed again only as far as memory needs it)",
             )  # fmt: skip
-        if not args.max_length:
+        if self._largest_batch() is None:
             return PartReport(PART, "off", reason="max_length=None leaves open how large a batch can be")
         layers = graphs.decoder_layers(self.model)
         reason = leave_out or self._recompute_ruled_out() or (layers if isinstance(layers, str) else None)
@@ -125,9 +126,10 @@ class RecomputeMixin(Trainer):
         return peak + int(max(0, peak - self._fixed) * (self._more(self._peak_tokens) - 1))
 
     def _more(self, tokens: int) -> float:
-        """How many times so many tokens the largest batch has: rows that are padded have other lengths in others."""
-        largest: Any = self.args.max_length
-        return max(1.0, self.args.per_device_train_batch_size * largest / tokens)
+        """How many times so many tokens the largest batch has: rows that are not packed differ in length."""
+        largest = self._largest_batch()
+        assert largest is not None
+        return max(1.0, largest / tokens)
 
     def _memory(self) -> Memory:
         return Memory(self.args.device)

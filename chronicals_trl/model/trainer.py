@@ -28,6 +28,8 @@ PADDED_LENGTHS = graphs.MAX_GRAPHS
 # More padding pays while the GPU waits for Python. An estimate: launching a layer's kernels, both ways, took 9 ms on a
 # slow host (docs/results/profile_step_lora_h100.json), of which a third is assumed; and 4e14 FLOP/s.
 HOST_SECONDS_PER_LAYER, FLOP_RATE = 3e-3, 4e14
+# Rows without padding are filled up by a few percent for it. That little pays while the GPU waits on a slow host.
+SLOW_HOST_SECONDS_PER_LAYER = 9e-3
 
 # Under DDP the backward pass is cut into graphs of so many bytes of gradients, so that those of one are sent while the
 # next one computes. At most so many, since between two of them a residual addition stands alone.
@@ -49,6 +51,7 @@ class CudaGraphsMixin(Trainer):
     _chronicals: ChronicalsConfig | None
     _packing: PartReport
     _unpadded: DataCollatorForLanguageModeling | None
+    _usual_batch: Callable[[], int]
     data_collator: Any
     chronicals_report: ActivationReport
     _save_report: Callable[[], None]
@@ -83,6 +86,8 @@ class CudaGraphsMixin(Trainer):
             reason = self._padding_obstacle()
             if reason is not None:
                 return f"batches are not packed here, so their shapes differ from step to step, and {reason}"
+        elif self._unpadded is not None and self._rows_outlast_a_slow_host():
+            return "rows without padding are so long here that filling them up to a few lengths would cost more"
         if args.gradient_checkpointing and recompute.state == "off":
             return "gradient_checkpointing=True: what a layer computes again is not captured"
         return None
@@ -102,14 +107,25 @@ class CudaGraphsMixin(Trainer):
         if args.max_length / (collator.pad_to_multiple_of or args.max_length) > PADDED_LENGTHS:
             return f"pad_to_multiple_of={collator.pad_to_multiple_of} gives them more than {PADDED_LENGTHS} lengths"
         assert self._chronicals is not None
-        layers = graphs.decoder_layers(self.model)
-        if collator.pad_to_multiple_of or self._chronicals.cuda_graphs == "on" or isinstance(layers, str):
+        if collator.pad_to_multiple_of or self._chronicals.cuda_graphs == "on":
             return None
-        parameters = sum(p.numel() for layer in layers for p in layer.parameters())
-        gpu_seconds = 6 * parameters * args.per_device_train_batch_size * args.max_length / FLOP_RATE
-        if gpu_seconds > HOST_SECONDS_PER_LAYER * len(layers):
+        if self._seconds_per_layer(args.per_device_train_batch_size * args.max_length) > HOST_SECONDS_PER_LAYER:
             return "they are too large for more padding to pay (cuda_graphs='on' insists; packing=True is better)"
         return None
+
+    def _rows_outlast_a_slow_host(self) -> bool:
+        """Whether the GPU takes longer over a row without padding than any host over the launches."""
+        assert self._chronicals is not None
+        insists = self._chronicals.cuda_graphs == "on"
+        return not insists and self._seconds_per_layer(self._usual_batch()) > SLOW_HOST_SECONDS_PER_LAYER
+
+    def _seconds_per_layer(self, tokens: int) -> float:
+        """The GPU's, by estimate; 0 where it is not known which the layers are."""
+        layers = graphs.decoder_layers(self.model)
+        if isinstance(layers, str):
+            return 0.0
+        parameters = sum(p.numel() for layer in layers for p in layer.parameters())
+        return 6 * parameters * tokens / FLOP_RATE / len(layers)
 
     def _round_lengths_up(self, report: ActivationReport) -> list[str]:
         """Let the lengths of padded rows recur, if graphs are to be captured of them; a note for the report."""

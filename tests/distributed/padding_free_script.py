@@ -11,9 +11,14 @@ from typing import Any
 import tiny_data
 import tiny_models
 import trl
+from accelerate.utils import gather_object
 from ranks import leave
 
 from chronicals_trl import SFTConfig, SFTTrainer
+from chronicals_trl import trainer as trainer_module
+
+# As under FSDP, where one rank alone has the weights to try the model with.
+LEAK = "one rank sees a leak"
 
 CASES: dict[str, dict[str, Any]] = {
     "shuffled": {},
@@ -22,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
         "accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 6,
     },
     "stream": {},
+    LEAK: {},
 }  # fmt: skip
 
 
@@ -32,7 +38,10 @@ def train(output: Path, ours: bool, case: str) -> Any:
         "gradient_checkpointing": False, "disable_tqdm": True, "per_device_train_batch_size": 3, **CASES[case],
     }  # fmt: skip
     if ours:
-        settings |= {"use_chronicals": True, "chronicals_config": {"padding_free": "on", "lora_plus": "off"}}
+        setting = "auto" if case == LEAK else "on"
+        settings |= {"use_chronicals": True, "chronicals_config": {"padding_free": setting, "lora_plus": "off"}}
+    leak = "logits differ" if case == LEAK and os.environ["RANK"] == "0" else None
+    trainer_module.verify_isolation = lambda model, device: leak
     data = tiny_data.text(46)  # no multiple of a step's documents
     trainer = (SFTTrainer if ours else trl.SFTTrainer)(
         model=tiny_models.build("llama"),
@@ -52,8 +61,9 @@ def main(output: Path) -> None:
         figures[case] = {
             "ours": [entry for entry in ours.state.log_history if "loss" in entry],
             "theirs": [entry for entry in theirs.state.log_history if "loss" in entry],
-            "rows": batch["input_ids"].shape[0],
-            "offsets": len(batch["cu_seq_lens_q"]),
+            "rows": gather_object([batch["input_ids"].shape[0]]),
+            "offsets": len(batch.get("cu_seq_lens_q", ())),
+            "notes": gather_object([note for note in ours.chronicals_report.notes if note.startswith("padding-free")]),
         }
     if int(os.environ["RANK"]) == 0:
         (output / "figures.json").write_text(json.dumps(figures))

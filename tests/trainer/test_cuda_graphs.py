@@ -21,6 +21,7 @@ from chronicals_trl.model import graphs
 from chronicals_trl.model import trainer as graphs_trainer
 
 PACKED = {"use_chronicals": True, "packing": True, "max_steps": 8}
+PADDED = {"packing": False, "chronicals_config": {"padding_free": "off"}}
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def make(tmp_path: Path, **options: Any) -> SFTTrainer:
 
 def trained(tmp_path: Path, setting: str, **options: Any):
     arguments = {name: options.pop(name) for name in ("peft_config", "eval_dataset", "callbacks") if name in options}
-    config = {"cuda_graphs": setting, "lora_plus": "off"}
+    config = {"cuda_graphs": setting, "lora_plus": "off", "padding_free": "off"}
     options = {**PACKED, "chronicals_config": config, **options}
     return run(SFTTrainer, SFTConfig, tmp_path / setting, data=tiny_data.text(120), options=options, **arguments)
 
@@ -170,11 +171,11 @@ def test_a_hook_from_outside_is_told(tmp_path: Path, recorder: StandIn, caplog: 
     "options, reason, omitted",
     [
         ({"chronicals_config": {"cuda_graphs": "off"}}, "in the configuration", False),
-        ({"packing": False, "max_length": None}, "max_length=None leaves their lengths open", False),
-        ({"packing": False, "pad_to_multiple_of": 2}, "pad_to_multiple_of=2 gives them more than 8", False),
-        ({"packing": False, "padding_free": True, "max_length": None}, "not TRL's collator", False),
+        ({**PADDED, "max_length": None}, "max_length=None leaves their lengths open", False),
+        ({**PADDED, "pad_to_multiple_of": 2}, "pad_to_multiple_of=2 gives them more than 8", False),
+        ({**PADDED, "padding_free": True, "max_length": None}, "not TRL's collator", False),
         ({"chronicals_config": {"packing": "off"}}, "not TRL's collator", False),  # but its packing
-        ({"packing": False, "per_device_train_batch_size": 10**9}, "too large for more padding", False),
+        ({**PADDED, "per_device_train_batch_size": 10**9}, "too large for more padding", False),
         ({"gradient_checkpointing": True}, "gradient_checkpointing=True", False),
         ({"chronicals_config": {"rms_norm": "off"}}, "not patched", True),
         ({"torch_compile": True}, "torch_compile=True", True),
@@ -203,7 +204,7 @@ def test_padded_rows_get_lengths_that_recur(tmp_path: Path, recorder: StandIn) -
 
 def test_padded_rows_beside_a_packed_evaluation(tmp_path: Path, recorder: StandIn) -> None:
     """Packed and padded rows share a collator then, of which training's are rounded up."""
-    options = {"packing": False, "eval_packing": True, "max_length": 64, "per_device_train_batch_size": 3}
+    options = {**PADDED, "eval_packing": True, "max_length": 64, "per_device_train_batch_size": 3}
     trainer = make(tmp_path, eval_dataset=tiny_data.text(9), **options)
     assert any("padded to multiples of 8 tokens" in note for note in trainer.chronicals_report.notes)
     assert all(batch["input_ids"].shape[1] % 8 == 0 for batch in trainer.get_train_dataloader())
@@ -211,9 +212,11 @@ def test_padded_rows_beside_a_packed_evaluation(tmp_path: Path, recorder: StandI
 
 
 def test_the_users_own_multiple_and_insistence_count(tmp_path: Path, recorder: StandIn) -> None:
-    huge = {"packing": False, "per_device_train_batch_size": 10**9}
-    for options in ({"pad_to_multiple_of": 32}, {"chronicals_config": {"cuda_graphs": "on"}}):
-        trainer = make(tmp_path, **huge, **options)
+    huge = {**PADDED, "per_device_train_batch_size": 10**9}
+    for options in (
+        {"pad_to_multiple_of": 32}, {"chronicals_config": {"cuda_graphs": "on", "padding_free": "off"}},
+    ):  # fmt: skip
+        trainer = make(tmp_path, **{**huge, **options})
         assert trainer.chronicals_report["cuda_graphs"].state == "on"
         assert trainer.data_collator.pad_to_multiple_of == (
             options.get("pad_to_multiple_of") or 16

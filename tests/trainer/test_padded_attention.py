@@ -17,7 +17,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from chronicals_trl import SFTConfig, SFTTrainer
 
-FA4 = {"use_chronicals": True, "chronicals_config": {"attention_backend": "flash_attn_4", "packing": "off"}}
+FA4 = {
+    "use_chronicals": True,
+    "chronicals_config": {"attention_backend": "flash_attn_4", "packing": "off", "padding_free": "off"},
+}
 STEPS, LAYERS = SETTINGS["max_steps"], 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_flash_attention as fake
@@ -12,6 +13,7 @@ import pytest
 import tiny_data
 import tiny_models
 import torch
+import transformers
 import trl
 from graph_stand_in import StandIn
 from training_runs import SETTINGS, logged, run
@@ -21,6 +23,7 @@ from chronicals_trl import SFTConfig, SFTTrainer
 from chronicals_trl import trainer as trainer_module
 from chronicals_trl.model import graphs
 from chronicals_trl.model import trainer as graphs_trainer
+from chronicals_trl.padding_free import PaddingFreeMixin
 
 STEPS = 6
 OPTIONS = {"per_device_train_batch_size": 4, "max_steps": STEPS}
@@ -44,6 +47,15 @@ def note(trainer: Any) -> str:
 
 def batches(trainer: Any) -> list[dict[str, Any]]:
     return list(trainer.get_train_dataloader())
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    """Training on the CPU as if it could capture: rows get lengths that recur."""
+    stand_in = StandIn()
+    monkeypatch.setattr(graphs_trainer, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: stand_in)
+    return stand_in
 
 
 def require_same(mine: tuple[Any, Any], stock: tuple[Any, Any], steps: int = STEPS) -> None:
@@ -97,6 +109,14 @@ CASES: dict[str, dict[str, Any]] = {
         "data": lambda: split_rows(), "options": {"dataset_kwargs": SKIP, "max_length": None, "padding_free": True},
     },
     "a packed evaluation beside it": {"options": {"eval_packing": True}},
+    "workers": {"options": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}},
+    "extra columns": {
+        "data": lambda: tiny_data.text().map(lambda row, index: {"score": index}, with_indices=True),
+        "options": {"remove_unused_columns": False},
+    },
+    "tensors": {"data": lambda: tiny_data.tokenized().with_format("torch"), "options": {"dataset_kwargs": SKIP}},
+    "clipping": {"options": {"max_grad_norm": 0.01}},
+    "compiled": {"options": {"torch_compile": True, "torch_compile_backend": "eager"}},
 }  # fmt: skip
 
 
@@ -143,12 +163,34 @@ def test_lora(tmp_path: Path) -> None:
     )
 
 
-def test_a_stream(tmp_path: Path) -> None:
-    mine = ours(tmp_path, data=tiny_data.text().to_iterable_dataset())
-    require_same(mine, theirs(tmp_path, data=tiny_data.text().to_iterable_dataset()))
-    lengths = {batch["input_ids"].shape[1] for batch in batches(mine[0])}
-    assert lengths <= {48 * (index + 1) for index in range(8)} and len(lengths) > 1  # 4 documents of at most 96
-    assert "rows of 8 lengths, 48 to 384 tokens" in note(mine[0]) and "real" not in note(mine[0])
+@pytest.mark.parametrize("max_length", [96, 4000])
+def test_a_stream(tmp_path: Path, recorder: StandIn, max_length: int) -> None:
+    """Of which a limit is known, if not how far below it the documents are."""
+    options = {"max_length": max_length}
+    mine = ours(tmp_path, data=tiny_data.text().to_iterable_dataset(), options=options)
+    stock = theirs(tmp_path, data=tiny_data.text().to_iterable_dataset(), options=options)
+    require_same(mine, stock)
+    assert f"rows of few lengths, of {4 * max_length:,} tokens at most" in note(mine[0])
+    rows, padded = (
+        [batch["input_ids"].numel() for batch in batches(trainer)] for trainer in (mine[0], stock[0])
+    )  # fmt: skip
+    assert all(row < max(padded[: index + 1]) + 8 for index, row in enumerate(rows)) and sum(rows) < sum(padded)
+
+
+def test_documents_in_order_of_their_length(tmp_path: Path, recorder: StandIn) -> None:
+    """Rows are fitted to the batches as they will come; if those have no padding to speak of, they stay."""
+    options = {"train_sampling_strategy": "sequential"}
+    data = tiny_data.text(120)
+    mine, _ = ours(tmp_path, options=options, data=data)
+    lengths = {batch["input_ids"].shape[1] for batch in batches(mine)}
+    told = next(int(word) for word in note(mine).split() if word.isdigit())
+    assert len(lengths) == told <= graphs.MAX_GRAPHS
+    order = sorted(range(len(data)), key=lambda row: len(data[row]["text"]))
+    options |= {"per_device_train_batch_size": 2}
+    alike, _ = ours(tmp_path, options={**options, "max_steps": 1}, data=data.select(order))
+    assert "its documents are of like length: about 9" in note(alike) and "attention_mask" in batches(alike)[0]
+    mine = ours(tmp_path, "on", options=options, data=data.select(order))
+    require_same(mine, theirs(tmp_path, options=options, data=data.select(order)))
 
 
 def test_on_insists_where_nothing_is_won(tmp_path: Path) -> None:
@@ -158,20 +200,41 @@ def test_on_insists_where_nothing_is_won(tmp_path: Path) -> None:
     assert batches(mine[0])[0]["cu_seq_lens_q"].shape == (3,)
 
 
-def test_evaluation_is_trls(tmp_path: Path) -> None:
-    """Its collator and its figures, in the middle of training too."""
+@pytest.mark.parametrize("metrics", [False, True])
+def test_evaluation_is_trls(tmp_path: Path, metrics: bool) -> None:
+    """Its collator and its figures, in the middle of training too; `compute_metrics` gets logits row by row."""
     options = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4}
+
+    def accuracy(prediction: Any) -> dict[str, float]:
+        right = prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]
+        return {"rows": len(right), "accuracy": right[prediction.label_ids[:, 1:] != -100].mean()}
+
+    arguments: dict[str, Any] = {"compute_metrics": accuracy} if metrics else {}
     (mine, _), (stock, _) = (
-        each(tmp_path, options=options, eval_dataset=tiny_data.text(9, seed=4)) for each in (ours, theirs)
+        each(tmp_path, options=options, eval_dataset=tiny_data.text(9, seed=4), **arguments) for each in (ours, theirs)
     )
-    for key in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+    assert note(mine).startswith("padding-free: the documents")
+    keys = ["eval_loss", "eval_entropy", "eval_mean_token_accuracy"] + ["eval_rows", "eval_accuracy"] * metrics
+    for key in keys:
         assert logged(mine, key) == pytest.approx(logged(stock, key), rel=1e-5) and len(logged(mine, key)) == 2
     assert logged(mine, "loss") == pytest.approx(logged(stock, "loss"), rel=1e-5)
     assert type(mine.data_collator) is DataCollatorForLanguageModeling
     assert next(iter(mine.get_eval_dataloader()))["input_ids"].shape[0] == 4
 
 
-def test_the_same_documents_in_few_lengths(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", ["off", "auto"])
+def test_a_run_that_is_resumed(tmp_path: Path, before: str) -> None:
+    """In the middle of an epoch, from a checkpoint of padded batches too."""
+    options = {"save_strategy": "steps", "save_steps": 7, "num_train_epochs": 2, "max_steps": -1}
+    whole, _ = ours(tmp_path / "before", before, options=options)
+    resumed, _ = ours(tmp_path, options=options)
+    losses = logged(resumed, "loss")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "before" / "ours" / "out" / "checkpoint-7"))
+    assert len(losses) == 20 and logged(resumed, "loss") == pytest.approx(losses, rel=1e-5)
+    assert logged(whole, "loss") == pytest.approx(losses, rel=1e-5)
+
+
+def test_the_same_documents_in_few_lengths(tmp_path: Path, recorder: StandIn) -> None:
     """Batch by batch those of TRL's padded run, over a hundred of them."""
     (mine, _), (stock, _) = ours(tmp_path), theirs(tmp_path)
     lengths, offsets = set(), set()
@@ -206,17 +269,44 @@ def test_a_varlen_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("setting", ["auto", "on"])
-def test_graphs_capture_the_rows(tmp_path: Path, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = StandIn()
-    monkeypatch.setattr(graphs_trainer, "DEVICES", ("cpu",))
-    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: recorder)
-    # By the estimate for padded rows these would be too large to pad any further.
-    monkeypatch.setattr(graphs_trainer, "FLOP_RATE", 1.0)
+def test_graphs_capture_the_rows(
+    tmp_path: Path, setting: str, recorder: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By the estimate for padded rows these would be too large to pad any further. Filled up they are by less.
+    monkeypatch.setattr(graphs_trainer, "HOST_SECONDS_PER_LAYER", 0.0)
     options = {"max_steps": 30}
     mine = ours(tmp_path, setting, options=options, data=tiny_data.text(120))
     assert recorder.replayed > 30 and mine[0].chronicals_report["cuda_graphs"].state == "on"
     assert not any("multiples of" in each for each in mine[0].chronicals_report.notes)
     require_same(mine, theirs(tmp_path, options=options, data=tiny_data.text(120)), steps=30)
+    assert "rows of 8 lengths" in note(mine[0]) and "of them real (padded, " in note(mine[0])
+
+
+def test_rows_that_keep_the_gpu_busy_are_not_filled_up(
+    tmp_path: Path, recorder: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs_trainer, "FLOP_RATE", 1.0)
+    mine, _ = ours(tmp_path)
+    assert "filling them up to a few lengths would cost more" in mine.chronicals_report["cuda_graphs"].reason
+    assert "rows are as long as their documents" in note(mine) and not recorder.recorded
+    mine, _ = ours(tmp_path, config={"cuda_graphs": "on"})
+    assert "rows of 8 lengths" in note(mine)
+    layers = graphs.decoder_layers(mine.model)
+    weights = sum(p.numel() for p in layers[0].parameters())
+    lengths = [len(ids) for ids in mine.train_dataset["input_ids"]]
+    usual = 4 * sum(lengths) / len(lengths)  # tokens of a batch, not those that there may be
+    assert mine._seconds_per_layer(mine._usual_batch()) == pytest.approx(6 * weights * usual, rel=0.03)
+
+
+def test_without_graphs_rows_are_as_long_as_their_documents(tmp_path: Path, recorder: StandIn) -> None:
+    """Nothing would be won by lengths that recur."""
+    mine, _ = ours(tmp_path, config={"cuda_graphs": "off"}, data=tiny_data.text(120))
+    assert "rows are as long as their documents, up to a multiple of 8 tokens (padded, about " in note(mine)
+    rows = batches(mine)
+    assert all(0 <= row["input_ids"].shape[1] - row["num_real_tokens"] < 8 for row in rows)
+    assert len({row["input_ids"].shape[1] for row in rows}) > graphs.MAX_GRAPHS
+    own, _ = ours(tmp_path, options={"padding_free": True, "max_length": None})
+    assert "real" in note(own) and "(padded" not in note(own)
 
 
 # -- refused ---------------------------------------------------------------------------------------------------------
@@ -253,24 +343,63 @@ def layers_of_another_kind() -> Any:
     return model
 
 
+SMALL = {"vocab_size": tiny_models.VOCAB_SIZE, "hidden_size": 32, "pad_token_id": 2}
+
+
+def state_space() -> Any:
+    config = transformers.MambaConfig(num_hidden_layers=2, state_size=8, **SMALL)
+    return transformers.MambaForCausalLM(config)
+
+
+def biases_by_the_mask() -> Any:
+    """ALiBi: the distance is counted in the mask, and there is none in a row."""
+    config = transformers.BloomConfig(n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0, **SMALL)
+    return transformers.BloomForCausalLM(config)
+
+
+class NeedsAMask(transformers.LlamaForCausalLM):
+    """As a user's own model may."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        assert attention_mask.shape == input_ids.shape, "not what the mask is for"
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+def needs_a_mask() -> Any:
+    model = tiny_models.build("llama")
+    model.__class__ = NeedsAMask
+    return model
+
+
+class OwnCount(SFTTrainer):
+    def _get_num_items_in_batch(self, batches: Any, device: Any) -> Any:
+        return super()._get_num_items_in_batch(batches, device)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "collator": ({"data_collator": OwnCollator(pad_token_id=2)}, "those of OwnCollator, not of TRL's collator"),
     "compute_loss": ({"trainer_class": OwnLoss}, "OwnLoss overrides compute_loss"),
     "dataloader": ({"trainer_class": OwnLoader}, "OwnLoader overrides _get_dataloader"),
+    "count": ({"trainer_class": OwnCount}, "OwnCount overrides _get_num_items_in_batch"),
+    "tokens seen": (
+        {"options": {"include_num_input_tokens_seen": "non_padding"}}, "counts by the mask of padded rows",
+    ),
     "compute_loss_func": ({"compute_loss_func": token_loss}, "compute_loss_func may count"),
     "neftune": ({"options": {"neftune_noise_alpha": 5.0}}, "NEFTune's noise depends on the length"),
     "dispatch": ({"options": {"accelerator_config": {"dispatch_batches": True}}}, "dispatch_batches=True cuts"),
     "first tokens": ({"family": "gpt2"}, "counts each document's first token as a label"),
     "no limit": ({"options": {"max_length": None}, "data": stream}, "set max_length"),
     "layers": ({"model": layers_of_another_kind}, "layers (linear_attention) that go by a row"),
+    "state space": ({"model": state_space}, "layers (linear_attention) that go by a row"),
+    "biases": ({"model": biases_by_the_mask}, "documents of a row attend to each other (logits change by"),
+    "mask": ({"model": needs_a_mask}, "could not be tried on it (AttributeError: 'NoneType' object has no"),
 }  # fmt: skip
 
 
 def refused(case: str) -> tuple[dict[str, Any], str]:
     arguments, reason = REFUSED[case]
-    return {
-        name: value() if value in (stream, layers_of_another_kind) else value for name, value in arguments.items()
-    }, reason
+    made = {name: arguments[name]() for name in ("model", "data") if name in arguments}
+    return {**arguments, **made}, reason
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -315,6 +444,58 @@ def test_prompt_learning(tmp_path: Path) -> None:
     assert "PromptTuningConfig puts its virtual tokens before each row" in note(trainer)
 
 
+def test_an_activated_lora(tmp_path: Path) -> None:
+    """Which PEFT begins behind the last invocation in a row, whatever documents the row has."""
+    peft = pytest.importorskip("peft")
+    words = tiny_data.tokenizer()(tiny_data.text()[0]["text"])["input_ids"][:2]
+    arguments = {
+        "options": {"per_device_train_batch_size": 4, "max_steps": 2},
+        "config": {"lora": "off"},
+    }
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", task_type="CAUSAL_LM", alora_invocation_tokens=words, init_lora_weights=False
+    )
+    mine, _ = ours(tmp_path, peft_config=config, **arguments)
+    assert "an activated LoRA (alora_invocation_tokens) begins at one place in each row" in note(mine)
+
+
+def test_several_gpus_in_one_process(tmp_path: Path) -> None:
+    trainer, _ = ours(tmp_path, options={"max_steps": 1})
+    assert trainer._padding_free_ruled_out() is None
+    trainer.args._n_gpu = 2
+    assert trainer._padding_free_ruled_out() == "several GPUs in one process get a share of each batch's rows"
+
+
+def test_a_multimodal_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose text is one of several things in a row."""
+    model = tiny_models.build("llama")
+    text = copy.copy(model.config)
+    monkeypatch.setattr(type(model.config), "get_text_config", lambda self, *args, **kwargs: text)
+    assert PaddingFreeMixin._model_in_the_way(SimpleNamespace(model=model)) == "the model is multimodal"
+
+
+def test_a_mask_of_a_long_row_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = sorted(len(ids) for ids in tiny_data.tokenized()["input_ids"])[-4:]
+    for limit in (sum(longest) - 8, sum(longest) + 8):
+        monkeypatch.setattr("chronicals_trl.padding_free.LONGEST_DENSE_ROW", limit)
+        trainer, _ = ours(tmp_path, options={"max_steps": 1}, data=tiny_data.tokenized())
+        assert ("on a CPU its attention would need a mask of" in note(trainer)) == (limit < sum(longest))
+
+
+def test_partitioned_weights_cannot_be_tried(tmp_path: Path) -> None:
+    """Under ZeRO-3 no rank has a weight before the first step."""
+
+    def partitioned() -> Any:
+        model = tiny_models.build("llama")
+        for parameter in model.parameters():
+            parameter.ds_shape = parameter.shape
+        return model
+
+    trainer, _ = ours(tmp_path, model=partitioned())
+    assert "the weights are partitioned (ZeRO-3)" in note(trainer) and "attention_mask" in batches(trainer)[0]
+    require_same(ours(tmp_path, "on", model=partitioned()), theirs(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -346,8 +527,17 @@ def test_nothing_is_said_where_nothing_is_padded_or_asked(
     assert ("attention_mask" in batches(trainer)[0]) == (setting == "off")
 
 
-def test_it_is_off_unless_asked_for(tmp_path: Path) -> None:
-    trainer, _ = run(SFTTrainer, SFTConfig, tmp_path, options={**OPTIONS, "max_steps": 1, "use_chronicals": True})
+def test_it_is_on_where_it_can_be(tmp_path: Path) -> None:
+    mine = run(
+        SFTTrainer, SFTConfig, tmp_path / "ours", options={**OPTIONS, "use_chronicals": True}, data=tiny_data.text()
+    )
+    assert note(mine[0]).startswith("padding-free: the documents of a batch are one row")
+    assert "attention_mask" not in batches(mine[0])[0]
+    require_same(mine, theirs(tmp_path))
+
+
+def test_a_flag_that_is_off_leaves_batches_as_they_are(tmp_path: Path) -> None:
+    trainer, _ = run(SFTTrainer, SFTConfig, tmp_path, options={**OPTIONS, "max_steps": 1})
     assert "attention_mask" in batches(trainer)[0]
 
 

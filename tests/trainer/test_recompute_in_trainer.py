@@ -153,6 +153,32 @@ def test_padded_rows_are_taken_for_the_longest(
     assert given[1] == 10**9 + int((10**9 - trained) * (1024 / largest - 1))
 
 
+@pytest.mark.parametrize("options", [{"max_length": 512}, {"padding_free": True, "max_length": None}])
+def test_unpadded_rows_are_taken_for_the_longest_documents(
+    tmp_path: Path, memory: MadeUp, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """All of them in one batch: no row can have more tokens, whatever `max_length` would allow."""
+    given: list[int] = []
+    monkeypatch.setattr(recompute_trainer, "layers_that_keep", lambda *args: given.extend(args) or 0)
+    monkeypatch.setattr(memory, "peak", lambda: 10**9)
+    settings = {**LEFT_OPEN, "output_dir": str(tmp_path), "use_chronicals": True, "max_steps": 3, **options}
+    settings |= {"per_device_train_batch_size": 4}
+    trainer = SFTTrainer(
+        model=tiny_models.build("llama"), args=SFTConfig(**settings),
+        train_dataset=tiny_data.text(120), processing_class=tiny_data.tokenizer(),
+    )  # fmt: skip
+    sizes: list[int] = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    trainer.train()
+    longest = sorted(map(len, trainer.train_dataset["input_ids"]))[-4:]
+    largest = -(-sum(longest) // 8) * 8
+    assert max(sizes) < largest < 4 * 512 and given[2] == int(100 * largest / sizes[0])
+    trained = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    assert given[1] == 10**9 + int((10**9 - trained) * (largest / sizes[1] - 1))
+
+
 def test_of_adapters_graphs_hold_little_twice(tmp_path: Path, memory: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
     monkeypatch.setattr(recompute_trainer, "layers_that_keep", lambda *args: given.extend(args) or 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from chronicals_trl.packing import padding_free
 from chronicals_trl.packing.padding_free import (
     PaddingFreeCollator,
     RowLengths,
-    even_row_lengths,
     fitted_row_lengths,
+    spread_row_lengths,
 )
 from chronicals_trl.padding_free import dense_mask
 
@@ -38,32 +39,86 @@ def used(rows: RowLengths, lengths: Any, documents: int, batches: int = 100) -> 
 
 @pytest.mark.parametrize(("documents", "multiple"), [(1, 8), (2, 8), (16, 8), (16, 40)])
 def test_random_batches_have_at_most_as_many_lengths_as_there_may_be_graphs(documents: int, multiple: int) -> None:
-    fitted = fitted_row_lengths(ALPACA, documents, multiple=multiple)
-    even = even_row_lengths(documents, 512, multiple=multiple)
-    assert padding_free.MOST_LENGTHS == graphs.MAX_GRAPHS
-    for rows in (fitted, even):
-        assert len(rows.lengths) <= graphs.MAX_GRAPHS and list(rows.lengths) == sorted(set(rows.lengths))
-        assert all(length % multiple == 0 for length in rows.lengths)
-        lengths, fill = used(rows, ALPACA, documents)
-        assert lengths <= set(rows.lengths)
-        if rows is fitted:
-            assert rows.fill == pytest.approx(fill, abs=0.05)
+    rows = fitted_row_lengths(ALPACA, documents, multiple=multiple)
+    assert padding_free.MOST_LENGTHS == graphs.MAX_GRAPHS == len(rows.lengths)
+    assert list(rows.lengths) == sorted(set(rows.lengths)) and all(length % multiple == 0 for length in rows.lengths)
+    lengths, fill = used(rows, ALPACA, documents, 2000)
+    assert len(lengths - set(rows.lengths)) <= 2  # a batch that is larger than all that were drawn
+    assert rows.fill == pytest.approx(fill, abs=0.01)
+    assert rows.usual == pytest.approx(documents * ALPACA.mean(), rel=0.02)
     largest = int(np.sort(ALPACA)[-documents:].sum())
-    assert largest <= fitted.lengths[-1] < largest + multiple
-    assert documents * 512 <= even.lengths[-1] < documents * 512 + even.lengths[0]
+    assert rows.lengths[-1] <= rows.largest and largest <= rows.largest < largest + multiple
 
 
-def test_fitted_lengths_waste_less() -> None:
-    _, fitted = used(fitted_row_lengths(ALPACA, 16), ALPACA, 16)
-    _, even = used(even_row_lengths(16, 512), ALPACA, 16)
-    assert fitted > 0.93 > 0.89 > even
+def test_the_share_of_padded_rows_that_is_real() -> None:
+    """By which a run tells whether there is anything to win."""
+    for documents, expected in ((2, 0.74), (16, 0.42)):
+        rows = fitted_row_lengths(ALPACA, documents)
+        batches = RNG.choice(ALPACA, (2000, documents))
+        assert rows.padded == pytest.approx(batches.sum() / (documents * batches.max(axis=1)).sum(), abs=0.01)
+        assert rows.padded == pytest.approx(expected, abs=0.02)
+
+
+def test_fitted_lengths_waste_little() -> None:
+    _, fill = used(fitted_row_lengths(ALPACA, 16), ALPACA, 16, 1000)
+    assert fill > 0.945
 
 
 def test_documents_of_one_length() -> None:
-    assert fitted_row_lengths(np.full(50, 24), 4) == RowLengths((96,), 24, 1.0)
-    assert fitted_row_lengths(np.array([3, 4]), 16).lengths[-1] == 8  # fewer than a batch
+    assert fitted_row_lengths(np.full(50, 24), 4) == RowLengths((96,), 8, 24, 96, 96, 96, 1.0, 1.0)
+    assert fitted_row_lengths(np.array([3, 4]), 16).largest == 8  # fewer than a batch
     assert fitted_row_lengths(np.array([0, 0]), 2).lengths == (8,)
-    assert even_row_lengths(1, 5).lengths == (8,)
+
+
+def test_batches_of_very_many_documents() -> None:
+    """Of which fewer are drawn."""
+    rows = fitted_row_lengths(np.tile(ALPACA, 5), 20_000)
+    assert rows.lengths[0] > 0.98 * 20_000 * ALPACA.mean() and rows.fill > 0.99
+
+
+def test_a_search_among_many_ends_stays_small() -> None:
+    """The candidates are rounded, which costs little, and no row gets longer than the largest batch for it."""
+    long = RNG.integers(1, 32_000, 5000)
+    rows = fitted_row_lengths(long, 16)
+    largest = int(np.sort(long)[-16:].sum())
+    assert rows.lengths[-1] <= rows.largest == -(-largest // 8) * 8
+    _, fill = used(rows, long, 16, 1000)
+    assert fill > 0.95
+    alike = fitted_row_lengths(np.full(50, 30_001), 16)
+    assert alike.lengths == (alike.largest,) == (480_016,)
+
+
+def test_batches_in_the_order_of_the_documents() -> None:
+    """Of documents that are sorted by length, those drawn at random have other sums."""
+    lengths = np.sort(ALPACA)
+    rows = fitted_row_lengths(lengths, 16, in_order=True)
+    sums = lengths.reshape(-1, 16).sum(axis=1)
+    assert {rows.of(int(tokens)) for tokens in sums} == set(rows.lengths) and len(rows.lengths) == graphs.MAX_GRAPHS
+    assert rows.fill == pytest.approx(sums.sum() / sum(rows.of(int(tokens)) for tokens in sums))
+    assert len({fitted_row_lengths(lengths, 16).of(int(tokens)) for tokens in sums} - set(rows.lengths)) > 20
+    assert fitted_row_lengths(np.array([5, 9, 30]), 2, in_order=True).lengths == (16,)  # the last one is by itself
+    assert fitted_row_lengths(np.array([5, 9, 30]), 16, in_order=True).lengths == (48,)
+
+
+@pytest.mark.parametrize("documents", [1, 2, 16, 64])
+def test_lengths_where_only_a_limit_is_known(documents: int) -> None:
+    """Wherever below the limit the documents are, about eight lengths hold them, and little of a row is wasted."""
+    for limit in (512, 2048, 32_768):
+        rows = spread_row_lengths(documents, limit)
+        assert rows.lengths[-1] == rows.largest == documents * limit and rows.fill is None
+        lengths, fill = used(rows, ALPACA, documents, 1000)
+        assert lengths <= set(rows.lengths) and len(lengths) <= 13
+        assert fill > {1: 0.76, 2: 0.82, 16: 0.93, 64: 0.95}[documents]
+        assert rows.longest == limit and all(length % 8 == 0 for length in rows.lengths)
+    assert spread_row_lengths(1, 5).lengths == (8,)
+    assert spread_row_lengths(2, 100, multiple=40).lengths == (40, 80, 120, 160, 200)
+
+
+def test_rows_as_long_as_their_documents() -> None:
+    for rows in (fitted_row_lengths(ALPACA, 16, multiple=24), spread_row_lengths(16, 512, multiple=24)):
+        exact = rows.exact()
+        assert [exact.of(tokens) for tokens in (0, 1, 24, 25, 9999)] == [24, 24, 24, 48, 10_008]
+        assert (exact.largest, exact.longest_segment(240)) == (rows.largest, 512)
 
 
 def test_the_lengths_are_the_best_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,8 +143,8 @@ def test_nothing_of_the_users_is_drawn_and_every_rank_draws_the_same() -> None:
 
 
 def test_longer_than_promised() -> None:
-    rows = RowLengths((16, 24), 8)
-    assert [rows.of(tokens) for tokens in (0, 16, 17, 24, 25, 49)] == [16, 16, 24, 24, 48, 72]
+    rows = RowLengths((16, 24), 8, 8, 0, 20, 24)
+    assert [rows.of(tokens) for tokens in (0, 16, 17, 24, 25, 49)] == [16, 16, 24, 24, 32, 56]
 
 
 def test_the_bound_on_segments_covers_usual_padding() -> None:
@@ -97,18 +152,29 @@ def test_the_bound_on_segments_covers_usual_padding() -> None:
     short = RNG.integers(10, 21, 4000)
     rows = fitted_row_lengths(short, 256)
     sums = [int(RNG.choice(short, 256, replace=False).sum()) for _ in range(500)]
-    tails = np.array([rows.of(tokens) - tokens for tokens in sums if rows.of(tokens) < rows.lengths[-1]])
-    assert (tails > 20).mean() > 0.05 and (tails > rows.max_segment).mean() < 0.01
-    assert rows.max_segment < 200  # not that of the largest batch there can be
-    assert fitted_row_lengths(ALPACA, 2).max_segment == 512
-    assert even_row_lengths(16, 512).max_segment == 1024
+    tails = np.array([rows.of(tokens) - tokens for tokens in sums])
+    bounds = np.array([rows.longest_segment(rows.of(tokens)) for tokens in sums])
+    assert (tails > 20).mean() > 0.05 and (tails > bounds).mean() < 0.01
+    assert bounds.max() < 300  # not that of the largest batch there can be
+
+
+@pytest.mark.parametrize("rows", [fitted_row_lengths(ALPACA, 16), spread_row_lengths(16, 512)])
+def test_each_length_has_a_bound_of_its_own(rows: RowLengths) -> None:
+    """The few largest batches stand far apart: long padding there is no reason for a larger bound elsewhere."""
+    assert [rows.longest_segment(length) for length in rows.lengths[1:4]] == [512] * 3
+    assert 512 <= rows.longest_segment(rows.lengths[0]) < 700
+    assert rows.longest_segment(rows.lengths[-1]) == rows.lengths[-1] - rows.lengths[-2] > 512
+    assert rows.longest_segment(rows.lengths[-1] - 8) == rows.longest_segment(rows.lengths[-1])  # a guess, held down
+    assert rows.longest_segment(rows.lengths[-1] + 8) == rows.exact().longest_segment(8000) == 512
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------
 
 
 def collator(lengths: tuple[int, ...] = (16, 24), documents: int = 4, **settings: Any) -> PaddingFreeCollator:
-    return PaddingFreeCollator(RowLengths(lengths, 10), documents=documents, pad_token_id=0, **settings)
+    return PaddingFreeCollator(
+        RowLengths(lengths, 8, 10, 10, 20, 48, 0.9), documents=documents, pad_token_id=0, **settings
+    )
 
 
 def examples(*lengths: int) -> list[dict[str, list[int]]]:
@@ -140,7 +206,25 @@ def test_labels_default_to_the_tokens() -> None:
 
 def test_the_next_length_and_beyond_the_last() -> None:
     assert collator()(examples(9, 8))["input_ids"].shape == (1, 24)
-    assert collator()(examples(9, 9, 9))["input_ids"].shape == (1, 48)
+    assert collator()(examples(9, 9, 9))["input_ids"].shape == (1, 32)
+
+
+def test_where_lengths_are_a_guess_no_row_takes_more_than_padded_rows_have() -> None:
+    """Neither of the documents that a limit allows nor of those that come."""
+    guess = PaddingFreeCollator(RowLengths((40, 160, 640), 8, 160, 0, 320, 640), documents=4, pad_token_id=0)
+    sizes = [(10, 10), (20, 2), (20, 20, 20), (50, 1, 1), (10, 10), (300, 300, 20)]
+    rows = [guess(examples(*lengths))["input_ids"].shape[1] for lengths in sizes]
+    #      2·10  40  60, not 160  150, not 160  40, the first that fits  beyond all
+    assert rows == [24, 40, 64, 152, 40, 640]
+    padded = [len(lengths) * max(lengths) for lengths in sizes]
+    assert all(row < max(padded[: index + 1]) + 8 for index, row in enumerate(rows))
+    known = PaddingFreeCollator(RowLengths((40, 160), 8, 160, 0, 320, 640, 0.9, 0.5), documents=4, pad_token_id=0)
+    assert known(examples(10, 10))["input_ids"].shape[1] == 40  # shapes that recur are worth more
+
+
+def test_workers_that_are_spawned_get_a_copy() -> None:
+    batch, copied = (each(examples(9, 8)) for each in (collator(), pickle.loads(pickle.dumps(collator()))))
+    assert torch.equal(batch["input_ids"], copied["input_ids"])
 
 
 def test_empty_documents() -> None:

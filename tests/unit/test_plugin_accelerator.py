@@ -240,7 +240,7 @@ OTHER_VALUES: dict[str, tuple[str, Any]] = {
     "packing_window": ("77", 77),
     "profile_steps": ("3", 3),
     "balance_ranks": ("no", False),
-    "padding_free": ("auto", "auto"),
+    "padding_free": ("off", "off"),
     "health": ("off", "off"),
     "lora_plus_ratio": ("8", 8.0),
     "lora_plus_embedding_lr": ("1e-6", 1e-6),

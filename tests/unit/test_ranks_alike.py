@@ -207,6 +207,14 @@ def test_ranks_that_are_alike_patch_once(others: Others) -> None:
     assert patch_alike(patch, nn.Linear(2, 2), 2)["lora"].state == "off" and patch.calls == [{}]
 
 
+@pytest.mark.parametrize(("here", "there"), [("on", "off"), ("off", "on"), ("on", "on"), ("off", "off")])
+def test_what_is_no_part_is_on_where_all_ranks_have_it_too(others: Others, here: str, there: str) -> None:
+    patch = Patching()
+    others(with_facts(padding_free=there))
+    patch_alike(patch, nn.Linear(2, 2), 2, lambda: {"padding_free": here})
+    assert patch.calls == [{}] + [{"padding_free": "off on another rank"}] * (here != there)
+
+
 def test_one_rank_patches_without_asking(alone: None) -> None:
     patch = Patching()
     assert patch_alike(patch, nn.Linear(2, 2), 1)["head"].state == "on" and patch.calls == [{}]
