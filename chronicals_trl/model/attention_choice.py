@@ -18,7 +18,16 @@ from chronicals_trl.model.attention_backends import BACKENDS, unavailable
 from chronicals_trl.model.attention_rows import block_diagonal_mask
 from chronicals_trl.model.match import Mismatch, compare, probing, randn
 
-__all__ = ["LABELS", "Heads", "choose_backend", "heads_of", "verify_backend", "verify_isolation", "verify_padding"]
+__all__ = [
+    "LABELS",
+    "Heads",
+    "choose_backend",
+    "heads_of",
+    "verify_backend",
+    "verify_isolation",
+    "verify_padding",
+    "verify_positions",
+]
 
 BLOCKWISE = "blockwise"
 #: Back end to its name in the configuration and in the report.
@@ -47,7 +56,9 @@ def heads_of(model: PreTrainedModel) -> set[Heads]:
             groups = getattr(module, "num_key_value_groups", None) or said.heads // said.kv_heads
             window = getattr(module, "sliding_window", said.window) or None
             found |= {Heads(own, own // groups, module.head_dim, each) for each in (None, window)}
-    return found or {said._replace(window=each) for said in map(_heads_by_config, layers) for each in (None, said.window)}
+    return found or {
+        said._replace(window=each) for said in map(_heads_by_config, layers) for each in (None, said.window)
+    }
 
 
 def _heads_by_config(layer: Any) -> Heads:
@@ -201,7 +212,9 @@ def _kept(model: PreTrainedModel) -> str | None:
         return "its attention does not go through transformers' attention interface"
     asking = _asks_for_sdpa(model)
     if asking is not None:
-        return f"{asking} asks for 'sdpa' by name, and does something else without it: the model's own attention is kept"
+        return (
+            f"{asking} asks for 'sdpa' by name, and does something else without it: the model's own attention is kept"
+        )
     # What caps its logits has been eager by default: no SDPA can.
     if current != ("eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"):
         return f"the chosen attn_implementation {current!r} is kept"
@@ -290,6 +303,18 @@ def verify_padding(model: nn.Module, device: torch.device) -> str | None:
     padded = {"attention_mask": mask}
     difference = _difference(model, device, (2, length + padding), slice(0, length), padded, {}, gradients=True)
     return None if difference is None else f"{difference} when padded"
+
+
+def verify_positions(model: nn.Module, device: torch.device) -> str | None:
+    """None if `model` gives a row without `position_ids` the logits of one whose positions count from 0.
+
+    Arguments and what is skipped as for `verify_isolation`.
+    """
+    length = 9
+    device = _reachable(model, device)
+    given = {"position_ids": torch.arange(length, device=device)[None]}
+    difference = _difference(model, device, (1, length), slice(0, length), given, {}, gradients=False)
+    return None if difference is None else f"{difference} with positions from 0"
 
 
 def _reachable(model: nn.Module, device: torch.device) -> torch.device:

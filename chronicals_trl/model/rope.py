@@ -271,9 +271,9 @@ def _other_rotations(forward: Any) -> list[str]:
 
 def attention_traits(module: nn.Module) -> tuple[Any, ...]:
     """What a verdict on an attention block depends on besides its class and its settings."""
-    norms = [getattr(module, name, None) for name in NORMS]
+    weights = [getattr(getattr(module, name, None), "weight", None) for name in NORMS]  # Dory's norms have none
     return (
-        tuple(parameter_shape(norm.weight) for norm in norms if norm is not None),
+        tuple(None if weight is None else parameter_shape(weight) for weight in weights),
         tuple(getattr(m, "bias", None) is None for m in map(module._modules.get, PROJECTIONS)),
         _projections_fit(module),
     )
@@ -299,13 +299,15 @@ def verify_attention(module: Any, device: torch.device, dtype: torch.dtype) -> A
 
 def _fusible_norm(module: nn.Module) -> NormSpec | None:
     """The spec of q_norm and k_norm if both are patched RMSNorms of single heads with the same settings."""
-    norms = [getattr(module, name, None) for name in NORMS]
+    norms: list[Any] = [getattr(module, name, None) for name in NORMS]
     head_dim = getattr(module, "head_dim", None)
     specs = {norm.__dict__.get(SPEC) for norm in norms if isinstance(norm, nn.Module)}
-    if len(specs) != 1 or any(norm is None or parameter_shape(norm.weight) != (head_dim,) for norm in norms):
+    if len(specs) != 1 or None in norms:
         return None
     (spec,) = specs
-    if not isinstance(spec, NormSpec) or len({getattr(norm, spec.epsilon_name) for norm in norms}) != 1:
+    if not isinstance(spec, NormSpec) or any(parameter_shape(norm.weight) != (head_dim,) for norm in norms):
+        return None
+    if len({getattr(norm, spec.epsilon_name) for norm in norms}) != 1:
         return None
     return spec
 

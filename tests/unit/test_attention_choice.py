@@ -127,6 +127,9 @@ def test_the_heads_of_the_layers() -> None:
     assert heads_of(tiny_models.build("llama")) == {Heads(4, 2, 8, None)}
     assert heads_of(tiny_models.build("mistral")) == {Heads(4, 2, 8, None), Heads(4, 2, 8, 8)}
     assert heads_of(tiny_models.build("gemma3")) == {Heads(4, 2, 16, None), Heads(4, 2, 16, 8)}
+    assert heads_of(tiny_models.build("gemma4")) == {
+        Heads(4, 2, 8, None), Heads(4, 2, 8, 8), Heads(4, 2, 16, None)
+    }  # fmt: skip
     assert heads_of(tiny_models.build("gpt2")) == {Heads(4, 4, 8, None)}
     model = tiny_models.build("llama")
     layer = model.model.layers[1].self_attn
