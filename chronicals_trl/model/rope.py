@@ -109,14 +109,17 @@ def _copy_with_rope(forward: Any) -> Callable[..., Any]:
         return _copy(forward, forward.__globals__, cells)
     original = forward.__globals__[ROPE_NAME]
 
-    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1, **kwargs: Any) -> Any:
+    def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> Any:
+        if len(args) < 4:  # of one tensor alone (Qwen4-Exp's indexer), or by names
+            return original(*args, **kwargs)
+        q, k, cos, sin, *others = args
         told: _Rotation | None = None if torch.compiler.is_compiling() else DEPUTIES.rotation
         repeats, norms = False, None
         if told is not None:
             # The block may have made others of the tables that it got: of those nothing is known.
             repeats = told.repeats and cos is told.tables[0] and sin is told.tables[1]
             norms, told.pending = told.norms, False
-        usual = unsqueeze_dim == 1 and not kwargs
+        usual = not others and (not kwargs or kwargs == {"unsqueeze_dim": 1})
         if norms is not None and usual:
             return qk_norm_rope(
                 q, k, norms.q_weight, norms.k_weight, norms.eps, cos, sin, offset=norms.offset, repeats=repeats
@@ -124,9 +127,7 @@ def _copy_with_rope(forward: Any) -> Callable[..., Any]:
         if norms is not None:
             q = rms_norm(q, norms.q_weight, norms.eps, offset=norms.offset)
             k = rms_norm(k, norms.k_weight, norms.eps, offset=norms.offset)
-        if usual:
-            return qk_rope(q, k, cos, sin, repeats=repeats)
-        return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **kwargs)
+        return qk_rope(q, k, cos, sin, repeats=repeats) if usual else original(q, k, cos, sin, *others, **kwargs)
 
     return _copy(forward, {**forward.__globals__, ROPE_NAME: apply_rotary_pos_emb}, forward.__closure__)
 

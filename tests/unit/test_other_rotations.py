@@ -105,14 +105,25 @@ class Rotating(nn.Module):
         return torch.cat([q[:, 0], x[..., cos.shape[-1] :]], -1)
 
 
+class ByNames(Rotating):
+    """As before, but its function is called in another way (Qwen4-Exp's with the queries alone)."""
+
+    def forward(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        cos, sin = position_embeddings
+        size = cos.shape[-1]
+        q, _ = apply_rotary_pos_emb(x[:, None, :, :size], k=x[:, None, :, -size:], cos=cos, sin=sin)
+        return torch.cat([q[:, 0], x[..., size:]], -1)
+
+
 class Attention(modeling_qwen3.Qwen3Attention):
     """Qwen 3's, with such parts in front."""
 
     skips = False
+    part: type[nn.Module] = Rotating
 
     def __init__(self, config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.reader, self.rotating = Reader(), Rotating()
+        self.reader, self.rotating = Reader(), self.part()
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
         hidden_states = self.reader(hidden_states, position_embeddings)
@@ -131,6 +142,10 @@ class Attention(modeling_qwen3.Qwen3Attention):
 
 
 eager = modeling_qwen3.eager_attention_forward
+
+
+class AroundByNames(Attention):
+    part = ByNames
 
 
 class Scaled(Attention):
@@ -167,6 +182,14 @@ def test_parts_of_a_block_get_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted(monkeypatch)
     require_same(*models)
     assert calls == [False, True] * 2 and match.DEPUTIES.rotation is None
+
+
+def test_a_rotation_called_in_another_way_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [with_attention(AroundByNames) for _ in range(2)]
+    assert patch_model(models[0])["qk_rope"].modules == 4
+    calls = counted(monkeypatch)
+    require_same(*models)
+    assert calls == [True] * 2
 
 
 def test_tables_that_the_block_makes_are_read_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
