@@ -200,6 +200,22 @@ def test_tables_that_the_block_makes_are_read_as_a_whole(monkeypatch: pytest.Mon
     assert calls == [False] * 2
 
 
+def test_norms_without_a_weight_are_the_models_own() -> None:
+    """Dory's."""
+
+    class L2Norm(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.normalize(x, dim=-1)
+
+    models = [tiny_models.build("qwen3") for _ in range(2)]
+    for model in models:
+        for layer in model.model.layers:
+            layer.self_attn.q_norm, layer.self_attn.k_norm = L2Norm(), L2Norm()
+    report = patch_model(models[0])
+    assert report["qk_rope"].modules == 2 and NORMS not in report.notes
+    require_same(*models)
+
+
 def test_a_block_that_stops_to_rotate_is_an_error() -> None:
     """Its norms have let their input pass: it would go on without them."""
     model = with_attention(Attention)
