@@ -111,7 +111,7 @@ class ByNames(Rotating):
     def forward(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         cos, sin = position_embeddings
         size = cos.shape[-1]
-        q, _ = apply_rotary_pos_emb(x[:, None, :, :size], k=x[:, None, :, -size:], cos=cos, sin=sin)
+        q, _ = apply_rotary_pos_emb(x[:, None, :, :size], x[:, None, :, -size:], cos=cos, sin=sin)
         return torch.cat([q[:, 0], x[..., size:]], -1)
 
 
