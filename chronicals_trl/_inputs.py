@@ -61,6 +61,25 @@ def packing_setting(args: Any) -> str | None:
     return "packing" if args.packing else "eval_packing" if args.eval_packing else None
 
 
+def require_rows_of_one_document(args: Any, peft_config: Any) -> None:
+    """Raise ValueError for an adapter that takes a row for one document, where a row has several.
+
+    PEFT's activated LoRA looks for its invocation in each row, takes the last one that it finds, and adapts what comes
+    behind it: of a row's documents, part of one. TRL trains so without a word.
+
+    Args:
+        args: the SFTConfig.
+        peft_config: of the active adapter, or None.
+    """
+    setting = packing_setting(args) or ("padding_free" if args.padding_free else None)
+    if setting is not None and getattr(peft_config, "alora_invocation_tokens", None):
+        raise ValueError(
+            f"{setting}=True with an activated LoRA (alora_invocation_tokens of {type(peft_config).__name__}): PEFT "
+            "takes the last invocation of a row alone, so the adapter would be off in all documents of a row but the "
+            f"last. Set {setting}=False, or leave alora_invocation_tokens out for a plain LoRA."
+        )
+
+
 def packing_part(args: Any, config: ChronicalsConfig) -> PartReport:
     """Whether this package packs, decided from the arguments alone: the data is prepared before the model is seen."""
     if packing_setting(args) is None:

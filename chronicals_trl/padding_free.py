@@ -58,6 +58,7 @@ class PaddingFreeMixin(Trainer):
     _cuts_batches: Callable[[Any], bool]
     _data_ranks: Callable[[], int]
     _leak: Callable[[], str | None]
+    _renumbers: Callable[[], str | None]
     _overridden: Callable[[tuple[str, ...]], str | None]
     _loss_shifts_labels: bool
     chronicals_report: ActivationReport
@@ -141,9 +142,12 @@ class PaddingFreeMixin(Trainer):
             return f"the model has layers ({', '.join(sorted(others))}) that go by a row, not by a document"
         try:
             leak = self._leak()
+            renumbers = self._renumbers() if leak is None else None
         except Exception as error:  # of whatever kind: batches as they were have run without this
             words = str(error).splitlines()
             return f"this model could not be tried on it ({type(error).__name__}: {words[0] if words else ''})"
+        if renumbers is not None:  # RoBERTa's count from the number of the padding token on
+            return f"this model numbers the tokens of a padded row otherwise ({renumbers})"
         return None if leak is None else f"this model lets documents of a row attend to each other ({leak})"
 
     def _padding_free_pointless(self) -> str | None:

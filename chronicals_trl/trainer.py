@@ -34,7 +34,7 @@ from chronicals_trl.checkpoints import CheckpointsMixin
 from chronicals_trl.config import ChronicalsConfig, SFTConfig, without_trainer_parts
 from chronicals_trl.model import apart
 from chronicals_trl.model.attention import use_padding
-from chronicals_trl.model.attention_choice import verify_isolation, verify_padding
+from chronicals_trl.model.attention_choice import verify_isolation, verify_padding, verify_positions
 from chronicals_trl.model.lm_head import HeadCall, mask_for_the_router_alone
 from chronicals_trl.model.patch import base_model, is_patched, patch_model, unpatch_model
 from chronicals_trl.model.recompute_trainer import RecomputeMixin
@@ -148,6 +148,7 @@ class SFTTrainer(
 
     def _activate(self, config: ChronicalsConfig) -> ActivationReport:
         """Patch the model, set the trainer's own parts, and agree with the other ranks on what is on."""
+        _inputs.require_rows_of_one_document(self.args, getattr(self.model, "active_peft_config", None))
         leave_out = _inputs.conflicts(self, SFTTrainer)
         report = patch_alike(
             lambda on_another_rank: self._patch(config, leave_out | on_another_rank), self.model, self.args.world_size,
@@ -196,6 +197,11 @@ class SFTTrainer(
         """How far documents that share a row attend to each other; None if they do not."""
         with self.accelerator.autocast():
             return verify_isolation(self.model, self.args.device)
+
+    def _renumbers(self) -> str | None:
+        """How far positions that are given differ from the model's own; None if they do not."""
+        with self.accelerator.autocast():
+            return verify_positions(self.model, self.args.device)
 
     def _overridden(self, names: tuple[str, ...]) -> str | None:
         """The first of the methods that a subclass has of its own, in words; None without any."""

@@ -66,10 +66,56 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 FAMILIES = tuple(_FAMILIES)
 
+_MLA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+# Such as single tests are about: of which a part or another is not on.
+_OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", _MLA),
+    # An indexer selects the keys that a query sees: of up to 32, 6.
+    "deepseek_v32": (
+        "DeepseekV32Config",
+        "DeepseekV32ForCausalLM",
+        {**_MLA, "v_head_dim": 16, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 6},
+    ),
+    # Heads of full attention are wider than those of sliding attention.
+    "gemma4": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+            "num_kv_shared_layers": 0,
+        },
+    ),
+    # Positions count from the padding token's number on.
+    "roberta": (
+        "RobertaConfig",
+        "RobertaForCausalLM",
+        {"is_decoder": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    ),
+}
+
 
 def build(family: str, *, seed: int = 0, attn_implementation: str | None = None, **overrides: Any) -> PreTrainedModel:
     """A tiny random model of `family` in fp32, in training mode."""
-    config_name, model_name, differs = _FAMILIES[family]
+    config_name, model_name, differs = (_FAMILIES | _OTHERS)[family]
     options = {**_COMMON, **differs, **overrides}
     if family == "gpt2":
         options = {

@@ -12,12 +12,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from chronicals_trl._layer_configs import layer_configs
 from chronicals_trl.model.attention import FORWARDS, capped_attention
 from chronicals_trl.model.attention_backends import BACKENDS, unavailable
 from chronicals_trl.model.attention_rows import block_diagonal_mask
 from chronicals_trl.model.match import Mismatch, compare, probing, randn
 
-__all__ = ["LABELS", "Heads", "choose_backend", "heads_of", "verify_backend", "verify_isolation", "verify_padding"]
+__all__ = [
+    "LABELS",
+    "Heads",
+    "choose_backend",
+    "heads_of",
+    "verify_backend",
+    "verify_isolation",
+    "verify_padding",
+    "verify_positions",
+]
 
 BLOCKWISE = "blockwise"
 #: Back end to its name in the configuration and in the report.
@@ -36,20 +46,30 @@ class Heads(NamedTuple):
 
 def heads_of(model: PreTrainedModel) -> set[Heads]:
     """The distinct ones among the layers; from the configuration where no layer says otherwise."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    layers = layer_configs(model.config.get_text_config())
     found = set()
     for module in model.modules():
-        if not isinstance(getattr(module, "head_dim", None), int):
-            continue
-        groups = getattr(module, "num_key_value_groups", None) or heads // kv_heads
-        own = getattr(module, "num_heads", None) or heads
-        windows = (None, module.sliding_window) if hasattr(module, "sliding_window") else (None, window)
-        found |= {Heads(own, own // groups, module.head_dim, each or None) for each in windows}
-    return found or {Heads(heads, kv_heads, head_dim, each or None) for each in (None, window)}
+        if isinstance(getattr(module, "head_dim", None), int):
+            index = getattr(module, "layer_idx", None)
+            said = _heads_by_config(layers[index if isinstance(index, int) and index < len(layers) else 0])
+            own = getattr(module, "num_heads", None) or said.heads
+            groups = getattr(module, "num_key_value_groups", None) or said.heads // said.kv_heads
+            window = getattr(module, "sliding_window", said.window) or None
+            found |= {Heads(own, own // groups, module.head_dim, each) for each in (None, window)}
+    return found or {
+        said._replace(window=each) for said in map(_heads_by_config, layers) for each in (None, said.window)
+    }
+
+
+def _heads_by_config(layer: Any) -> Heads:
+    heads = layer.num_attention_heads
+    window = getattr(layer, "sliding_window", None) if getattr(layer, "use_sliding_window", True) else None
+    return Heads(
+        heads,
+        getattr(layer, "num_key_value_heads", None) or heads,
+        getattr(layer, "head_dim", None) or layer.hidden_size // heads,
+        window or None,
+    )
 
 
 # -- one back end ----------------------------------------------------------------------------------------------------
@@ -190,6 +210,11 @@ def _kept(model: PreTrainedModel) -> str | None:
     if not getattr(model, "_supports_attention_backend", False):
         # Falcon's asks for "sdpa" by name, and would take another name for eager attention without a mask.
         return "its attention does not go through transformers' attention interface"
+    asking = _asks_for_sdpa(model)
+    if asking is not None:
+        return (
+            f"{asking} asks for 'sdpa' by name, and does something else without it: the model's own attention is kept"
+        )
     # What caps its logits has been eager by default: no SDPA can.
     if current != ("eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"):
         return f"the chosen attn_implementation {current!r} is kept"
@@ -197,6 +222,21 @@ def _kept(model: PreTrainedModel) -> str | None:
     bidirectional = getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True)
     if layer_types & {"chunked_attention"} or bidirectional:
         return f"chunked or bidirectional attention: the model's own {current.upper()} is kept"
+    return None
+
+
+def _asks_for_sdpa(model: PreTrainedModel) -> str | None:
+    """The class of a block that compares the attention implementation with "sdpa"; None without one.
+
+    Sparse attention that selects keys by an indexer (DeepSeek-V3.2) puts its selection into the mask for "eager" and
+    "sdpa" alone, and leaves it to the kernel under any other name: with one of ours it would be lost.
+    """
+    for block in {type(module) for module in model.modules()}:
+        code = getattr(inspect.unwrap(block.forward), "__code__", None)
+        if code is None or "_attn_implementation" not in code.co_names:
+            continue
+        if any(const == "sdpa" or (isinstance(const, tuple) and "sdpa" in const) for const in code.co_consts):
+            return block.__name__
     return None
 
 
@@ -263,6 +303,18 @@ def verify_padding(model: nn.Module, device: torch.device) -> str | None:
     padded = {"attention_mask": mask}
     difference = _difference(model, device, (2, length + padding), slice(0, length), padded, {}, gradients=True)
     return None if difference is None else f"{difference} when padded"
+
+
+def verify_positions(model: nn.Module, device: torch.device) -> str | None:
+    """None if `model` gives a row without `position_ids` the logits of one whose positions count from 0.
+
+    Arguments and what is skipped as for `verify_isolation`.
+    """
+    length = 9
+    device = _reachable(model, device)
+    given = {"position_ids": torch.arange(length, device=device)[None]}
+    difference = _difference(model, device, (1, length), slice(0, length), given, {}, gradients=False)
+    return None if difference is None else f"{difference} with positions from 0"
 
 
 def _reachable(model: nn.Module, device: torch.device) -> torch.device:

@@ -44,6 +44,7 @@ class _Deputies(threading.local):
     def __init__(self) -> None:
         self.norms: set[int] = set()  # let their input pass
         self.projections: dict[int, Tensor] = {}  # give out what they were handed
+        self.rotation: Any = None  # what the rotation of the attention block that runs has to know (`model.rope`)
 
 
 DEPUTIES = _Deputies()

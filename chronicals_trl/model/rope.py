@@ -10,7 +10,8 @@ copy, where the block's structure permits and a twin of it agrees by number:
   becomes of it.
 
 Both last for one call of the block and are undone when it ends. Whoever calls a projection or a norm otherwise gets
-what it has always given.
+what it has always given. What the rotation has to do is noted beside the call (`DEPUTIES`), never in its arguments: a
+block may give cos and sin to others (an indexer, a second rotation function), and they are tensors to all.
 
 Legend: B batch, S sequence, H hidden, D head dimension, R rotary dimension.
 """
@@ -67,12 +68,22 @@ class _Norms(NamedTuple):
     offset: float
 
 
-class _Cos(NamedTuple):
-    """Travels in the place of cos through the block's forward, which only hands it on, to our rotation."""
+class _Rotation:
+    """What our rotation knows of the block that calls it, for one call of the block.
 
-    cos: Tensor
-    repeats: bool
-    norms: _Norms | None
+    Args:
+        tables: cos and sin as the block got them, (B, S, R) each.
+        repeats: whether their second half is their first once more.
+        norms: of q and k, if they have let their input pass.
+    """
+
+    __slots__ = ("norms", "pending", "repeats", "tables")
+
+    def __init__(self, tables: tuple[Tensor, Tensor], repeats: bool, norms: _Norms | None) -> None:
+        self.tables = tables
+        self.repeats = repeats
+        self.norms = norms
+        self.pending = norms is not None  # until a rotation has done their work
 
 
 # -- forwards --------------------------------------------------------------------------------------------------------
@@ -98,9 +109,17 @@ def _copy_with_rope(forward: Any) -> Callable[..., Any]:
         return _copy(forward, forward.__globals__, cells)
     original = forward.__globals__[ROPE_NAME]
 
-    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1, **kwargs: Any) -> Any:
-        cos, repeats, norms = cos if isinstance(cos, _Cos) else (cos, False, None)
-        usual = unsqueeze_dim == 1 and not kwargs
+    def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> Any:
+        if len(args) < 4:  # of one tensor alone (Qwen4-Exp's indexer), or by names
+            return original(*args, **kwargs)
+        q, k, cos, sin, *others = args
+        told: _Rotation | None = None if torch.compiler.is_compiling() else DEPUTIES.rotation
+        repeats, norms = False, None
+        if told is not None:
+            # The block may have made others of the tables that it got: of those nothing is known.
+            repeats = told.repeats and cos is told.tables[0] and sin is told.tables[1]
+            norms, told.pending = told.norms, False
+        usual = not others and (not kwargs or kwargs == {"unsqueeze_dim": 1})
         if norms is not None and usual:
             return qk_norm_rope(
                 q, k, norms.q_weight, norms.k_weight, norms.eps, cos, sin, offset=norms.offset, repeats=repeats
@@ -108,9 +127,7 @@ def _copy_with_rope(forward: Any) -> Callable[..., Any]:
         if norms is not None:
             q = rms_norm(q, norms.q_weight, norms.eps, offset=norms.offset)
             k = rms_norm(k, norms.k_weight, norms.eps, offset=norms.offset)
-        if usual:
-            return qk_rope(q, k, cos, sin, repeats=repeats)
-        return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **kwargs)
+        return qk_rope(q, k, cos, sin, repeats=repeats) if usual else original(q, k, cos, sin, *others, **kwargs)
 
     return _copy(forward, {**forward.__globals__, ROPE_NAME: apply_rotary_pos_emb}, forward.__closure__)
 
@@ -141,30 +158,46 @@ def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     forward = _with_rope(type(self).forward)
     spec: AttentionSpec = self.__dict__[SPEC]
     # Nothing of this is for torch.compile, which would have to trace what is noted for one call and struck out again.
-    if torch.compiler.is_compiling() or args:
+    if torch.compiler.is_compiling():
         return forward(self, *args, **kwargs)
     told: list[nn.Module] = []
+    around = DEPUTIES.rotation  # of a block that this one is part of
     try:
-        tables = kwargs.get("position_embeddings")
-        if tables is not None:
-            norms = None
-            if spec.norm is not None and all(own_forward(m) and unhooked(m) for m in (self.q_norm, self.k_norm)):
-                eps = getattr(self.q_norm, spec.norm.epsilon_name)
-                norms = _Norms(self.q_norm.weight, self.k_norm.weight, eps, spec.norm.offset)
-                told += [self.q_norm, self.k_norm]
-                DEPUTIES.norms.update(map(id, told))
-            kwargs["position_embeddings"] = (_Cos(tables[0], spec.repeats, norms), tables[1])
-        if spec.shares_input and torch.is_grad_enabled():
+        DEPUTIES.rotation = rotation = None if args else _asked_of_rotation(self, spec, kwargs, told)
+        if spec.shares_input and torch.is_grad_enabled() and not args:
             projections = [getattr(self, name) for name in PROJECTIONS]
             outputs = _together(projections, kwargs["hidden_states"])
             told += projections if outputs else []
             DEPUTIES.projections.update(zip(map(id, projections), outputs, strict=False))
             del outputs  # each is the block's alone once it has been given out
-        return forward(self, **kwargs)
+        output = forward(self, *args, **kwargs)
     finally:
+        DEPUTIES.rotation = around
         for module in told:
             DEPUTIES.norms.discard(id(module))
             DEPUTIES.projections.pop(id(module), None)
+    if rotation is not None and rotation.pending:
+        raise RuntimeError(
+            f"{type(self).__name__} has not called {ROPE_NAME}, which does the work of its norms of q and k here. "
+            "Set chronicals_config={'qk_rope': 'off'}."
+        )
+    return output
+
+
+def _asked_of_rotation(
+    self: Any, spec: AttentionSpec, kwargs: dict[str, Any], told: list[nn.Module]
+) -> _Rotation | None:
+    """What the block's rotation has to know; the norms whose work it does let their input pass, and are in `told`."""
+    tables = kwargs.get("position_embeddings")
+    if tables is None:
+        return None
+    norms = None
+    if spec.norm is not None and all(own_forward(m) and unhooked(m) for m in (self.q_norm, self.k_norm)):
+        eps = getattr(self.q_norm, spec.norm.epsilon_name)
+        norms = _Norms(self.q_norm.weight, self.k_norm.weight, eps, spec.norm.offset)
+        told += [self.q_norm, self.k_norm]
+        DEPUTIES.norms.update(map(id, told))
+    return _Rotation(tables, spec.repeats, norms)
 
 
 def _together(projections: list[Any], x: Tensor) -> tuple[Tensor, ...]:
@@ -228,11 +261,20 @@ def looks_like_rope_attention(module: nn.Module) -> bool:
     return code is not None and ROPE_NAME in code.co_names and callable(forward.__globals__.get(ROPE_NAME))
 
 
+def _other_rotations(forward: Any) -> list[str]:
+    """Names of further rotation functions in an attention block's forward.
+
+    DeepSeek-V3's chooses by its configuration between ours and `apply_rotary_pos_emb_interleave`.
+    """
+    code = _innermost(forward).__code__
+    return [name for name in code.co_names if name != ROPE_NAME and name.startswith("apply_rotary")]
+
+
 def attention_traits(module: nn.Module) -> tuple[Any, ...]:
     """What a verdict on an attention block depends on besides its class and its settings."""
-    norms = [getattr(module, name, None) for name in NORMS]
+    weights = [getattr(getattr(module, name, None), "weight", None) for name in NORMS]  # Dory's norms have none
     return (
-        tuple(parameter_shape(norm.weight) for norm in norms if norm is not None),
+        tuple(None if weight is None else parameter_shape(weight) for weight in weights),
         tuple(getattr(m, "bias", None) is None for m in map(module._modules.get, PROJECTIONS)),
         _projections_fit(module),
     )
@@ -240,6 +282,9 @@ def attention_traits(module: nn.Module) -> tuple[Any, ...]:
 
 def verify_attention(module: Any, device: torch.device, dtype: torch.dtype) -> AttentionSpec:
     """Find how much of the block's front can be fused; Mismatch where not even the rotation is ours."""
+    others = _other_rotations(type(module).forward)
+    if others:
+        raise Mismatch(f"it may rotate by another function instead ({', '.join(others)})")
     _verify_rotation(module, device, dtype)
     wide = AttentionSpec(_fusible_norm(module), _projections_fit(module))
     for spec in (wide, wide._replace(norm=None), wide._replace(shares_input=False)):
@@ -255,13 +300,15 @@ def verify_attention(module: Any, device: torch.device, dtype: torch.dtype) -> A
 
 def _fusible_norm(module: nn.Module) -> NormSpec | None:
     """The spec of q_norm and k_norm if both are patched RMSNorms of single heads with the same settings."""
-    norms = [getattr(module, name, None) for name in NORMS]
+    norms: list[Any] = [getattr(module, name, None) for name in NORMS]
     head_dim = getattr(module, "head_dim", None)
     specs = {norm.__dict__.get(SPEC) for norm in norms if isinstance(norm, nn.Module)}
-    if len(specs) != 1 or any(norm is None or parameter_shape(norm.weight) != (head_dim,) for norm in norms):
+    if len(specs) != 1 or None in norms:
         return None
     (spec,) = specs
-    if not isinstance(spec, NormSpec) or len({getattr(norm, spec.epsilon_name) for norm in norms}) != 1:
+    if not isinstance(spec, NormSpec) or any(parameter_shape(norm.weight) != (head_dim,) for norm in norms):
+        return None
+    if len({getattr(norm, spec.epsilon_name) for norm in norms}) != 1:
         return None
     return spec
 

@@ -16,6 +16,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from chronicals_trl._layer_configs import layer_configs
+
 __all__ = ["DATASHEET_TFLOPS", "TrainingFlops", "datasheet_tflops", "training_flops"]
 
 #: 1e12 dense bf16 operations a second, without sparsity, by whole words of the GPU's name; the first that fits.
@@ -60,15 +62,20 @@ def training_flops(model: nn.Module) -> TrainingFlops | None:
         if share is None:
             return None
         weights += share * of_module
-    layers = getattr(config, "num_hidden_layers", 0)
+    layers = layer_configs(config)
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
-        layers = sum(kind == "full_attention" for kind in kinds)
-    elif getattr(config, "sliding_window", None):  # of all layers
-        layers = 0
-    heads = getattr(config, "num_attention_heads", 0)
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    return TrainingFlops(weights, 6.0 * layers * heads * head_dim)
+        layers = [layer for layer, kind in zip(layers, kinds, strict=False) if kind == "full_attention"]
+    else:
+        layers = [layer for layer in layers if not getattr(layer, "sliding_window", None)]
+    return TrainingFlops(weights, 6.0 * sum(map(_attention_width, layers)))
+
+
+def _attention_width(layer: Any) -> int:
+    """Heads times their dimension, from a layer's configuration."""
+    heads: int = getattr(layer, "num_attention_heads", 0)
+    head_dim: int = getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0)
+    return heads * head_dim
 
 
 def _products(name: str, module: nn.Module) -> list[tuple[int, bool]]:

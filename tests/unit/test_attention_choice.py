@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import fake_flash_attention as fake
 import pytest
 import tiny_models
@@ -123,10 +126,26 @@ def test_an_installed_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen["deterministic"] is False
 
 
+def test_heads_that_only_a_layers_own_configuration_knows() -> None:
+    layers = [
+        SimpleNamespace(num_attention_heads=heads, num_key_value_heads=2, head_dim=8, hidden_size=32)
+        for heads in (4, 6)
+    ]
+    model: Any = torch.nn.ModuleList(torch.nn.Identity() for _ in layers)
+    for index, block in enumerate(model):
+        block.head_dim, block.layer_idx = 8, index
+    config = SimpleNamespace(is_heterogeneous=True, per_layer_config=layers)
+    model.config = SimpleNamespace(get_text_config=lambda: config)
+    assert heads_of(model) == {Heads(4, 2, 8, None), Heads(6, 2, 8, None)}
+
+
 def test_the_heads_of_the_layers() -> None:
     assert heads_of(tiny_models.build("llama")) == {Heads(4, 2, 8, None)}
     assert heads_of(tiny_models.build("mistral")) == {Heads(4, 2, 8, None), Heads(4, 2, 8, 8)}
     assert heads_of(tiny_models.build("gemma3")) == {Heads(4, 2, 16, None), Heads(4, 2, 16, 8)}
+    assert heads_of(tiny_models.build("gemma4")) == {
+        Heads(4, 2, 8, None), Heads(4, 2, 8, 8), Heads(4, 2, 16, None)
+    }  # fmt: skip
     assert heads_of(tiny_models.build("gpt2")) == {Heads(4, 4, 8, None)}
     model = tiny_models.build("llama")
     layer = model.model.layers[1].self_attn

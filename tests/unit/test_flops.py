@@ -6,6 +6,7 @@ from typing import Any
 
 import peft
 import pytest
+import tiny_models
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
@@ -112,6 +113,15 @@ def test_conv1d_and_copies_that_peft_trains() -> None:
     trained = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn"], modules_to_save=["lm_head"]))
     found = training_flops(trained)
     assert found is not None and found.per_token == 4 * weights + 6 * (2 * 4 * (32 + 96) + 32 * 64)
+
+
+def test_heads_that_differ_from_layer_to_layer() -> None:
+    """Gemma 4's configuration refuses to say which they are, of the model as a whole."""
+    model = tiny_models.build("gemma4")
+    if not getattr(model.config, "is_heterogeneous", False):
+        pytest.skip("this transformers has no configurations of single layers")
+    found = training_flops(model)
+    assert found is not None and found.per_square == 6.0 * 4 * 16
 
 
 def test_models_of_more_than_text_are_left_out() -> None:

@@ -380,7 +380,7 @@ def test_an_error_in_the_block_leaves_nothing_behind() -> None:
     block = model.model.layers[0].self_attn
     with pytest.raises(RuntimeError):
         model(input_ids=torch.zeros(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 3, 9), use_cache=False)
-    assert not match.DEPUTIES.norms and not match.DEPUTIES.projections
+    assert not match.DEPUTIES.norms and not match.DEPUTIES.projections and match.DEPUTIES.rotation is None
     x = torch.randn(1, 3, block.head_dim)
     torch.testing.assert_close(block.q_norm(x), type(block.q_norm).forward(block.q_norm, x))
 
@@ -396,7 +396,7 @@ def test_an_error_between_handing_and_taking_leaves_nothing_behind() -> None:
     block.q_norm.register_forward_pre_hook(fail)
     with pytest.raises(ValueError, match="between"):
         gradients(model)
-    assert not match.DEPUTIES.norms and not match.DEPUTIES.projections
+    assert not match.DEPUTIES.norms and not match.DEPUTIES.projections and match.DEPUTIES.rotation is None
 
 
 def test_biases_of_the_mlp_are_not_lost(monkeypatch) -> None:
@@ -429,12 +429,14 @@ def rotates_another_way(q, k, cos, sin):
     return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
 
 
-def test_norms_that_have_let_pass_are_made_up_for_where_the_rotation_is_called_another_way() -> None:
+def test_norms_that_have_let_pass_are_made_up_for_where_the_rotation_is_called_another_way(monkeypatch) -> None:
     torch.manual_seed(0)
     q, k = (torch.randn(1, 5, heads, 8) for heads in (4, 2))  # the heads behind the sequence
     weights, (cos, sin) = (torch.rand(8), torch.rand(8)), torch.randn(2, 1, 5, 8)
-    given = rope._Cos(cos, False, rope._Norms(*weights, 1e-6, 1.0))
-    ours = rope._copy_with_rope(rotates_another_way)(q, k, given, sin)
+    asked = rope._Rotation((cos, sin), False, rope._Norms(*weights, 1e-6, 1.0))
+    monkeypatch.setattr(match.DEPUTIES, "rotation", asked)
+    ours = rope._copy_with_rope(rotates_another_way)(q, k, cos, sin)
+    assert not asked.pending
     normed = (rms_norm_reference(x, w, 1e-6, 1.0) for x, w in zip((q, k), weights, strict=True))
     torch.testing.assert_close(ours, rotates_another_way(*normed, cos, sin))
 
