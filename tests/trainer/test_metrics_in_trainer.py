@@ -37,13 +37,14 @@ def test_sums_are_read_when_they_have_been_around(tmp_path: Path) -> None:
             self.sums[0] /= 2  # and no label
 
     trainer = make(tmp_path)
-    trainer._sums = [torch.tensor([4.0, 6.0, 1.0]), torch.tensor([0.0, 0.0, 0.0])]
+    trainer._sums = [torch.tensor(sums) for sums in ([4.0, 6.0, 1.0, 3.0, 1.0], [0.0] * 5, [2.0, 1.0, 1.0, 1.0, 0.5])]
     trainer._sums_on_their_way = list(map(Work, trainer._sums))
     trainer.model.train()
     trainer.log({})
     told = trainer.state.log_history[-1]
-    assert told["entropy"] == pytest.approx((12 / 4 + 0) / 2)
-    assert told["mean_token_accuracy"] == pytest.approx((2 / 4 + 0) / 2)
+    assert told["entropy"] == pytest.approx((12 / 4 + 0 + 2 / 2) / 3)
+    assert told["mean_token_accuracy"] == pytest.approx((2 / 4 + 0 + 2 / 2) / 3)
+    assert told["aux_loss"] == pytest.approx((6 / 2 + 0 + 2 / 1) / 3)  # over the ranks that have one
     assert trainer._sums == trainer._sums_on_their_way == []
 
 

@@ -94,6 +94,18 @@ def test_the_operations_told_are_trainers(
     assert told[0] == told[1] > 0
 
 
+@pytest.mark.planted_fault  # the new module has no gradient
+def test_the_operations_of_a_second_run_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(tmp_path, Walked(monkeypatch))
+    told = []
+    for _ in range(2):
+        trainer.train()
+        told.append((trainer.state.total_flos, trainer.model.num_parameters(exclude_embeddings=True)))
+        trainer.model.add_module("extra", nn.Linear(50, 50))
+    (first, few), (second, more) = told
+    assert second * few == first * more
+
+
 def test_a_model_that_an_engine_runs_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Walked(monkeypatch)
     trainer = make(tmp_path, watch, auto_find_batch_size=True)

@@ -67,6 +67,7 @@ def test_parameters_are_those_of_a_walk_in_its_order(model: nn.Module, walks: Wa
 CHANGES = {
     "a module more": lambda model: model.add_module("extra", nn.Linear(2, 2)),
     "a parameter more": lambda model: model.model.layers[0].register_parameter("extra", nn.Parameter(torch.ones(1))),
+    "one more behind all others": lambda model: model.lm_head.register_parameter("extra", nn.Parameter(torch.ones(1))),
     "another parameter": lambda model: setattr(model.lm_head, "weight", nn.Parameter(model.lm_head.weight * 2)),
     "a parameter gone": lambda model: delattr(model.model.layers[0].mlp.up_proj, "weight"),
     "a parameter swapped for none": lambda model: model.model.norm._parameters.update(weight=None),
