@@ -2,13 +2,12 @@
 
 The seams, all of them methods that TRL or transformers calls: `compute_loss` (the head) and `_prepare_inputs`; in
 `packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks' shares) and `_get_dataloader`, the last in
-`padding_free.py` too; in
-`optim/trainer.py` `create_optimizer`; in `model/trainer.py` (CUDA graphs) and `model/recompute_trainer.py` `train`,
-`training_step` and `evaluation_loop`; in `model/walks_trainer.py` `training_step` and `floating_point_ops`; in
-`observe/trainer.py` `get_batch_samples` (token counts) and `log`; in
-`observe/health/trainer.py` these two, once more, and `create_optimizer`; in `observe/out_of_memory.py` errors on
-their way out; in `checkpoints.py` which one `train` resumes from. With the flag off each returns the parent's result
-as it is.
+`padding_free.py` too; in `optim/trainer.py` `create_optimizer`; in `model/trainer.py` (CUDA graphs) and
+`model/recompute_trainer.py` `train`, `training_step` and `evaluation_loop`; in `model/walks_trainer.py`
+`training_step` and `floating_point_ops`; in `observe/trainer.py` `get_batch_samples` (token counts) and `log`; in
+`observe/health/trainer.py` these two, once more, and `create_optimizer`; in `observe/out_of_memory.py` errors on their
+way out; in `checkpoints.py` which one `train` resumes from. With the flag off each returns the parent's result as it
+is.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import nn
@@ -36,11 +36,13 @@ class Walks:
 
     Attributes:
         generation: how often the model has been listed.
+        installed: whether they answer for the model.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._model = model
         self.generation = 0
+        self.installed = False
         if model is not None:
             self._list(model)
 
@@ -51,23 +53,28 @@ class Walks:
         self.generation += 1
         modules = list(model.modules())
         self._dicts = [module.__dict__ for module in modules]
-        self._tables: list[dict[str, Any]] = [t for m in modules for t in (m._modules, m._parameters)]
-        self._filled = [table for table in self._tables if table]
+        tables: list[dict[str, Any]] = [t for m in modules for t in (m._modules, m._parameters)]
+        self._opaque = not all(isinstance(table, dict) for table in tables)  # scripted modules keep theirs in C++
+        self._empty, self._filled = [t for t in tables if not t], [t for t in tables if t and isinstance(t, dict)]
+        self._sizes = list(map(len, self._filled))
+        # The members themselves and not their ids, which those that come may have from those that have gone.
+        self._members = list(chain.from_iterable(map(dict.values, self._filled)))
         self._parameters = list(type(model).parameters(model))
-        self._trains_alike = all(
-            type(module).train in _TRAINS_ALIKE and ("train" not in module.__dict__ or module is model)
-            for module in modules
-        )
-        self._structure = self._look()
+        self._trains_alike = all(map(_trains_alike, modules, [module is model for module in modules]))
 
-    def _look(self) -> tuple[list[int], list[int]]:
-        """What is in the modules' tables, which is another if a module or a parameter has come, gone or moved."""
-        values = chain.from_iterable(map(dict.values, self._filled))
-        return list(map(len, self._tables)), list(map(id, values))
+    def _has_another_structure(self) -> bool:
+        """Whether a module or a parameter has come, gone or moved, as far as can be told."""
+        members = chain.from_iterable(map(dict.values, self._filled))
+        return (
+            self._opaque
+            or any(self._empty)
+            or list(map(len, self._filled)) != self._sizes
+            or not all(map(is_, members, self._members))  # as many as there were
+        )
 
     def refresh(self) -> None:
         """List the model anew if it is not as listed."""
-        if self._model is not None and self._look() != self._structure:
+        if self._model is not None and self._has_another_structure():
             self._list(self._model)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -90,6 +97,7 @@ class Walks:
         model.__dict__[_WALKS] = self
         for method in (train, parameters):
             model.__dict__[method.__name__] = types.MethodType(method, model)
+        self.installed = True
         return True
 
     def remove(self) -> None:
@@ -98,9 +106,19 @@ class Walks:
         if model is None or model.__dict__.get(_WALKS) is not self:
             return
         del model.__dict__[_WALKS]
+        self.installed = False
         for method in (train, parameters):
             if getattr(model.__dict__.get(method.__name__), "__func__", None) is method:
                 del model.__dict__[method.__name__]
+
+
+def _trains_alike(module: nn.Module, is_root: bool) -> bool:
+    """Whether `train` changes nothing of a module whose `training`, in its dictionary, is true.
+
+    torch.compile's module has that of what it compiles, and a scripted one in C++.
+    """
+    own = module.__dict__
+    return type(module).train in _TRAINS_ALIKE and (is_root or "train" not in own) and "training" in own
 
 
 def train(self: Any, mode: bool = True) -> Any:

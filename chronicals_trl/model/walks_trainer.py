@@ -39,9 +39,9 @@ class WalksMixin(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # Trainer's goes by the batch's tokens and the model's parameters, which it counts anew for each batch.
-        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
-        if self._walks is None or not isinstance(tokens, Tensor) or not tokens.numel():
+        walks, tokens = self._walks, inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        if walks is None or not walks.installed or not isinstance(tokens, Tensor) or not tokens.numel():
             return super().floating_point_ops(inputs)
-        if self._counted is None or self._counted[0] != self._walks.generation:
-            self._counted = self._walks.generation, super().floating_point_ops(inputs) // tokens.numel()
+        if self._counted is None or self._counted[0] != walks.generation:
+            self._counted = walks.generation, super().floating_point_ops(inputs) // tokens.numel()
         return self._counted[1] * tokens.numel()

@@ -14,6 +14,9 @@ from chronicals_trl.observe.flops import datasheet_tflops, training_flops
 from chronicals_trl.observe.profile import StepProfile
 from chronicals_trl.observe.throughput import ThroughputMeter
 
+# Micro-batches whose sums may wait on the device, of a run that hardly ever logs.
+MOST_SUMS = 1024
+
 
 class ThroughputMixin(Trainer):
     """The methods of `SFTTrainer` that throughput takes; each is the parent's with the flag off."""
@@ -87,6 +90,8 @@ class ThroughputMixin(Trainer):
             # Beside the step: it would have all ranks wait for the slowest one in the middle of it.
             self._sums_on_their_way.append(torch.distributed.all_reduce(sums, async_op=True))
         self._sums.append(sums)
+        if len(self._sums) >= MOST_SUMS:
+            self._settle_metrics()
 
     def _keep_metrics(self, mode: str, sums: Tensor) -> None:
         """TRL's metrics of micro-batches with these `sums` over all ranks, float32 (micro-batches, 3 or 5)."""
@@ -122,8 +127,9 @@ class ThroughputMixin(Trainer):
                 self._settle_metrics()
             for name, values in self._metrics[mode].items():
                 self._metrics[mode][name] = [float(value) for value in values]
-            # Real tokens, padding left out; TRL counts the slots of a padding-free batch.
-            self._metrics[mode]["num_tokens"] = [int(self._real_tokens)]
+            if "num_tokens" in self._metrics[mode]:  # not in a log of anything else, as a run's last one is
+                # Real tokens, padding left out; TRL counts the slots of a padding-free batch.
+                self._metrics[mode]["num_tokens"] = [int(self._real_tokens)]
             if "loss" in logs:
                 logs.update(self._meter.read())
         super().log(logs, start_time)

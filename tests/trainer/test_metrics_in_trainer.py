@@ -13,6 +13,7 @@ from training_runs import SETTINGS, logged
 from transformers import TrainerCallback
 
 from chronicals_trl import SFTConfig, SFTTrainer
+from chronicals_trl.observe import trainer as observe_trainer
 
 
 def make(tmp_path: Path, *callbacks: TrainerCallback, **options: Any) -> SFTTrainer:
@@ -36,13 +37,14 @@ def test_sums_are_read_when_they_have_been_around(tmp_path: Path) -> None:
             self.sums[0] /= 2  # and no label
 
     trainer = make(tmp_path)
-    trainer._sums = [torch.tensor([4.0, 6.0, 1.0]), torch.tensor([0.0, 0.0, 0.0])]
+    trainer._sums = [torch.tensor(sums) for sums in ([4.0, 6.0, 1.0, 3.0, 1.0], [0.0] * 5, [2.0, 1.0, 1.0, 1.0, 0.5])]
     trainer._sums_on_their_way = list(map(Work, trainer._sums))
     trainer.model.train()
     trainer.log({})
     told = trainer.state.log_history[-1]
-    assert told["entropy"] == pytest.approx((12 / 4 + 0) / 2)
-    assert told["mean_token_accuracy"] == pytest.approx((2 / 4 + 0) / 2)
+    assert told["entropy"] == pytest.approx((12 / 4 + 0 + 2 / 2) / 3)
+    assert told["mean_token_accuracy"] == pytest.approx((2 / 4 + 0 + 2 / 2) / 3)
+    assert told["aux_loss"] == pytest.approx((6 / 2 + 0 + 2 / 1) / 3)  # over the ranks that have one
     assert trainer._sums == trainer._sums_on_their_way == []
 
 
@@ -63,3 +65,31 @@ def test_a_run_that_failed_leaves_nothing_to_the_next(tmp_path: Path) -> None:
     fresh = make(tmp_path / "fresh", logging_steps=4, learning_rate=0.0)
     fresh.train()
     assert logged(trainer, "entropy") == logged(fresh, "entropy")
+
+
+def test_few_sums_wait_in_a_run_that_hardly_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            waiting.append(len(trainer._sums))
+
+    told = []
+    for most in (1024, 3):
+        monkeypatch.setattr(observe_trainer, "MOST_SUMS", most)
+        trainer = make(tmp_path / str(most), Watch(), logging_steps=8, max_steps=8)
+        trainer.train()
+        told.append([logged(trainer, name) for name in ("entropy", "mean_token_accuracy", "num_tokens")])
+    assert waiting[:8] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert waiting[8:] == [1, 2, 0, 1, 2, 0, 1, 2]
+    assert told[0] == told[1]
+
+
+def test_a_log_of_anything_else_has_no_metrics(tmp_path: Path) -> None:
+    """Of TRL's keys neither: of a run's last log, say, which is told of its time."""
+    trainer = make(tmp_path)
+    trainer.train()
+    assert "num_tokens" in trainer.state.log_history[-2]
+    trainer.log({"mine": 1.0})
+    for entry in trainer.state.log_history[-2:]:
+        assert not [key for key in entry if key.endswith(("num_tokens", "entropy", "mean_token_accuracy"))]

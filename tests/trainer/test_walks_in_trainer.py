@@ -70,8 +70,15 @@ def test_stock_trl_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(watch.by_step)
 
 
-def test_the_operations_told_are_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("somebody_else", [False, True])
+def test_the_operations_told_are_trainers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, somebody_else: bool
+) -> None:
     class Growing(Walked):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if somebody_else:  # has a `train` there: the lists do not answer, and are not kept up
+                kwargs["model"].__dict__["train"] = kwargs["model"].train
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 2:
                 kwargs["model"].add_module("extra", nn.Linear(50, 50))
@@ -85,6 +92,18 @@ def test_the_operations_told_are_trainers(tmp_path: Path, monkeypatch: pytest.Mo
         trainer.train()
         told.append(trainer.state.total_flos)
     assert told[0] == told[1] > 0
+
+
+@pytest.mark.planted_fault  # the new module has no gradient
+def test_the_operations_of_a_second_run_are_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(tmp_path, Walked(monkeypatch))
+    told = []
+    for _ in range(2):
+        trainer.train()
+        told.append((trainer.state.total_flos, trainer.model.num_parameters(exclude_embeddings=True)))
+        trainer.model.add_module("extra", nn.Linear(50, 50))
+    (first, few), (second, more) = told
+    assert second * few == first * more
 
 
 def test_a_model_that_an_engine_runs_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

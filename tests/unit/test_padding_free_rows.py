@@ -100,6 +100,11 @@ def test_batches_in_the_order_of_the_documents() -> None:
     assert fitted_row_lengths(np.array([5, 9, 30]), 16, in_order=True).lengths == (48,)
 
 
+def test_of_very_many_batches_in_order_those_at_the_end_count_too() -> None:
+    lengths = np.repeat([10, 1000], 9000)
+    assert fitted_row_lengths(lengths, 1, in_order=True).usual == 505
+
+
 @pytest.mark.parametrize("documents", [1, 2, 16, 64])
 def test_lengths_where_only_a_limit_is_known(documents: int) -> None:
     """Wherever below the limit the documents are, about eight lengths hold them, and little of a row is wasted."""
@@ -166,6 +171,7 @@ def test_each_length_has_a_bound_of_its_own(rows: RowLengths) -> None:
     assert rows.longest_segment(rows.lengths[-1]) == rows.lengths[-1] - rows.lengths[-2] > 512
     assert rows.longest_segment(rows.lengths[-1] - 8) == rows.longest_segment(rows.lengths[-1])  # a guess, held down
     assert rows.longest_segment(rows.lengths[-1] + 8) == rows.exact().longest_segment(8000) == 512
+    assert fitted_row_lengths(np.array([3, 1]), 2).exact().longest_segment(8) == 8  # of padding, at most
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------

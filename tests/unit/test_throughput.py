@@ -193,6 +193,16 @@ def test_a_look_at_an_idle_gpu_is_enough_for_a_step(gpu: tuple[ThroughputMeter, 
     assert meter.read()["host_bound"] == 2 / 4
 
 
+def test_a_run_begins_with_the_step_that_the_one_before_ended_with(gpu: tuple[ThroughputMeter, list[bool]]) -> None:
+    meter, idle = gpu
+    for answers in ([True], [False]):
+        idle += answers
+        meter.reset()
+        meter.look(step=0), meter.look(step=0)
+        meter.update(1, 1)
+        assert meter.read()["host_bound"] == float(answers[0])
+
+
 def test_after_a_wait_for_the_gpu_its_idleness_is_not_the_hosts(gpu: tuple[ThroughputMeter, list[bool]]) -> None:
     meter, idle = gpu
     idle += [False, True, False]

@@ -67,6 +67,7 @@ def test_parameters_are_those_of_a_walk_in_its_order(model: nn.Module, walks: Wa
 CHANGES = {
     "a module more": lambda model: model.add_module("extra", nn.Linear(2, 2)),
     "a parameter more": lambda model: model.model.layers[0].register_parameter("extra", nn.Parameter(torch.ones(1))),
+    "one more behind all others": lambda model: model.lm_head.register_parameter("extra", nn.Parameter(torch.ones(1))),
     "another parameter": lambda model: setattr(model.lm_head, "weight", nn.Parameter(model.lm_head.weight * 2)),
     "a parameter gone": lambda model: delattr(model.model.layers[0].mlp.up_proj, "weight"),
     "a parameter swapped for none": lambda model: model.model.norm._parameters.update(weight=None),
@@ -86,6 +87,33 @@ def test_a_change_of_the_model_is_seen(model: nn.Module, walks: Walks, change: s
     assert same(list(model.parameters()), walked(model))
     assert not same(before, walked(model)), "the change is none"
     assert walks.generation == 2
+
+
+def test_a_module_in_the_place_of_one_that_is_gone_is_seen(model: nn.Module, walks: Walks) -> None:
+    """It gets the memory, and so the id, of the one before: what deleting an adapter and adding another one does."""
+    del model.lm_head
+    model.lm_head = nn.Linear(32, 3, bias=False)
+    assert same(list(model.parameters()), walked(model))
+
+
+@pytest.mark.parametrize("way", [torch.compile, torch.jit.script])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_a_module_that_keeps_its_mode_elsewhere(model: nn.Module, way: Callable) -> None:
+    model.lm_head = way(nn.Linear(32, 3, bias=False))
+    walks = Walks(model)
+    assert walks.install()
+    assert same(list(model.parameters()), walked(model))
+    model.lm_head.eval()
+    assert model.train() is model
+    assert model.lm_head.training
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_a_scripted_module_that_comes_later(model: nn.Module, walks: Walks) -> None:
+    model.lm_head = torch.jit.script(nn.Linear(32, 3, bias=False))
+    for _ in range(2):
+        assert same(list(model.parameters()), walked(model))
+        assert model.train() is model
 
 
 def test_modes_are_set_as_ever(model: nn.Module, walks: Walks) -> None:
