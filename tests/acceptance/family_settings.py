@@ -96,6 +96,7 @@ OF_A_FAMILY: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2,
         "layer_types": SLIDING_AND_FULL * 3,
     },
+    "gemma3n_text": {"intermediate_size": 56},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "inkling2_loop_text": {
         "n_layers_per_attn_res_block": 2, "loop_layer_index_start": 2, "loop_layer_index_end": 4,
@@ -105,6 +106,7 @@ OF_A_FAMILY: dict[str, dict[str, Any]] = {
     "inkling2_text": {"unpadded_vocab_size": tiny_models.VOCAB_SIZE},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,

@@ -80,7 +80,7 @@ def outcome_and_status(monkeypatch, file: Path, stock: Any, off: Any, auto: Any)
         ((ValueError("no"), made(), made()), "stock TRL fails", 0),
         ((ValueError("no"), ValueError("no"), ValueError("no")), "stock TRL fails", 0),
         ((made(math.nan), made(math.nan), made(math.nan)), "stock TRL fails", 0),
-        ((made(big=torch.tensor([math.nan, 0.0])), made(), made()), "stock TRL fails", 0),
+        ((made(small=torch.tensor([math.nan, 0.0])), made(), made()), "stock TRL fails", 0),
         ((families.Step(4.0, {"big": torch.zeros(2)}, None), made(), made()), "stock TRL fails", 0),
     ],
 )
