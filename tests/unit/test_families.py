@@ -116,6 +116,32 @@ def test_tiny_settings() -> None:
     assert (first.model.norm.weight != 1).all()
 
 
+def test_the_manual_has_what_was_found() -> None:
+    result = json.loads(families.RESULT.read_text("utf-8"))
+    rows = [row for row in result["rows"] if row["outcome"] == "agrees"]
+    page, readme = ((families.ROOT / name).read_text("utf-8") for name in ("docs/parts.md", "README.md"))
+    counts = result["counts"]
+    assert counts.keys() == {"agrees", "stock TRL fails", "not built"} and sum(counts.values()) == 196
+    for outcome, words in (
+        ("agrees", "agree with"),
+        ("stock TRL fails", "stock TRL fails"),
+        ("not built", "not built:"),
+    ):
+        assert f"| {counts[outcome]} | {words}" in page
+    assert f"{counts['agrees']} agree (" in readme and f"{counts['not built']} are not built" in readme
+    assert max(row[name]["loss"] for row in rows for name in families.SETTINGS) <= 2.9e-7
+    close = sum(all(row[name]["gradient"] < 1e-5 for name in families.SETTINGS) for row in rows)
+    assert f"({close} of them to 1e-5)" in page
+    parts = ("rms_norm", "gated_mlp", "qk_rope", "attention", "head")
+    for part in parts:
+        on = sum(row["parts"][part].startswith("on") for row in rows)
+        assert f"| `{part}` | {on} | {len(rows) - on} |" in page
+    without_padding = sum(not row["padding_free"].startswith("padding-free: off") for row in rows)
+    assert f"#without-packing) | {without_padding} | {len(rows) - without_padding} |" in page
+    none = sum(not any(row["parts"][part].startswith("on") for part in parts) for row in rows)
+    assert f"In {none} families none" in page
+
+
 def test_a_run_that_hangs_is_ended() -> None:
     with pytest.raises(TimeoutError, match="1 s"), families.limited(1):
         time.sleep(10)
