@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -36,3 +38,23 @@ def no_false_alarm(request: pytest.FixtureRequest) -> Iterator[None]:
     finally:
         health.removeHandler(handler)
     assert not [alarm for alarm in alarms if "waited for a core" not in alarm]
+
+
+@pytest.fixture(autouse=True)
+def trl_as_it_comes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that leaves names of trl rebound (`register`) is told of in a warning, and no other test sees it."""
+    yield
+    trl, home = sys.modules.get("trl"), sys.modules.get("trl.trainer.sft_config")
+    if trl is None or home is None:
+        return
+    if {vars(each).get("SFTConfig", home.SFTConfig).__module__ for each in (trl, home)} != {home.__name__}:
+        from chronicals_trl import _register
+        from chronicals_trl.config import SFTConfig
+        from chronicals_trl.trainer import SFTTrainer
+
+        warnings.warn(f"{request.node.nodeid} has left trl rebound", stacklevel=1)
+        _register.unregister()
+        for ours in (SFTConfig, SFTTrainer):
+            stock = next(c for c in ours.__mro__ if c.__name__ == ours.__name__ and c.__module__.startswith("trl."))
+            for place in _register._PLACES[ours.__name__]:
+                setattr(sys.modules[place], ours.__name__, stock)
