@@ -29,7 +29,7 @@ from cpu_launch import FULL_PRECISION, run  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from training_runs import saved_model  # noqa: E402
 
-from chronicals_trl import SFTConfig, cli  # noqa: E402
+from chronicals_trl import SFTConfig, _register, cli  # noqa: E402
 
 PAGE = (ROOT / "examples" / "multi_gpu.md").read_text("utf-8")
 CONSOLE_SCRIPT = "from chronicals_trl.cli import main; main()"
@@ -112,8 +112,9 @@ def test_files_exist(command: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=label)
-def test_parsers_take_it(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parsers_take_it(command: list[str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.chdir(ROOT)
+    request.addfinalizer(_register.unregister)  # what the console script does to trl is for its own process
     if command[:2] == ["chronicals-trl", "sft"]:
         launched: list[Any] = []
         monkeypatch.setattr(accelerate.commands.launch, "launch_command", launched.append)
