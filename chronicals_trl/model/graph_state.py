@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from chronicals_trl.model.match import own_forward
+from chronicals_trl.model.members import Members
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)  # not DTensor, not a subclass whose kernels may differ
 _SCALARS = (bool, int, float, str, type(None))
@@ -55,11 +56,9 @@ class LayerState:
         called = [m for m in self.modules if len(vars(m)) != _HOLDERS.get(type(m))]
         dicts = [m.__dict__ for m in called]
         self._hooks = [getattr(m, name) for m in called for name in _HOOKS]
-        tables: list[dict[str, Any]] = [t for m in self.modules for t in (m._modules, m._parameters, m._buffers)]
-        self._empty, self._filled = [table for table in tables if not table], [table for table in tables if table]
-        self._sized = [*map(vars, self.modules), *self._filled]
-        self._sizes = list(map(len, self._sized))
-        self._members = list(chain.from_iterable(map(dict.values, self._filled)))
+        self._members = Members([t for m in self.modules for t in (m._modules, m._parameters, m._buffers)])
+        self._attributes = list(map(vars, self.modules))
+        self._attribute_counts = list(map(len, self._attributes))
         self.parameters: list[nn.Parameter] = _distinct(chain(*(m._parameters.values() for m in self.modules)))
         buffers = chain(*(m._buffers.values() for m in self.modules))
         self.tensors: list[Tensor] = _distinct([*self.parameters, *buffers])
@@ -70,17 +69,9 @@ class LayerState:
         # Of the configuration the layers may read anything while they run.
         self._configs = [vars(c) for c in _distinct(d.get("config") for d in dicts) if hasattr(c, "__dict__")]
 
-    def _has_another_structure(self) -> bool:
-        members = chain.from_iterable(map(dict.values, self._filled))
-        return (
-            any(self._empty)
-            or list(map(len, self._sized)) != self._sizes
-            or not all(map(is_, members, self._members))  # as many as there were: their tables have the old lengths
-        )
-
     def read(self) -> tuple[Any, ...]:
         """The state as a tuple; two passes with equal ones launch the same kernels, given the same kind of call."""
-        if self._has_another_structure():
+        if self._members.changed() or list(map(len, self._attributes)) != self._attribute_counts:
             self._list()
         return (
             self._generation,

@@ -9,9 +9,6 @@ until the last one replays all of them. Embedding, rotary tables, final norm, he
 A pass runs eagerly whenever anything that a graph takes for granted is not so (`graph_state.py`): another mode,
 another adapter, a hook; other shapes, until they have been captured too; or the backward pass of a replay is still to
 come, since what it needs would be overwritten.
-
-Each layer gets a forward of its own, as everywhere in this package a `types.MethodType` over a function of the module:
-a copy or a pickle of the model is not part of any stack, and its layers run as before.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ import functools
 import itertools
 import logging
 import time
-import types
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chronicals_trl.model.decoder import DecoderSpec, materialise
+from chronicals_trl.model.decoder import materialise
 from chronicals_trl.model.graph_capture import REMEDY, Captured, CudaRecorder, Recorder, Segment, Ticket, replay
+from chronicals_trl.model.graph_layers import UNGRAPHED, put_into, take_out
 from chronicals_trl.model.graph_state import (
     Call,
     LayerState,
@@ -42,9 +39,8 @@ from chronicals_trl.model.graph_state import (
     surroundings,
     watched,
 )
-from chronicals_trl.model.match import SPEC
 
-__all__ = ["GraphedStack", "decoder_layers"]
+__all__ = ["GraphedStack"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,50 +51,6 @@ MAX_GRAPHS = 8  # cu_seqlens comes in a few lengths, and so do padded rows
 MAX_STATES = 8  # states of the layers that are remembered
 MAX_KINDS = 64  # kinds of passes that are counted at a time
 MAX_SHORTAGES = 3  # times that the graphs make room for an eager pass, before they do so for good
-
-_PLACE = "_chronicals_graph_place"
-_UNGRAPHED = "_chronicals_ungraphed_forward"
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module] | str:
-    """The decoder layers of `model`, all of them patched, or why there is no such list."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    patched = [[isinstance(layer.__dict__.get(SPEC), DecoderSpec) for layer in layers] for layers in lists]
-    found = [layers for layers, flags in zip(lists, patched, strict=True) if any(flags)]
-    if not found:
-        return "the model's decoder layers are not patched (their norms, additions and MLPs are not ours)"
-    if len(found) > 1:
-        return f"the model has {len(found)} stacks of decoder layers"
-    layers = list(found[0])
-    if not all(isinstance(layer.__dict__.get(SPEC), DecoderSpec) for layer in layers):
-        return "some of the model's decoder layers are not patched"
-    return "a decoder layer is in the list twice" if len(set(map(id, layers))) < len(layers) else layers
-
-
-class _Place:
-    """The place of a layer in its stack. Weakly held, and empty in copies and pickles."""
-
-    def __init__(self, stack: GraphedStack | None = None, index: int = -1) -> None:
-        self._stack = None if stack is None else weakref.ref(stack)
-        self.index = index
-
-    def stack(self) -> GraphedStack | None:
-        return None if self._stack is None else self._stack()
-
-    def __reduce__(self) -> tuple[type[_Place], tuple[()]]:
-        return _Place, ()
-
-
-def graphed_forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a layer in a stack."""
-    place: _Place = self.__dict__[_PLACE]
-    stack = place.stack()
-    if stack is None or not stack.active or torch.compiler.is_compiling():
-        return self.__dict__[_UNGRAPHED](hidden_states, *args, **kwargs)
-    return stack.layer_called(place.index, hidden_states, (args, kwargs))
-
-
-graphed_forward.__name__ = "forward"  # a bound method pickles as (instance, name)
 
 
 @dataclass
@@ -159,18 +111,12 @@ class GraphedStack:
 
     def install(self) -> None:
         for index, layer in enumerate(self.layers):
-            layer.__dict__[_UNGRAPHED] = layer.forward
-            layer.__dict__[_PLACE] = _Place(self, index)
-            layer.__dict__["forward"] = types.MethodType(graphed_forward, layer)
+            put_into(self, index, layer)
 
     def remove(self) -> None:
         """Give the layers their forwards back, and the memory of the graphs."""
         for layer in self.layers:
-            previous = layer.__dict__.pop(_UNGRAPHED, None)
-            layer.__dict__.pop(_PLACE, None)
-            # Somebody else's forward, put there since, stays, and so does none (`unpatch_model`).
-            if previous is not None and getattr(layer.__dict__.get("forward"), "__func__", None) is graphed_forward:
-                layer.__dict__["forward"] = previous
+            take_out(layer)
         self.release()
         self._kinds.clear()
 
@@ -245,7 +191,7 @@ class GraphedStack:
 
     def _run_layer(self, index: int, hidden: Any, call: Call) -> Any:
         args, kwargs = call
-        return self.layers[index].__dict__[_UNGRAPHED](hidden, *args, **kwargs)
+        return self.layers[index].__dict__[UNGRAPHED](hidden, *args, **kwargs)
 
     def _run(self, hidden: Any, calls: Sequence[Call], layers: range | None = None) -> Any:
         for index in range(len(calls)) if layers is None else layers:

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from chronicals_trl.config import ChronicalsConfig, SFTConfig
 from chronicals_trl.model import graphs
+from chronicals_trl.model.graph_layers import decoder_layers
 from chronicals_trl.model.recompute import LayerMemory, Memory, layers_that_keep, set_checkpointing
 from chronicals_trl.report import ActivationReport, PartReport
 
@@ -64,7 +65,7 @@ class RecomputeMixin(Trainer):
             )  # fmt: skip
         if self._largest_batch() is None:
             return PartReport(PART, "off", reason="max_length=None leaves open how large a batch can be")
-        layers = graphs.decoder_layers(self.model)
+        layers = decoder_layers(self.model)
         reason = leave_out or self._recompute_ruled_out() or (layers if isinstance(layers, str) else None)
         if reason is not None:
             return PartReport(PART, "off", reason=reason, omitted=True)
@@ -79,7 +80,7 @@ class RecomputeMixin(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self._chronicals is not None and self.chronicals_report[PART].state == "on":
-            layers = graphs.decoder_layers(self.model)
+            layers = decoder_layers(self.model)
             self._recompute_layers = None if isinstance(layers, str) else layers
             self._graphs_wait = self._recompute_layers is not None
         self._first_step = -1

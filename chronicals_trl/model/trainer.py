@@ -14,6 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from chronicals_trl.config import ChronicalsConfig
 from chronicals_trl.model import graphs
+from chronicals_trl.model.graph_layers import decoder_layers
 from chronicals_trl.report import ActivationReport, PartReport
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class CudaGraphsMixin(Trainer):
             return PartReport(PART, "off", reason=reason)
         engine = self._engine_in_the_way()
         reason = leave_out or (None if engine is None else f"{engine}: not captured beside it")
-        layers = graphs.decoder_layers(self.model)
+        layers = decoder_layers(self.model)
         if reason is None and isinstance(layers, str):
             reason = layers
         if reason is not None:
@@ -121,7 +122,7 @@ class CudaGraphsMixin(Trainer):
 
     def _seconds_per_layer(self, tokens: int) -> float:
         """The GPU's, by estimate; 0 where it is not known which the layers are."""
-        layers = graphs.decoder_layers(self.model)
+        layers = decoder_layers(self.model)
         if isinstance(layers, str):
             return 0.0
         parameters = sum(p.numel() for layer in layers for p in layer.parameters())
@@ -181,7 +182,7 @@ class CudaGraphsMixin(Trainer):
             return super().training_step(*args, **kwargs)
         if self._graphs_wanted and self._graphs is None:
             # Here, and not before: by now the layers are those that are trained, whatever was put around them.
-            layers = graphs.decoder_layers(self.model)
+            layers = decoder_layers(self.model)
             if isinstance(layers, str):
                 self._graphs_off(layers)
             else:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from itertools import chain
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from chronicals_trl.model.members import Members
 
 __all__ = ["Walks"]
 
@@ -53,28 +54,13 @@ class Walks:
         self.generation += 1
         modules = list(model.modules())
         self._dicts = [module.__dict__ for module in modules]
-        tables: list[dict[str, Any]] = [t for m in modules for t in (m._modules, m._parameters)]
-        self._opaque = not all(isinstance(table, dict) for table in tables)  # scripted modules keep theirs in C++
-        self._empty, self._filled = [t for t in tables if not t], [t for t in tables if t and isinstance(t, dict)]
-        self._sizes = list(map(len, self._filled))
-        # The members themselves and not their ids, which those that come may have from those that have gone.
-        self._members = list(chain.from_iterable(map(dict.values, self._filled)))
+        self._members = Members([table for m in modules for table in (m._modules, m._parameters)])
         self._parameters = list(type(model).parameters(model))
         self._trains_alike = all(map(_trains_alike, modules, [module is model for module in modules]))
 
-    def _has_another_structure(self) -> bool:
-        """Whether a module or a parameter has come, gone or moved, as far as can be told."""
-        members = chain.from_iterable(map(dict.values, self._filled))
-        return (
-            self._opaque
-            or any(self._empty)
-            or list(map(len, self._filled)) != self._sizes
-            or not all(map(is_, members, self._members))  # as many as there were
-        )
-
     def refresh(self) -> None:
         """List the model anew if it is not as listed."""
-        if self._model is not None and self._has_another_structure():
+        if self._model is not None and self._members.changed():
             self._list(self._model)
 
     def parameters(self) -> list[nn.Parameter]:

@@ -19,7 +19,8 @@ from training_runs import logged, run
 from waits import refused
 
 from chronicals_trl import SFTConfig, SFTTrainer, patch_model, unpatch_model
-from chronicals_trl.model.graphs import WARM_UP, GraphedStack, decoder_layers
+from chronicals_trl.model.graph_layers import decoder_layers
+from chronicals_trl.model.graphs import WARM_UP, GraphedStack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from chronicals_trl import SFTConfig, SFTTrainer
 from chronicals_trl.model import graphs
 from chronicals_trl.model import trainer as graphs_trainer
+from chronicals_trl.model.graph_layers import PLACE, UNGRAPHED, graphed_forward
 
 PACKED = {"use_chronicals": True, "packing": True, "max_steps": 8}
 PADDED = {"packing": False, "chronicals_config": {"padding_free": "off"}}
@@ -53,8 +54,8 @@ def trained(tmp_path: Path, setting: str, **options: Any):
 
 def require_nothing_left(trainer: Any) -> None:
     for module in trainer.model.modules():
-        assert not {graphs._PLACE, graphs._UNGRAPHED} & set(module.__dict__)
-        assert getattr(module.__dict__.get("forward"), "__func__", None) is not graphs.graphed_forward
+        assert not {PLACE, UNGRAPHED} & set(module.__dict__)
+        assert getattr(module.__dict__.get("forward"), "__func__", None) is not graphed_forward
     assert trainer._graphs is None
 
 

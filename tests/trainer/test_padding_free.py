@@ -23,6 +23,7 @@ from chronicals_trl import SFTConfig, SFTTrainer
 from chronicals_trl import trainer as trainer_module
 from chronicals_trl.model import graphs
 from chronicals_trl.model import trainer as graphs_trainer
+from chronicals_trl.model.graph_layers import decoder_layers
 from chronicals_trl.padding_free import PaddingFreeMixin
 
 STEPS = 6
@@ -291,7 +292,7 @@ def test_rows_that_keep_the_gpu_busy_are_not_filled_up(
     assert "rows are as long as their documents" in note(mine) and not recorder.recorded
     mine, _ = ours(tmp_path, config={"cuda_graphs": "on"})
     assert "rows of 8 lengths" in note(mine)
-    layers = graphs.decoder_layers(mine.model)
+    layers = decoder_layers(mine.model)
     weights = sum(p.numel() for p in layers[0].parameters())
     lengths = [len(ids) for ids in mine.train_dataset["input_ids"]]
     usual = 4 * sum(lengths) / len(lengths)  # tokens of a batch, not those that there may be

@@ -18,6 +18,7 @@ from training_runs import SETTINGS, logged, run
 from chronicals_trl import SFTConfig, SFTTrainer
 from chronicals_trl.model import graphs, recompute_trainer
 from chronicals_trl.model import trainer as graphs_trainer
+from chronicals_trl.model.graph_layers import decoder_layers
 
 LAYERS = 2
 LEFT_OPEN = {k: v for k, v in SETTINGS.items() if k != "gradient_checkpointing"}
@@ -121,7 +122,7 @@ def test_a_layer_is_measured_in_the_precision_of_training(
     for bf16 in (True, False):
         trainer, _ = train(tmp_path, max_steps=1, bf16=bf16, chronicals_config={"cuda_graphs": "off"})
         # Not the first, in front of which nothing may need a gradient.
-        assert probed[-1] is graphs.decoder_layers(trainer.model)[1]
+        assert probed[-1] is decoder_layers(trainer.model)[1]
     assert seen == [True, False]
 
 
@@ -210,7 +211,7 @@ def test_ranks_keep_what_the_fullest_can(tmp_path: Path, memory: MadeUp, monkeyp
         per_device_train_batch_size=2,
     )  # fmt: skip
     trainer._layer_bytes = memory.peaks = 1
-    layers = graphs.decoder_layers(trainer.model)
+    layers = decoder_layers(trainer.model)
     trainer._decide(layers)
     assert [layer.gradient_checkpointing for layer in layers] == [True, False]
     assert trainer._recompute_keeping == 1
@@ -297,7 +298,7 @@ def test_memory_that_runs_out_after_all(tmp_path: Path, memory: MadeUp, after_ba
 
         def compute_loss(self, *args, **kwargs):
             if self.state.global_step >= 3 and failures:
-                flags.append([layer.gradient_checkpointing for layer in graphs.decoder_layers(self.model)])
+                flags.append([layer.gradient_checkpointing for layer in decoder_layers(self.model)])
             if not after_backward:
                 self.fail()
             return super().compute_loss(*args, **kwargs)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from chronicals_trl import patch_model, unpatch_model
 from chronicals_trl.model import decoder, graphs
 from chronicals_trl.model.graph_capture import Captured, Segment
+from chronicals_trl.model.graph_layers import PLACE, decoder_layers
 from chronicals_trl.model.graph_state import LayerState, Unreadable, read_call, surroundings
-from chronicals_trl.model.graphs import WARM_UP, GraphedStack, decoder_layers
+from chronicals_trl.model.graphs import WARM_UP, GraphedStack
 
 # The families whose layers are written out in model/decoder.py; Gemma's layers get masks and tables by their kind.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "qwen3_moe")
@@ -827,7 +828,7 @@ def test_remove_after_unpatching_keeps_the_models_own_forward() -> None:
     pair.replayed(WARM_UP)
     unpatch_model(pair.ours)
     pair.stack.remove()
-    assert not any("forward" in layer.__dict__ or graphs._PLACE in layer.__dict__ for layer in pair.stack.layers)
+    assert not any("forward" in layer.__dict__ or PLACE in layer.__dict__ for layer in pair.stack.layers)
 
 
 # -- recognition, state and calls ------------------------------------------------------------------------------------

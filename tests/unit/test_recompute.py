@@ -15,7 +15,7 @@ from trl import TrlParser
 
 from chronicals_trl import SFTConfig, patch_model
 from chronicals_trl._explicit import named_by_user
-from chronicals_trl.model import graphs
+from chronicals_trl.model.graph_layers import decoder_layers
 from chronicals_trl.model.recompute import SLACK, LayerMemory, layers_that_keep, set_checkpointing
 
 GIB = 2**30
@@ -54,7 +54,7 @@ class Counted:
 
 
 def layers_of(model: Any) -> list[torch.nn.Module]:
-    layers = graphs.decoder_layers(model)
+    layers = decoder_layers(model)
     assert not isinstance(layers, str)
     return layers
 
