@@ -17,21 +17,11 @@ from training_runs import SETTINGS, logged, run
 from transformers import TrainerCallback
 
 from chronicals_trl import SFTConfig, SFTTrainer
-from chronicals_trl.model import graphs
 from chronicals_trl.model import trainer as graphs_trainer
 from chronicals_trl.model.graph_layers import PLACE, UNGRAPHED, graphed_forward
 
 PACKED = {"use_chronicals": True, "packing": True, "max_steps": 8}
 PADDED = {"packing": False, "chronicals_config": {"padding_free": "off"}}
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """Training on the CPU as if it could capture."""
-    stand_in = StandIn()
-    monkeypatch.setattr(graphs_trainer, "DEVICES", ("cpu",))
-    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: stand_in)
-    return stand_in
 
 
 def make(tmp_path: Path, **options: Any) -> SFTTrainer:

@@ -50,15 +50,6 @@ def batches(trainer: Any) -> list[dict[str, Any]]:
     return list(trainer.get_train_dataloader())
 
 
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """Training on the CPU as if it could capture: rows get lengths that recur."""
-    stand_in = StandIn()
-    monkeypatch.setattr(graphs_trainer, "DEVICES", ("cpu",))
-    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: stand_in)
-    return stand_in
-
-
 def require_same(mine: tuple[Any, Any], stock: tuple[Any, Any], steps: int = STEPS) -> None:
     (trainer, gradients), (reference, expected) = mine, stock
     assert len(logged(reference, "loss")) == steps
