@@ -13,7 +13,7 @@ ENV_FLAG = ENV_PREFIX + "USE_CHRONICALS"
 
 # The fields of config.ChronicalsConfig, in its order; a test holds the two together.
 FIELDS = (
-    "rms_norm", "gated_mlp", "qk_rope", "attention", "head", "packing", "lora", "lora_plus", "cuda_graphs",
+    "rms_norm", "gated_mlp", "qk_rope", "attention", "head", "packing", "lora", "lora_plus", "adamw", "cuda_graphs",
     "recompute", "strict", "recompute_mlp", "attention_backend", "logit_budget_mib", "packing_window", "profile_steps",
     "balance_ranks", "padding_free", "health", "lora_plus_ratio", "lora_plus_embedding_lr",
 )  # fmt: skip

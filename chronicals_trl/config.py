@@ -31,6 +31,7 @@ PARTS = (
     "packing",
     "lora",
     "lora_plus",
+    "adamw",
     "cuda_graphs",
     "recompute",
 )
@@ -132,8 +133,8 @@ class ChronicalsConfig:
     """The settings of chronicals-trl; `chronicals_config` on the arguments holds the ones that the user gave.
 
     Args:
-        rms_norm, gated_mlp, qk_rope, attention, head, packing, lora, lora_plus, cuda_graphs, recompute: "auto" (on
-            where it fits), "on" (leaving it out is an error) or "off". Booleans are taken as "on" and "off".
+        rms_norm, gated_mlp, qk_rope, attention, head, packing, lora, lora_plus, adamw, cuda_graphs, recompute: "auto"
+            (on where it fits), "on" (leaving it out is an error) or "off". Booleans are taken as "on" and "off".
         strict: Every part that is left out of its own accord is an error.
         recompute_mlp: MLPs whose weights are trained keep gate and up alone and compute their product again in the
             backward pass: about a fifth less memory for some 1% of a step's time.
@@ -167,6 +168,7 @@ class ChronicalsConfig:
     packing: str = "auto"
     lora: str = "auto"
     lora_plus: str = "auto"
+    adamw: str = "auto"
     cuda_graphs: str = "auto"
     recompute: str = "auto"
     strict: bool = False
@@ -213,7 +215,8 @@ class ChronicalsConfig:
 
 def without_trainer_parts(config: ChronicalsConfig) -> ChronicalsConfig:
     """`config` for `patch_model`, which cannot tell whether the parts that its caller sets afterwards will be on."""
-    return dataclasses.replace(config, packing="auto", lora_plus="auto", cuda_graphs="auto", recompute="auto")
+    parts: dict[str, Any] = dict.fromkeys(("packing", "lora_plus", "adamw", "cuda_graphs", "recompute"), "auto")
+    return dataclasses.replace(config, **parts)
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(ChronicalsConfig))

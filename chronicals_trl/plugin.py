@@ -177,7 +177,7 @@ class ChronicalsPlugin:
             report = _agreed_patch(model, without_trainer_parts(config), accelerator)
             report.set(_split(model, optimizers, lone, config, accelerator))
         report.set(PartReport("packing", "off", reason="a raw loop brings its own batches: see packing.dataset"))
-        for part in ("cuda_graphs", "recompute"):
+        for part in ("adamw", "cuda_graphs", "recompute"):
             report.set(PartReport(part, "off", reason="in SFTTrainer's training steps alone"))
         report.notes += filter(None, [lone_note(accelerator.num_processes)])
         self._raise_for_omissions(report)

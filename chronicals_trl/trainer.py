@@ -3,11 +3,11 @@
 The seams, all of them methods that TRL or transformers calls: `compute_loss` (the head) and `_prepare_inputs`; in
 `packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks' shares) and `_get_dataloader`, the last in
 `padding_free.py` too; in `optim/trainer.py` `create_optimizer`; in `model/trainer.py` (CUDA graphs) and
-`model/recompute_trainer.py` `train`, `training_step` and `evaluation_loop`; in `model/walks_trainer.py`
-`training_step` and `floating_point_ops`; in `observe/trainer.py` `get_batch_samples` (token counts) and `log`; in
-`observe/health/trainer.py` these two, once more, and `create_optimizer`; in `observe/out_of_memory.py` errors on their
-way out; in `checkpoints.py` which one `train` resumes from. With the flag off each returns the parent's result as it
-is.
+`model/recompute_trainer.py` `train`, `training_step` and `evaluation_loop`; in `optim/adamw_trainer.py` `train`,
+`training_step` and `_clip_grad_norm`; in `model/walks_trainer.py` `training_step` and `floating_point_ops`; in
+`observe/trainer.py` `get_batch_samples` (token counts) and `log`; in `observe/health/trainer.py` these two, once more,
+and `create_optimizer`; in `observe/out_of_memory.py` errors on their way out; in `checkpoints.py` which one `train`
+resumes from. With the flag off each returns the parent's result as it is.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from chronicals_trl.model.walks_trainer import WalksMixin
 from chronicals_trl.observe.health.trainer import HealthMixin
 from chronicals_trl.observe.out_of_memory import OutOfMemoryMixin
 from chronicals_trl.observe.trainer import ThroughputMixin
+from chronicals_trl.optim.adamw_trainer import AdamWMixin
 from chronicals_trl.optim.trainer import LoraPlusMixin
 from chronicals_trl.packing.trainer import PackingMixin
 from chronicals_trl.padding_free import BETWEEN, PADDING_FREE, PaddingFreeMixin
@@ -59,6 +60,7 @@ class SFTTrainer(
     PackingMixin,
     HealthMixin,
     LoraPlusMixin,
+    AdamWMixin,
     WalksMixin,
     RecomputeMixin,
     CudaGraphsMixin,
@@ -182,6 +184,7 @@ class SFTTrainer(
         if "lora_plus" in leave_out and lora_plus.state == "on":
             lora_plus = PartReport("lora_plus", "off", reason=leave_out["lora_plus"], omitted=True)
         report.set(lora_plus)
+        report.set(self._adamw_part(config, leave_out.get("adamw")))
         recompute = self._recompute_part(config, leave_out.get("recompute"))
         report.set(recompute)
         report.set(self._graphs_part(config, leave_out.get("cuda_graphs"), recompute))

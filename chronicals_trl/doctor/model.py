@@ -42,6 +42,7 @@ def what_would_be_on(model: str, device: torch.device | None = None) -> Activati
         "packing": "packing=True",
         "lora": "a LoRA adapter",
         "lora_plus": "a LoRA adapter",
+        "adamw": "a GPU and torch's fused AdamW",
         "cuda_graphs": "packing=True and a GPU",
         "recompute": "a GPU and gradient_checkpointing left at its default",
     }.items():

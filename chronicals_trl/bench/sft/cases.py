@@ -157,7 +157,7 @@ class Side:
 
 
 #: The parts of ours in the order in which an ablation adds them, and the side without any.
-ABLATED = ("packing", "attention", "head", "rms_norm", "gated_mlp", "qk_rope", "lora", "cuda_graphs")
+ABLATED = ("packing", "attention", "head", "rms_norm", "gated_mlp", "qk_rope", "lora", "adamw", "cuda_graphs")
 ABLATION_START = "ablation-0-off"
 
 SIDES = {

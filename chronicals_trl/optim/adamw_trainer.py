@@ -1,0 +1,120 @@
+"""The fused AdamW in the trainer: taken over inside `train` alone, and gradients clipped where it reads them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from transformers import Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
+
+from chronicals_trl.config import ChronicalsConfig
+from chronicals_trl.optim.adamw import FusedAdamW, give_back, obstacle, take_over
+from chronicals_trl.report import ActivationReport, PartReport
+
+logger = logging.getLogger(__name__)
+
+PART = "adamw"
+
+# Device types whose updates are taken over.
+DEVICES = ("cuda",)
+
+# Where a callback can look at gradients that Trainer has clipped.
+_EVENTS = ("on_pre_optimizer_step", "on_optimizer_step")
+
+
+class AdamWMixin(Trainer):
+    """The methods of `SFTTrainer` that the optimizer's kernel takes; each is the parent's where it is off."""
+
+    # Of the trainer that mixes this in.
+    _chronicals: ChronicalsConfig | None
+    chronicals_report: ActivationReport
+    _save_report: Callable[[], None]
+
+    _adamw: FusedAdamW | None = None  # inside `train`
+    _adamw_wanted: bool = False
+    _clips_apart: bool = False  # and the user knows why
+
+    def _adamw_part(self, config: ChronicalsConfig, leave_out: str | None) -> PartReport:
+        """Whether the optimizer's update will be ours, as far as that is known before it is made."""
+        args: Any = self.args
+        if config.adamw == "off":
+            return PartReport(PART, "off", reason="adamw='off' in the configuration")
+        if args.device.type not in DEVICES:
+            return PartReport(PART, "off", reason=f"no CUDA GPU: on {args.device.type} torch's own update is as good")
+        engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
+        reason = leave_out or (None if engine is None else f"{engine} has its own way to update what it has sharded")
+        if reason is not None:
+            return PartReport(PART, "off", reason=reason, omitted=True)
+        if self.optimizer is not None:
+            reason = obstacle(self.optimizer)
+        elif args.optim != OptimizerNames.ADAMW_TORCH_FUSED and self.optimizer_cls_and_kwargs is None:
+            reason = f"optim={str(getattr(args.optim, 'value', args.optim))!r}: for adamw_torch_fused alone"
+        if reason is not None:
+            return PartReport(PART, "off", reason=reason)
+        return PartReport(PART, "on", backend="triton")
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._adamw_wanted = self._chronicals is not None and self.chronicals_report[PART].state == "on"
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._adamw is not None:
+                give_back(self._adamw)
+                self._adamw = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._adamw_wanted:
+            # Here, and not before: by now there is the optimizer, whoever has made it, and Accelerate's around it.
+            self._adamw_wanted = False
+            self._take_over(getattr(self.optimizer, "optimizer", self.optimizer))
+        return super().training_step(*args, **kwargs)
+
+    def _take_over(self, optimizer: Any) -> None:
+        reason = obstacle(optimizer)
+        if reason is None:
+            self._adamw = take_over(optimizer)
+            return
+        assert self._chronicals is not None
+        self.chronicals_report.set(PartReport(PART, "off", reason=reason))
+        self._save_report()
+        logger.warning("chronicals-trl: %s is off: %s", PART, reason)
+        self.chronicals_report.raise_for_omissions(self._chronicals)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self._adamw is None:
+            return super()._clip_grad_norm(model)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not gradients or self._clipped_gradients_are_seen(gradients):
+            return super()._clip_grad_norm(model)
+        # As torch.nn.utils.clip_grad_norm_ does it, but for the pass that multiplies.
+        norm = get_total_norm(gradients)
+        self._adamw.clip((self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def _clipped_gradients_are_seen(self, gradients: list[Tensor]) -> bool:
+        """Whether somebody else than the optimizer has use for clipped gradients, or their sort is not one."""
+        reason = None
+        assert self._adamw is not None
+        if self.accelerator.scaler is not None:
+            reason = "fp16 scales the gradients"
+        elif self._adamw.watched():
+            reason = "the optimizer has hooks"
+        elif len({(type(g), g.device, g.dtype) for g in gradients}) > 1 or type(gradients[0]) is not Tensor:
+            reason = "the gradients are of several dtypes or devices"
+        else:
+            for callback in self.callback_handler.callbacks:
+                if any(getattr(type(callback), event) is not getattr(TrainerCallback, event) for event in _EVENTS):
+                    reason = f"{type(callback).__name__} may look at them"
+        if reason is not None and not self._clips_apart:
+            self._clips_apart = True
+            note = f"gradients are clipped in a pass of their own: {reason}"
+            self.chronicals_report.notes.append(note)
+            self._save_report()
+            logger.info("chronicals-trl: %s", note)
+        return reason is not None

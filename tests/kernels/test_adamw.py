@@ -1,0 +1,70 @@
+"""AdamW's update on the CPU: the reference, or the kernel if it is interpreted (`test_interpreter.py`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernels import adamw_checks as check
+
+from chronicals_trl.kernels import LAUNCHES, _adamw, _common
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def launched():
+    LAUNCHES.clear()
+    yield
+    assert LAUNCHES["adamw"] > 0 or not _common.INTERPRET
+
+
+@dtypes
+@pytest.mark.parametrize("clip", [None, 0.25])
+def test_it_is_torchs_update(dtype: torch.dtype, clip: float | None) -> None:
+    check.check_update("cpu", dtype, clip)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"weight_decay": 0.0}, {"betas": (0.0, 0.5)}, {"betas": (0.5, 0.0)}, {"eps": 0.1}, {"step": 1.0},
+     {"step": 20_000.0}],
+    ids=str,
+)  # fmt: skip
+def test_settings(options) -> None:
+    check.check_update("cpu", torch.float32, 0.5, **options)
+
+
+def test_tensors_off_the_allocators_alignment() -> None:
+    check.check_update("cpu", torch.float32, shapes=[(2050,), (33,)], offset=1)
+
+
+def test_a_clip_of_one_changes_nothing() -> None:
+    lists = check.make("cpu", torch.float32)
+    ours, theirs = lists.clone(), lists.clone()
+    update = _adamw.AdamWUpdate()
+    update(*ours, **check.SETTINGS, clip=torch.tensor(1.0))
+    update(*theirs, **check.SETTINGS)
+    assert all(map(torch.equal, ours.params, theirs.params))
+
+
+def test_one_update_after_another() -> None:
+    """With other gradients, as many parameters but other ones, fewer, and the first ones again."""
+    update = _adamw.AdamWUpdate()
+    first, other = check.make("cpu", torch.float32), check.make("cpu", torch.float32, shapes=check.SHAPES[::-1])
+    fewer = check.make("cpu", torch.float32, shapes=check.SHAPES[:2])
+    for lists in (first, first, first._replace(grads=other.grads[::-1]), other, fewer, first):
+        right = check.in_float64(lists, **check.SETTINGS)
+        update(*lists, **check.SETTINGS)
+        assert check.error(lists.params, right.params) < 1e-6
+        assert check.error(lists.exp_avgs, right.exp_avgs) < 1e-6
+        lists.steps[0] += 1
+
+
+def test_each_tensor_has_its_own_step() -> None:
+    lists = check.make("cpu", torch.float32)
+    for number, step in enumerate(lists.steps):
+        step.fill_(1 + number)
+    right = check.in_float64(lists, **check.SETTINGS)
+    _adamw.AdamWUpdate()(*lists, **check.SETTINGS)
+    for ours, wanted in zip(lists.params, right.params, strict=True):
+        assert check.error([ours], [wanted]) < 1e-6

@@ -1,0 +1,296 @@
+"""The fused AdamW as an optimizer: torch's in all but the kernel, and torch's own where that does not fit."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from chronicals_trl.kernels._adamw import AdamWUpdate
+from chronicals_trl.optim import adamw
+from chronicals_trl.optim.adamw import FusedAdamW, give_back, obstacle, take_over
+
+STEPS = 5
+
+
+@pytest.fixture
+def updates(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tensors of each update of ours."""
+    made: list[int] = []
+
+    class Counting(AdamWUpdate):
+        def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+            made.append(len(params))
+            super().__call__(params, *args, **kwargs)
+
+    monkeypatch.setattr(adamw, "AdamWUpdate", Counting)
+    return made
+
+
+def parameters(*shapes: Any, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes or [(4, 3), (5,)]]
+
+
+def optimizer_of(params: list[nn.Parameter], **options: Any) -> AdamW:
+    groups: list[dict[str, Any]] = [{"params": params[:1], "weight_decay": 0.1}, {"params": params[1:], "lr": 3e-3}]
+    if "lr" in options:
+        del groups[1]["lr"]
+    return AdamW(groups, **{"lr": 1e-2, "fused": True, "weight_decay": 0.0, **options})
+
+
+def give_gradients(params: list[nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def train(params: list[nn.Parameter], optimizer: AdamW, clip: float | None = None, steps: int = STEPS) -> None:
+    for step in range(steps):
+        give_gradients(params, step)
+        if clip is not None and isinstance(optimizer, FusedAdamW):
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+            optimizer.clip((clip / (norm + 1e-6)).clamp(max=1.0))
+        elif clip is not None:
+            torch.nn.utils.clip_grad_norm_(params, clip)
+        optimizer.step()
+
+
+def both(clip: float | None = None, shapes: Any = (), **options: Any) -> tuple[list[nn.Parameter], AdamW]:
+    """Parameters and optimizer of ours, after they were found to be torch's."""
+    theirs, ours = parameters(*shapes), parameters(*shapes)
+    stock, mine = optimizer_of(theirs, **options), optimizer_of(ours, **options)
+    take_over(mine)
+    train(theirs, stock, clip)
+    train(ours, mine, clip)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    return ours, mine
+
+
+@pytest.mark.parametrize("clip", [None, 0.5, 1e6])
+def test_it_trains_as_torchs_does(updates: list[int], clip: float | None) -> None:
+    both(clip)
+    assert updates == [1, 1] * (STEPS - 1)  # the first step makes the state, which is torch's to do
+
+
+def test_a_clip_is_of_one_step(updates: list[int]) -> None:
+    """One that somebody takes without clipping has nothing of the last one's."""
+    params = parameters()
+    optimizer = take_over(optimizer_of(params))
+    train(params, optimizer, steps=2)
+    reference = [p.detach().clone() for p in params]
+    state = copy.deepcopy(optimizer.state_dict())
+    train(params, optimizer, clip=1e-3, steps=1)
+    with torch.no_grad():
+        for p, r in zip(params, reference, strict=True):
+            p.copy_(r)
+    optimizer.load_state_dict(copy.deepcopy(state))
+    train(params, optimizer, steps=1)
+    after = [p.detach().clone() for p in params]
+    other = parameters()
+    train(other, optimizer_of(other), steps=2)
+    stock = optimizer_of(other)
+    stock.load_state_dict(copy.deepcopy(state))
+    train(other, stock, steps=1)
+    for a, b in zip(after, other, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_are_left_as_they_are() -> None:
+    params = parameters()
+    optimizer = take_over(optimizer_of(params))
+    train(params, optimizer, steps=1)
+    give_gradients(params, 7)
+    before = [p.grad.clone() for p in params]
+    optimizer.clip(torch.tensor(0.1))
+    optimizer.step()
+    assert all(torch.equal(p.grad, b) for p, b in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"amsgrad": True},
+        {"maximize": True},
+        {"lr": torch.tensor(1e-2)},
+        {"fused": False},
+        {"fused": False, "foreach": True},
+    ],
+    ids=str,
+)
+def test_settings_that_the_kernel_has_not(updates: list[int], options: dict[str, Any]) -> None:
+    optimizer = optimizer_of(parameters(), **options)
+    assert obstacle(optimizer) is not None
+    if "fused" not in options:  # set while it runs
+        for clip in (None, 0.5):
+            both(clip, **options)
+    assert not updates
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [SGD(parameters(), 0.1), Adam(parameters(), fused=True), AdamW(parameters(dtype=torch.float64), fused=True), None],
+    ids=["SGD", "Adam", "float64", "none"],
+)
+def test_other_optimizers(optimizer: Any) -> None:
+    assert obstacle(optimizer) is not None
+
+
+def test_a_subclass_is_left_alone() -> None:
+    class Mine(AdamW):
+        pass
+
+    assert "Mine" in (obstacle(Mine(parameters(), fused=True)) or "")
+    assert obstacle(optimizer_of(parameters())) is None
+
+
+def test_a_parameter_that_lies_otherwise_is_torchs(updates: list[int]) -> None:
+    """A transposed one: its group alone, and clipped all the same."""
+    theirs, ours = ([nn.Parameter(torch.arange(12.0).view(4, 3).t()), nn.Parameter(torch.ones(5))] for _ in range(2))
+    stock, mine = optimizer_of(theirs), take_over(optimizer_of(ours))
+    train(theirs, stock, 0.5)
+    train(ours, mine, 0.5)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert len(updates) == STEPS - 1
+
+
+def test_parameters_without_a_gradient_and_empty_ones(updates: list[int]) -> None:
+    def run(fused: bool) -> list[nn.Parameter]:
+        params = parameters((4, 3), (5,), (0, 3), (6,))
+        optimizer = optimizer_of(params)
+        if fused:
+            take_over(optimizer)
+        for step in range(6):
+            give_gradients(params, step)
+            if step % 2:
+                params[3].grad = None
+            optimizer.step()
+        return params
+
+    for a, b in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert set(updates) == {1, 2}
+
+
+def test_a_group_of_several_dtypes(updates: list[int]) -> None:
+    def run(fused: bool) -> list[nn.Parameter]:
+        params = [*parameters(), *parameters(dtype=torch.bfloat16)]
+        optimizer = AdamW(params, lr=1e-2, fused=True)
+        if fused:
+            take_over(optimizer)
+        train(params, optimizer)
+        return params
+
+    for a, b in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, b)
+    assert updates == [2, 2] * (STEPS - 1)
+
+
+def test_a_schedulers_wrapper_around_step_stays(updates: list[int]) -> None:
+    """It holds on to the step that the optimizer had before."""
+
+    def run(fused: bool) -> list[nn.Parameter]:
+        params = parameters()
+        optimizer = optimizer_of(params)
+        scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        assert "step" in vars(optimizer)
+        if fused:
+            take_over(optimizer)
+        for step in range(STEPS):
+            give_gradients(params, step)
+            optimizer.step()
+            scheduler.step()
+        return params
+
+    for a, b in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert updates
+
+
+def test_hooks_run_once_a_step_and_are_seen() -> None:
+    params = parameters()
+    optimizer = take_over(optimizer_of(params))
+    assert not optimizer.watched()
+    calls: list[str] = []
+    before = optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    assert optimizer.watched()
+    before.remove()
+    assert not optimizer.watched()
+    after = optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    assert optimizer.watched()
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    train(params, optimizer, steps=2)
+    assert calls == ["before", "after"] * 2
+    after.remove()
+
+
+def test_it_is_torchs_again_afterwards(updates: list[int]) -> None:
+    params, optimizer = both(0.5)
+    assert isinstance(optimizer, FusedAdamW)
+    done = len(updates)
+    give_back(optimizer)
+    assert type(optimizer) is AdamW
+    assert not {"_clip", "_updates", "_after_step"} & set(vars(optimizer))
+    assert not optimizer._optimizer_step_post_hooks
+    train(params, optimizer, 0.5)
+    assert len(updates) == done
+
+
+@pytest.mark.parametrize("clone", ["deepcopy", "pickle"])
+def test_copies_train_too(clone: str) -> None:
+    params = parameters()
+    optimizer = take_over(optimizer_of(params))
+    train(params, optimizer, 0.5, steps=2)
+    if clone == "deepcopy":
+        other = copy.deepcopy(optimizer)
+    else:
+        file = io.BytesIO()
+        torch.save(optimizer, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    copied = [p for group in other.param_groups for p in group["params"]]
+    for which, each in ((params, optimizer), (copied, other)):
+        give_gradients(which, 9)
+        each.step()
+    for a, b in zip(params, copied, strict=True):
+        assert a is not b
+        torch.testing.assert_close(a, b)
+
+
+def test_a_checkpoint_holds_what_torchs_does() -> None:
+    ours, theirs = parameters(), parameters()
+    mine, stock = take_over(optimizer_of(ours)), optimizer_of(theirs)
+    train(ours, mine, 0.5)
+    train(theirs, stock, 0.5)
+    saved, wanted = mine.state_dict(), stock.state_dict()
+    assert saved["param_groups"] == wanted["param_groups"]
+    assert saved["state"].keys() == wanted["state"].keys()
+    for number, state in saved["state"].items():
+        assert state.keys() == wanted["state"][number].keys()
+        for name, value in state.items():
+            torch.testing.assert_close(value, wanted["state"][number][name], rtol=1e-6, atol=1e-7)
+    fresh = take_over(optimizer_of(ours))
+    fresh.load_state_dict(saved)
+    train(ours, fresh)
+    stock.load_state_dict(wanted)
+    train(theirs, stock)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_float16_scaler_is_torchs(updates: list[int]) -> None:
+    params = parameters()
+    optimizer = take_over(optimizer_of(params))
+    train(params, optimizer, steps=2)
+    done = len(updates)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    train(params, optimizer, steps=1)
+    assert len(updates) == done
