@@ -24,14 +24,21 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, nn.Parameter)
 _STATE = ("exp_avg", "exp_avg_sq", "step")
 
+_Kind = tuple[torch.device, torch.dtype]
+_Lists = list[list[Tensor]]
+
 
 class FusedAdamW(AdamW):
     """What `take_over` makes of a `torch.optim.AdamW`; not to be constructed."""
 
-    # Here too, for copies and pickles, which have none of an optimizer's attributes but its groups and its state.
-    _clip: Tensor | None = None  # of the step that comes
-    _updates: dict[tuple[int, torch.device, torch.dtype], AdamWUpdate] | None = None
+    _clip: Tensor | None  # of the step that comes
+    _updates: dict[tuple[Any, ...], AdamWUpdate]  # by index of the group
+    _looked_at: dict[int, list[list[int]]]  # addresses of a group's tensors, gradients apart, that were found to fit
     _after_step: RemovableHandle
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _start(self)  # a copy, or one that was pickled: they have groups and state alone
 
     def clip(self, coefficient: Tensor) -> None:
         """Multiply the gradients by a scalar in the next step, and in that alone; `.grad` is left as it is."""
@@ -48,46 +55,51 @@ class FusedAdamW(AdamW):
         )
 
     def _init_group(self, group: dict[str, Any], *collected: list[Tensor]) -> Any:
-        lists = self._lists(group)
+        index = next(index for index, each in enumerate(self.param_groups) if each is group)
+        lists = self._lists(index, group)
         if lists is None:
             if self._clip is not None:
                 torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], self._clip)
             return super()._init_group(group, *collected)
-        index = next(index for index, each in enumerate(self.param_groups) if each is group)
-        if self._updates is None:
-            self._updates = {}
-        for (device, dtype), (params, grads, exp_avgs, exp_avg_sqs, steps) in lists.items():
+        for kind, (params, grads, exp_avgs, exp_avg_sqs, steps) in lists.items():
             torch._foreach_add_(steps, 1)
-            update = self._updates.setdefault((index, device, dtype), AdamWUpdate())
-            update(
+            self._updates.setdefault((index, *kind), AdamWUpdate())(
                 params, grads, exp_avgs, exp_avg_sqs, steps, lr=group["lr"], betas=group["betas"], eps=group["eps"],
                 weight_decay=group["weight_decay"], clip=self._clip,
             )  # fmt: skip
         return False  # nothing is complex
 
-    def _lists(self, group: dict[str, Any]) -> dict[tuple[torch.device, torch.dtype], list[list[Tensor]]] | None:
+    def _lists(self, index: int, group: dict[str, Any]) -> dict[_Kind, _Lists] | None:
         """Parameters, gradients, both moments and steps, by device and dtype; None for a group that is torch's."""
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
             return None  # float16's scaler
         if not _plain_settings(group):
             return None
-        lists: dict[tuple[torch.device, torch.dtype], list[list[Tensor]]] = {}
-        for p in group["params"]:
-            grad = p.grad
-            if grad is None or not p.numel():
-                continue
-            if p.dtype not in _DTYPES or type(p) not in _PLAIN:
+        params = [p for p in group["params"] if p.grad is not None]
+        states = [self.state.get(p) for p in params]
+        if not all(states):  # torch makes them
+            return None
+        grads = [p.grad for p in params]
+        lists = [params, grads, *([state[name] for state in states] for name in _STATE)]
+        # All of this is looked at in every step, and hardly ever changes: of what lies where it lay only the
+        # gradients, which are new ones, are looked at anew.
+        where = [list(map(Tensor.data_ptr, tensors)) for tensors in (params, *lists[2:])]
+        if self._looked_at.get(index) == where and not any(map(_other_kind, params, grads)):
+            return {_kind(params[0]): lists}
+        found: dict[_Kind, _Lists] = {}
+        for tensors in zip(*lists, strict=True):
+            if not _fits(*tensors):
                 return None
-            state = self.state.get(p)
-            if not state:  # torch makes it
-                return None
-            exp_avg, exp_avg_sq, step = (state[name] for name in _STATE)
-            if not (_fits(p, grad) and _fits(p, exp_avg) and _fits(p, exp_avg_sq) and step.device == p.device):
-                return None
-            found = lists.setdefault((p.device, p.dtype), [[], [], [], [], []])
-            for tensors, tensor in zip(found, (p, grad, exp_avg, exp_avg_sq, step), strict=True):
-                tensors.append(tensor)
-        return lists
+            if tensors[0].numel():
+                for known, tensor in zip(
+                    found.setdefault(_kind(tensors[0]), [[] for _ in lists]), tensors, strict=True
+                ):
+                    known.append(tensor)
+        if len(found) == 1 and all(map(Tensor.numel, params)):
+            self._looked_at[index] = where
+        else:
+            self._looked_at.pop(index, None)
+        return found
 
 
 def obstacle(optimizer: Any) -> str | None:
@@ -108,15 +120,20 @@ def take_over(optimizer: AdamW) -> FusedAdamW:
     """The same optimizer, which makes its updates with our kernel until `give_back`."""
     optimizer.__class__ = FusedAdamW
     assert isinstance(optimizer, FusedAdamW)
-    optimizer._after_step = optimizer.register_step_post_hook(_forget_clip)
+    _start(optimizer)
     return optimizer
+
+
+def _start(optimizer: FusedAdamW) -> None:
+    optimizer._clip, optimizer._updates, optimizer._looked_at = None, {}, {}
+    optimizer._after_step = optimizer.register_step_post_hook(_forget_clip)
 
 
 def give_back(optimizer: FusedAdamW) -> None:
     """Make it torch's AdamW again."""
     optimizer._after_step.remove()
-    for name in ("_clip", "_updates", "_after_step"):
-        optimizer.__dict__.pop(name, None)
+    for name in ("_clip", "_updates", "_looked_at", "_after_step"):
+        del optimizer.__dict__[name]
     optimizer.__class__ = AdamW  # type: ignore[assignment]
 
 
@@ -130,14 +147,21 @@ def _plain_settings(group: dict[str, Any]) -> bool:
     return not any(group[name] for name in unusual) and not any(isinstance(number, Tensor) for number in numbers)
 
 
-def _fits(p: Tensor, other: Tensor) -> bool:
-    """Whether `other` lies element for element as the parameter does."""
+def _kind(p: Tensor) -> _Kind:
+    return p.device, p.dtype
+
+
+def _other_kind(p: Tensor, grad: Tensor) -> bool:
+    """Whether a gradient is of another kind than its parameter, or lies in another way than element by element."""
+    return grad.dtype != p.dtype or type(grad) is not Tensor or not grad.is_contiguous() or grad.device != p.device
+
+
+def _fits(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> bool:
+    """Whether all of one parameter's tensors are such as the kernel takes."""
     return (
-        other.dtype == p.dtype
-        and other.device == p.device
-        and type(other) is Tensor
-        and other.layout is torch.strided
+        p.dtype in _DTYPES
+        and type(p) in _PLAIN
         and p.is_contiguous()
-        and other.is_contiguous()
-        and other.numel() == p.numel()
+        and not any(_other_kind(p, other) or other.numel() != p.numel() for other in (grad, exp_avg, exp_avg_sq))
+        and (step.device, step.dtype) == (p.device, torch.float32)
     )

@@ -56,9 +56,9 @@ def test_it_is_torchs_to_the_bit(dtype: torch.dtype, decay: float) -> None:
                 p.grad = grad.clone()
             norm = torch.nn.utils.get_total_norm([p.grad for p in params])
             if optimizer is mine:
-                mine.clip((1.0 / (norm + 1e-6)).clamp(max=1.0))
+                mine.clip((1000.0 / (norm + 1e-6)).clamp(max=1.0))
             else:
-                torch.nn.utils.clip_grads_with_norm_(params, 1.0, norm)
+                torch.nn.utils.clip_grads_with_norm_(params, 1000.0, norm)
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 / (1 + step)
             optimizer.step()
@@ -69,8 +69,8 @@ def test_it_is_torchs_to_the_bit(dtype: torch.dtype, decay: float) -> None:
             assert torch.equal(states[0][name], states[1][name]), name
         differing, total = differing + (a != b).sum().item(), total + a.numel()
         # The bias corrections are made in float64, torch's in float32.
-        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
-    assert differing < 0.02 * total or dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=2e-3 * torch.finfo(dtype).eps)
+    assert differing < 1e-3 * total or dtype == torch.float32
 
 
 def test_it_waits_for_nothing() -> None:

@@ -238,8 +238,8 @@ def test_report_is_shown_kept_and_written(tmp_path: Path, capsys: pytest.Capture
     written = json.loads((tmp_path / "out" / "chronicals_report.json").read_text())
     assert written == trainer.chronicals_report.to_dict()
     assert [part["name"] for part in written["parts"]] == [
-        "rms_norm", "gated_mlp", "qk_rope", "attention", "head", "packing", "lora", "lora_plus", "cuda_graphs",
-        "recompute",
+        "rms_norm", "gated_mlp", "qk_rope", "attention", "head", "packing", "lora", "lora_plus", "adamw",
+        "cuda_graphs", "recompute",
     ]  # fmt: skip
     assert "rms_norm" in capsys.readouterr().out
 

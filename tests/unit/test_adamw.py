@@ -238,7 +238,7 @@ def test_it_is_torchs_again_afterwards(updates: list[int]) -> None:
     done = len(updates)
     give_back(optimizer)
     assert type(optimizer) is AdamW
-    assert not {"_clip", "_updates", "_after_step"} & set(vars(optimizer))
+    assert not {"_clip", "_updates", "_looked_at", "_after_step"} & set(vars(optimizer))
     assert not optimizer._optimizer_step_post_hooks
     train(params, optimizer, 0.5)
     assert len(updates) == done

@@ -52,7 +52,7 @@ def test_each_side_has_one_part_more() -> None:
         assert parts[:-1] == fewer and name == f"ablation-{number}-{parts[-1]}"
     assert SIDES[names[-1]].parts == ABLATED
     assert [name.split("-")[2] for name in ablation_sides("full", packs=False)] == [
-        "off", "attention", "head", "rms_norm", "gated_mlp", "qk_rope", "cuda_graphs",
+        "off", "attention", "head", "rms_norm", "gated_mlp", "qk_rope", "adamw", "cuda_graphs",
     ]  # fmt: skip
 
 

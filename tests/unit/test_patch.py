@@ -373,7 +373,7 @@ def test_infinite_weights_are_named_and_large_ones_are_not() -> None:
         patch_model(model)
 
 
-@pytest.mark.parametrize("part", ["packing", "lora_plus", "cuda_graphs"])
+@pytest.mark.parametrize("part", ["packing", "lora_plus", "adamw", "cuda_graphs"])
 def test_the_trainers_parts_are_refused_with_the_true_reason(part: str) -> None:
     with pytest.raises(RuntimeError, match=f"{part} is off: decided by the trainer, not by patch_model"):
         patch_model(tiny_models.build("llama"), {part: "on"})
