@@ -38,7 +38,8 @@ class FusedAdamW(AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _start(self)  # a copy, or one that was pickled: they have groups and state alone
+        if "_after_step" not in vars(self):  # a copy, or one that was pickled: they have groups and state alone
+            _start(self)
 
     def clip(self, coefficient: Tensor) -> None:
         """Multiply the gradients by a scalar in the next step, and in that alone; `.grad` is left as it is."""
@@ -76,7 +77,7 @@ class FusedAdamW(AdamW):
         if not _plain_settings(group):
             return None
         params = [p for p in group["params"] if p.grad is not None]
-        states = [self.state.get(p) for p in params]
+        states: list[Any] = [self.state.get(p) for p in params]
         if not all(states):  # torch makes them
             return None
         grads = [p.grad for p in params]
@@ -91,9 +92,8 @@ class FusedAdamW(AdamW):
             if not _fits(*tensors):
                 return None
             if tensors[0].numel():
-                for known, tensor in zip(
-                    found.setdefault(_kind(tensors[0]), [[] for _ in lists]), tensors, strict=True
-                ):
+                of_kind = found.setdefault(_kind(tensors[0]), [[] for _ in lists])
+                for known, tensor in zip(of_kind, tensors, strict=True):
                     known.append(tensor)
         if len(found) == 1 and all(map(Tensor.numel, params)):
             self._looked_at[index] = where
