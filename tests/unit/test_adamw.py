@@ -279,6 +279,7 @@ def test_a_checkpoint_holds_what_torchs_does() -> None:
             torch.testing.assert_close(value, wanted["state"][number][name], rtol=1e-6, atol=1e-7)
     fresh = take_over(optimizer_of(ours))
     fresh.load_state_dict(saved)
+    assert not fresh.watched()
     train(ours, fresh)
     stock.load_state_dict(wanted)
     train(theirs, stock)
