@@ -34,7 +34,6 @@ class StandIn:
         self.recorded = self.replayed = self.released = self.waited = 0
         self.fails_at = fails_at
         self.short = self.loses = False
-        self.deferred = Deferred()
         self._replays: list[weakref.ref[Any]] = []
         self._statics: list[list[weakref.ref[Tensor]]] = []  # of each recording those that are its own
         self._memory: list[StorageWeakRef] = []
@@ -68,9 +67,6 @@ class StandIn:
         self._replays.append(weakref.ref(replay))
         return replay, result
 
-    def aside(self) -> Deferred:
-        return self.deferred
-
     def short_of_memory(self) -> bool:
         return self.short
 
@@ -80,31 +76,6 @@ class StandIn:
     def release(self) -> None:
         self.released += 1
         self._replays, self._statics, self._memory = [], [], []
-
-
-class Deferred:
-    """Work aside that is done as late as it may be; until then its results are NaN.
-
-    Attributes:
-        done: how many pieces.
-        most: the most that were under way at a time.
-    """
-
-    def __init__(self) -> None:
-        self.done = self.most = 0
-        self._waiting: list[tuple[Tensor, Callable[[Tensor], Any]]] = []
-
-    def run(self, out: Tensor, fill: Callable[[Tensor], Any]) -> None:
-        out.fill_(torch.nan)
-        self._waiting.append((out, fill))
-        self.most = max(self.most, len(self._waiting))
-
-    @torch.no_grad()
-    def settle(self) -> None:
-        for out, fill in self._waiting:
-            fill(out)
-        self.done += len(self._waiting)
-        self._waiting.clear()
 
 
 def _tensors(result: Any) -> list[Tensor]:

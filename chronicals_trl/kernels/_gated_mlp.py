@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import _aside
 from ._common import (
     LAUNCHES,
     MAX_LAUNCHES,
@@ -287,7 +286,6 @@ class _GatedMLP(torch.autograd.Function):
         product_MI = _launch_forward(gate_MI, up_MI, gelu) if keep or result_needed else None
         ctx.save_for_backward(x_MH, gate_MI, up_MI, product_MI if keep else None, gate_IH, up_IH, down_HI)
         ctx.gelu = gelu
-        ctx.leaves = [w is not None and w.is_leaf for w in (gate_IH, up_IH, down_HI)]
         return product_MI @ down_HI.t() if result_needed else torch.empty_like(x_MH)  # type: ignore[operator]
 
     @staticmethod
@@ -300,19 +298,17 @@ class _GatedMLP(torch.autograd.Function):
     def _gradients(ctx: Any, grad_MH: torch.Tensor) -> Any:
         x_MH, gate_MI, up_MI, product_MI, gate_IH, up_IH, down_HI = ctx.saved_tensors
         need_x, need_gate, need_up, need_down = ctx.needs_input_grad[:4]
-        gate_leaf, up_leaf, down_leaf = ctx.leaves
-        _aside.settle()  # a layer holds the most memory here
         d_product_MI = grad_MH @ down_HI
         again = d_product_MI if need_down and product_MI is None else None
         d_gate_MI, d_up_MI = _launch_backward(d_product_MI, gate_MI, up_MI, ctx.gelu, out=again)
         product_MI = again if product_MI is None else product_MI
-        d_down = None if product_MI is None else _aside.product(grad_MH.t(), product_MI, of_leaf=down_leaf)
+        d_down = None if product_MI is None else grad_MH.t() @ product_MI
         del d_product_MI, product_MI, again
-        d_gate = _aside.product(d_gate_MI.t(), x_MH, of_leaf=gate_leaf) if need_gate else None
-        d_up = _aside.product(d_up_MI.t(), x_MH, of_leaf=up_leaf) if need_up else None
         d_x = d_gate_MI @ gate_IH if need_x else None
         if d_x is not None and up_IH is not None:
             d_x.addmm_(d_up_MI, up_IH)
+        d_gate = d_gate_MI.t() @ x_MH if need_gate else None
+        d_up = d_up_MI.t() @ x_MH if need_up else None
         return d_x, d_gate, d_up, d_down, None, None, None
 
 

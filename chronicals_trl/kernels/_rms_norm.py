@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, overload
 
 import torch
 
-from . import _aside
 from ._common import (
     LAUNCHES,
     MAX_LAUNCHES,
@@ -274,9 +273,7 @@ def _backward_op(
     shares = torch.empty(launch.grid if need_dw else 0, h.shape[-1], device=h.device, dtype=torch.float32)
     LAUNCHES["rms_norm_backward"] += 1
     launch((gy, gh, h, weight, rstd, dx, shares), offset)
-    if not need_dw:
-        return dx, weight.new_empty(0)
-    return dx, _aside.made(torch.empty_like(weight), lambda out: sum_shares(shares, out), of_leaf=weight.is_leaf)
+    return dx, sum_shares(shares, torch.empty_like(weight)) if need_dw else weight.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import _aside
 from ._common import (
     LAUNCHES,
     MAX_LAUNCHES,
@@ -63,10 +62,8 @@ def _column_sums_launch(
     return Launch(_column_sums_kernel, n_shares * blocks, *fixed, num_warps=_WARPS), n_shares
 
 
-def column_sums(x: torch.Tensor, *, of_leaf: bool = False) -> torch.Tensor:
+def column_sums(x: torch.Tensor) -> torch.Tensor:
     """``x.sum(0)`` of a matrix (M, N) in its own dtype, summed in float32 and always in the same order.
-
-    `of_leaf`: as for `_aside.made`.
 
     A bias's gradient. In a training step torch's own reductions for q, k and v take 1.93 ms, these 0.65 ms
     (docs/results/profile_step_h100.json, with and without the q/k/v node; aten::sum with its memsets).
@@ -75,14 +72,10 @@ def column_sums(x: torch.Tensor, *, of_leaf: bool = False) -> torch.Tensor:
     if torch.compiler.is_compiling() or not use_triton(x) or x.numel() == 0 or x.stride(-1) != 1:
         return x.sum(0)
     launch, n_shares = _column_sums_launch(*x.shape, x.stride(0), x.device, x.dtype)
+    shares = torch.empty(n_shares, x.shape[1], device=x.device, dtype=torch.float32)
     LAUNCHES["column_sums"] += 1
-
-    def fill(out: torch.Tensor) -> None:
-        shares = torch.empty(n_shares, x.shape[1], device=x.device, dtype=torch.float32)
-        launch((x, shares))
-        sum_shares(shares, out)
-
-    return _aside.made(torch.empty(x.shape[1], device=x.device, dtype=x.dtype), fill, of_leaf=of_leaf)
+    launch((x, shares))
+    return sum_shares(shares, torch.empty(x.shape[1], device=x.device, dtype=x.dtype))
 
 
 class _SharedLinear(torch.autograd.Function):
@@ -92,7 +85,6 @@ class _SharedLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x_MH, *weights)
         ctx.count = count
-        ctx.leaves = [t is not None and t.is_leaf for t in tensors]
         return tuple(F.linear(x_MH, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
 
     @staticmethod
@@ -109,11 +101,10 @@ class _SharedLinear(torch.autograd.Function):
                     d_weights.append(None)
                     d_biases.append(None)
                     continue
-                leaf, bias_leaf = ctx.leaves[i], ctx.leaves[ctx.count + i]
-                d_weights.append(_aside.product(grad_MN.t(), x_MH, of_leaf=leaf) if need[i] else None)
-                d_biases.append(column_sums(grad_MN, of_leaf=bias_leaf) if need[ctx.count + i] else None)
                 if need_x:
                     d_x = grad_MN @ weight_NH if d_x is None else d_x.addmm_(grad_MN, weight_NH)
+                d_weights.append(grad_MN.t() @ x_MH if need[i] else None)
+                d_biases.append(column_sums(grad_MN) if need[ctx.count + i] else None)
         return d_x, None, *d_weights, *d_biases
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -27,15 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from chronicals_trl.kernels._aside import Aside, CudaAside, opened
 from chronicals_trl.model.graph_gradients import StaticGradients
 
 T = TypeVar("T")
 
 REMEDY = "Set cuda_graphs='off' in chronicals_config."
-
-# CUDA's priorities: what the pass waits for goes before what lies aside.
-_HIGH, _LOW = -1, 0
 
 # Graphs whose capture failed. torch's allocator may go on asking them whether an allocation is theirs.
 _FAILED: list[Any] = []
@@ -46,9 +41,6 @@ class Recorder(Protocol):
 
     def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """The replay of `work`, and its result, whose tensors hold values only once it has been replayed."""
-
-    def aside(self) -> Aside:
-        """Where the gradients of weights may be made while a backward pass is recorded."""
 
     def short_of_memory(self) -> bool:
         """Whether an eager pass beside the recorded ones may not have the memory that it needs."""
@@ -65,8 +57,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device, priority=_HIGH)
-        self._aside = CudaAside(torch.cuda.Stream(device, priority=_LOW))
+        self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
         self._pool_bytes = 0
 
@@ -102,12 +93,8 @@ class CudaRecorder:
             torch._C._cuda_endAllocateToPool(device, self._pool)
             torch._C._cuda_releasePool(device, self._pool)
         graph.reset()
-        self._stream = torch.cuda.Stream(self._device, priority=_HIGH)  # the old one may still count as capturing
-        self._aside = CudaAside(torch.cuda.Stream(self._device, priority=_LOW))
+        self._stream = torch.cuda.Stream(self._device)  # the old one may still count as capturing
         torch.cuda.synchronize()
-
-    def aside(self) -> Aside:
-        return self._aside
 
     def short_of_memory(self) -> bool:
         free, _ = torch.cuda.mem_get_info(self._device)
@@ -164,8 +151,7 @@ class Captured:
         # Stand-ins on the same memory: a parameter of the model's own may have hooks, which would be captured too, and
         # DDP holds on to its accumulator, which belongs to another stream than the one that captures.
         leaves = {id(p): nn.Parameter(p.detach()) for segment in segments for p in segment.parameters}
-        # Of each segment: given, leaves, output, and whether no leaf is used twice.
-        traced: list[tuple[Tensor, list[nn.Parameter], Tensor, bool]] = []
+        traced: list[tuple[Tensor, list[nn.Parameter], Tensor]] = []  # of each segment: given, leaves, output
 
         def forward() -> Tensor:
             traced.clear()
@@ -176,16 +162,15 @@ class Captured:
                     hidden = output.detach().requires_grad_(output.requires_grad) if traced else output
                     output = segment.run(hidden, self.inputs)
                     own = [leaves[id(p)] for p in segment.parameters]
-                    uses = _uses_of_leaves(output, [hidden, *own])
-                    traced.append((hidden, own, output, all(uses[id(leaf)] <= 1 for leaf in own)))
+                    _require_known_leaves(output, [hidden, *own])
+                    traced.append((hidden, own, output))
             return output.detach()
 
         def backward(grad_output: Tensor, shared: list[Tensor | None] | None) -> list[Tensor | None]:
             # Popped: what the forward pass has kept is freed as the backward pass goes on.
-            hidden, own, output, used_once = traced.pop()
+            hidden, own, output = traced.pop()
             wanted = [hidden, *own] if hidden.requires_grad else own
-            aside = opened(recorder.aside()) if used_once else contextlib.nullcontext()
-            with torch.autocast(device_type, enabled=False), aside:
+            with torch.autocast(device_type, enabled=False):
                 found = torch.autograd.grad(output, wanted, grad_output, allow_unused=True)
             gradients: list[Tensor | None] = list(found) if hidden.requires_grad else [None, *found]
             if shared is None or [g is None for g in shared] != [g is None for g in gradients[1:]]:
@@ -284,30 +269,24 @@ class _Replay(torch.autograd.Function):
         return None, None, None, None, grad_hidden if ctx.index == 0 else ctx.empty, *gradients
 
 
-def _uses_of_leaves(output: Tensor, wanted: Sequence[Tensor]) -> Counter[int]:
-    """How many gradients each of the leaves gets that `output` depends on, by id.
+def _require_known_leaves(output: Tensor, wanted: Sequence[Tensor]) -> None:
+    """Raise RuntimeError where `output` depends on a tensor that is trained, but not among the layers' parameters.
 
-    Raise RuntimeError where one of them is trained, but not among the layers' parameters: a tensor that a closure or
-    a plain attribute holds. Its gradient would be missing, and nobody would see it.
+    One that a closure or a plain attribute holds: its gradient would be missing, and nobody would see it.
     """
     known = set(map(id, wanted))
-    uses: Counter[int] = Counter()
     seen: set[Any] = set()
     to_visit: list[Any] = [output.grad_fn]
     while to_visit:
         node = to_visit.pop()
-        if node is None:
+        if node is None or node in seen:
             continue
+        seen.add(node)
         leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            uses[id(leaf)] += 1
-            if id(leaf) not in known:
-                shape = tuple(leaf.shape)
-                raise RuntimeError(f"the layers read a trained tensor of shape {shape} that none of them holds")
-        elif node not in seen:
-            seen.add(node)
-            to_visit += [function for function, _ in node.next_functions]
-    return uses
+        if leaf is not None and id(leaf) not in known:
+            shape = tuple(leaf.shape)
+            raise RuntimeError(f"the layers read a trained tensor of shape {shape} that none of them holds")
+        to_visit += [function for function, _ in node.next_functions]
 
 
 @contextlib.contextmanager
