@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from . import _gradient_memory
 from ._common import (
     LAUNCHES,
     MAX_LAUNCHES,
@@ -302,13 +303,13 @@ class _GatedMLP(torch.autograd.Function):
         again = d_product_MI if need_down and product_MI is None else None
         d_gate_MI, d_up_MI = _launch_backward(d_product_MI, gate_MI, up_MI, ctx.gelu, out=again)
         product_MI = again if product_MI is None else product_MI
-        d_down = None if product_MI is None else grad_MH.t() @ product_MI
+        d_down = None if product_MI is None else _gradient_memory.product(grad_MH.t(), product_MI, down_HI)
         del d_product_MI, product_MI, again
         d_x = d_gate_MI @ gate_IH if need_x else None
         if d_x is not None and up_IH is not None:
             d_x.addmm_(d_up_MI, up_IH)
-        d_gate = d_gate_MI.t() @ x_MH if need_gate else None
-        d_up = d_up_MI.t() @ x_MH if need_up else None
+        d_gate = _gradient_memory.product(d_gate_MI.t(), x_MH, gate_IH) if need_gate else None
+        d_up = _gradient_memory.product(d_up_MI.t(), x_MH, up_IH) if need_up else None
         return d_x, d_gate, d_up, d_down, None, None, None
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from . import _gradient_memory
 from ._common import (
     LAUNCHES,
     MAX_LAUNCHES,
@@ -103,7 +104,7 @@ class _SharedLinear(torch.autograd.Function):
                     continue
                 if need_x:
                     d_x = grad_MN @ weight_NH if d_x is None else d_x.addmm_(grad_MN, weight_NH)
-                d_weights.append(grad_MN.t() @ x_MH if need[i] else None)
+                d_weights.append(_gradient_memory.product(grad_MN.t(), x_MH, weight_NH) if need[i] else None)
                 d_biases.append(column_sums(grad_MN) if need[ctx.count + i] else None)
         return d_x, None, *d_weights, *d_biases
 

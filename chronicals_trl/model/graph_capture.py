@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from chronicals_trl.kernels._gradient_memory import lent
 from chronicals_trl.model.graph_gradients import StaticGradients
 
 T = TypeVar("T")
@@ -151,7 +153,8 @@ class Captured:
         # Stand-ins on the same memory: a parameter of the model's own may have hooks, which would be captured too, and
         # DDP holds on to its accumulator, which belongs to another stream than the one that captures.
         leaves = {id(p): nn.Parameter(p.detach()) for segment in segments for p in segment.parameters}
-        traced: list[tuple[Tensor, list[nn.Parameter], Tensor]] = []  # of each segment: given, leaves, output
+        # Of each segment: given, leaves, output, and how many gradients each leaf gets.
+        traced: list[tuple[Tensor, list[nn.Parameter], Tensor, Counter[int]]] = []
 
         def forward() -> Tensor:
             traced.clear()
@@ -162,21 +165,26 @@ class Captured:
                     hidden = output.detach().requires_grad_(output.requires_grad) if traced else output
                     output = segment.run(hidden, self.inputs)
                     own = [leaves[id(p)] for p in segment.parameters]
-                    _require_known_leaves(output, [hidden, *own])
-                    traced.append((hidden, own, output))
+                    traced.append((hidden, own, output, _uses_of_leaves(output, [hidden, *own])))
             return output.detach()
 
         def backward(grad_output: Tensor, shared: list[Tensor | None] | None) -> list[Tensor | None]:
             # Popped: what the forward pass has kept is freed as the backward pass goes on.
-            hidden, own, output = traced.pop()
+            hidden, own, output, uses = traced.pop()
             wanted = [hidden, *own] if hidden.requires_grad else own
-            with torch.autocast(device_type, enabled=False):
+            memory = {} if shared is None else _memory_of_single_gradients(own, shared, uses)
+            with torch.autocast(device_type, enabled=False), lent(memory):
                 found = torch.autograd.grad(output, wanted, grad_output, allow_unused=True)
             gradients: list[Tensor | None] = list(found) if hidden.requires_grad else [None, *found]
-            if shared is None or [g is None for g in shared] != [g is None for g in gradients[1:]]:
+            if shared is None:
                 return gradients
-            pairs = [(s, g) for s, g in zip(shared, gradients[1:], strict=True) if s is not None and g is not None]
-            torch._foreach_copy_([s for s, _ in pairs], [g for _, g in pairs])
+            pairs = list(zip(shared, gradients[1:], strict=True))
+            if any((s is None) != (g is None) for s, g in pairs):
+                lying = {s.data_ptr() for s in memory.values()}
+                return [g.clone() if g is not None and g.data_ptr() in lying else g for g in gradients]
+            apart = [(s, g) for s, g in pairs if s is not None and g is not None and g.data_ptr() != s.data_ptr()]
+            if apart:
+                torch._foreach_copy_([s for s, _ in apart], [g for _, g in apart])
             return [gradients[0], *shared]
 
         self._replay_forward, self.output = recorder.record(forward)
@@ -269,24 +277,43 @@ class _Replay(torch.autograd.Function):
         return None, None, None, None, grad_hidden if ctx.index == 0 else ctx.empty, *gradients
 
 
-def _require_known_leaves(output: Tensor, wanted: Sequence[Tensor]) -> None:
-    """Raise RuntimeError where `output` depends on a tensor that is trained, but not among the layers' parameters.
+def _memory_of_single_gradients(
+    leaves: Sequence[Tensor], shared: Sequence[Tensor | None], uses: Counter[int]
+) -> dict[int, Tensor]:
+    """The memory for each leaf's gradient by the leaf's address; none for those that get several, which add up."""
+    at = [leaf.data_ptr() for leaf in leaves]
+    alone = Counter(at)
+    return {
+        address: memory
+        for address, leaf, memory in zip(at, leaves, shared, strict=True)
+        if memory is not None and uses[id(leaf)] == 1 and alone[address] == 1
+    }
 
-    One that a closure or a plain attribute holds: its gradient would be missing, and nobody would see it.
+
+def _uses_of_leaves(output: Tensor, wanted: Sequence[Tensor]) -> Counter[int]:
+    """How many gradients each of the leaves gets that `output` depends on, by id.
+
+    Raise RuntimeError where one of them is trained, but not among the layers' parameters: a tensor that a closure or
+    a plain attribute holds. Its gradient would be missing, and nobody would see it.
     """
     known = set(map(id, wanted))
+    uses: Counter[int] = Counter()
     seen: set[Any] = set()
     to_visit: list[Any] = [output.grad_fn]
     while to_visit:
         node = to_visit.pop()
-        if node is None or node in seen:
+        if node is None:
             continue
-        seen.add(node)
         leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            shape = tuple(leaf.shape)
-            raise RuntimeError(f"the layers read a trained tensor of shape {shape} that none of them holds")
-        to_visit += [function for function, _ in node.next_functions]
+        if leaf is not None:
+            uses[id(leaf)] += 1
+            if id(leaf) not in known:
+                shape = tuple(leaf.shape)
+                raise RuntimeError(f"the layers read a trained tensor of shape {shape} that none of them holds")
+        elif node not in seen:
+            seen.add(node)
+            to_visit += [function for function, _ in node.next_functions]
+    return uses
 
 
 @contextlib.contextmanager
