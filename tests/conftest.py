@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -17,6 +18,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # A developer's own settings would change what is tested.
 for _name in [name for name in os.environ if name.startswith("CHRONICALS_")]:
     del os.environ[_name]
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have made is not looked through again by each collection of garbage, some of them asked for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
