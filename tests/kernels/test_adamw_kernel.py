@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from kernels import adamw_checks as check
@@ -45,6 +47,22 @@ def test_a_clip_of_one_changes_nothing() -> None:
     update(*ours, **check.SETTINGS, clip=torch.tensor(1.0))
     update(*theirs, **check.SETTINGS)
     assert all(map(torch.equal, ours.params, theirs.params))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bound", [1.0, math.inf])
+def test_gradients_that_are_not_finite(bad: float, bound: float) -> None:
+    """Clipped as clip_grad_norm_ does it: by NaN where the norm is, by 0 where it is infinite and the bound is not."""
+    lists = check.make("cpu", torch.float32)
+    lists.grads[3][5] = bad
+    norm = torch.nn.utils.get_total_norm(lists.grads)
+    clip = (bound / (norm + 1e-6)).clamp(max=1.0)
+    clipped = lists._replace(grads=[g * clip for g in lists.grads])
+    right = check.in_float64(clipped, **check.SETTINGS)
+    _adamw.AdamWUpdate()(*lists, **check.SETTINGS, clip=clip)
+    assert any(p.isnan().any() for p in lists.params)
+    for ours, wanted in zip(lists.params, right.params, strict=True):
+        torch.testing.assert_close(ours, wanted.float(), rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_one_update_after_another() -> None:

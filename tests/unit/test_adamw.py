@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import types
 from typing import Any
 
 import pytest
@@ -134,6 +135,54 @@ def test_settings_that_the_kernel_has_not(updates: list[int], options: dict[str,
     assert not updates
 
 
+@pytest.mark.parametrize("name", ["decoupled_weight_decay", "fused"])
+def test_settings_that_are_gone_in_mid_run(updates: list[int], name: str) -> None:
+    def run(fused: bool) -> list[nn.Parameter]:
+        params = parameters()
+        optimizer = optimizer_of(params)
+        if fused:
+            take_over(optimizer)
+        train(params, optimizer, steps=2)
+        optimizer.param_groups[0][name] = False
+        train(params, optimizer, 0.5)
+        return params
+
+    for a, b in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert updates == [1] * (2 + STEPS)
+    optimizer = optimizer_of(parameters())
+    optimizer.param_groups[1][name] = False
+    assert obstacle(optimizer) is not None
+
+
+def test_a_group_that_is_torchs_and_has_no_gradients() -> None:
+    params = parameters()
+    optimizer = take_over(optimizer_of(params))
+    optimizer.param_groups[1]["maximize"] = True
+    give_gradients(params[:1], 0)
+    optimizer.clip(torch.tensor(0.5))
+    optimizer.step()
+
+
+def test_a_compiled_step(updates: list[int]) -> None:
+    """torch.compile leaves out what collects a group's tensors, in ours as in torch's, and the rest finds nothing."""
+
+    def run(fused: bool) -> list[nn.Parameter]:
+        params = parameters()
+        optimizer = optimizer_of(params)
+        if fused:
+            take_over(optimizer)
+        train(params, optimizer, steps=1)
+        optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+        assert not fused or optimizer.watched()
+        train(params, optimizer)
+        return params
+
+    for a, b in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert updates == [1, 1] * STEPS
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [SGD(parameters(), 0.1), Adam(parameters(), fused=True), AdamW(parameters(dtype=torch.float64), fused=True), None],
@@ -230,6 +279,20 @@ def test_hooks_run_once_a_step_and_are_seen() -> None:
     train(params, optimizer, steps=2)
     assert calls == ["before", "after"] * 2
     after.remove()
+
+
+def test_who_is_around_the_step_is_seen() -> None:
+    """A scheduler counts steps; another one may look at gradients, whichever came first."""
+    for later in (False, True):
+        optimizer = take_over(optimizer_of(parameters()))
+        if later:
+            LambdaLR(optimizer, lambda step: 1.0)
+        assert not optimizer.watched()
+        step = optimizer.step
+        optimizer.step = types.MethodType(lambda self, step=step: step(), optimizer)  # type: ignore[method-assign]
+        if not later:
+            LambdaLR(optimizer, lambda step: 1.0)
+        assert optimizer.watched()
 
 
 def test_it_is_torchs_again_afterwards(updates: list[int]) -> None:
