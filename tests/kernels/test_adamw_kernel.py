@@ -65,6 +65,30 @@ def test_gradients_that_are_not_finite(bad: float, bound: float) -> None:
         torch.testing.assert_close(ours, wanted.float(), rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+@dtypes
+def test_a_clipped_gradient_is_rounded(dtype: torch.dtype) -> None:
+    """As clip_grad_norm_ leaves it, and before it is squared."""
+    lists = check.make("cpu", dtype)
+    torch._foreach_mul_(lists.grads, 100.0)
+    clip = torch.tensor(0.3, dtype=dtype)
+    _adamw.AdamWUpdate()(*lists, **{**check.SETTINGS, "betas": (0.0, 0.0)}, clip=clip)
+    for grad, exp_avg_sq in zip(lists.grads, lists.exp_avg_sqs, strict=True):
+        assert torch.equal(exp_avg_sq, (grad * clip).float().square().to(dtype))
+
+
+def test_a_first_update_is_of_the_rates_size() -> None:
+    check.check_first_update("cpu")
+
+
+def test_clipped_and_not_in_turn() -> None:
+    lists, update = check.make("cpu", torch.float32), _adamw.AdamWUpdate()
+    for clip in (None, torch.tensor(0.5), None, torch.tensor(0.1)):
+        clipped = lists if clip is None else lists._replace(grads=[g * clip for g in lists.grads])
+        right = check.in_float64(clipped, **check.SETTINGS)
+        update(*lists, **check.SETTINGS, clip=clip)
+        assert check.error(lists.exp_avgs, right.exp_avgs) < 1e-6
+
+
 def test_one_update_after_another() -> None:
     """With other gradients, as many parameters but other ones, fewer, and the first ones again."""
     update = _adamw.AdamWUpdate()

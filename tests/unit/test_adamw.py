@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from chronicals_trl.kernels._adamw import AdamWUpdate
 from chronicals_trl.optim import adamw
@@ -120,6 +121,7 @@ def test_gradients_are_left_as_they_are() -> None:
     [
         {"amsgrad": True},
         {"maximize": True},
+        {"capturable": True},
         {"lr": torch.tensor(1e-2)},
         {"fused": False},
         {"fused": False, "foreach": True},
@@ -198,6 +200,58 @@ def test_a_subclass_is_left_alone() -> None:
 
     assert "Mine" in (obstacle(Mine(parameters(), fused=True)) or "")
     assert obstacle(optimizer_of(parameters())) is None
+
+    class Odd(nn.Parameter):
+        pass
+
+    assert "no plain tensors" in (obstacle(AdamW([Odd(torch.ones(2))], fused=True)) or "")
+
+
+def test_what_fits() -> None:
+    plain = [nn.Parameter(torch.ones(4, 3)), *(torch.ones(4, 3) for _ in range(3)), torch.ones(())]
+
+    class Odd(Tensor):
+        pass
+
+    assert adamw._fits(*plain)
+    others: list[Tensor] = [torch.ones(3, 4).t(), torch.ones(4, 3).bfloat16(), torch.ones(4, 2)]
+    for place in (1, 2, 3):
+        for other in [*others, torch.ones(4, 3).as_subclass(Odd)]:
+            assert not adamw._fits(*plain[:place], other, *plain[place + 1 :])
+    for other in (others[0], torch.ones(4, 3).double(), torch.ones(4, 3).as_subclass(Odd)):
+        assert not adamw._fits(other, *plain[1:])
+    assert not adamw._fits(*plain[:4], torch.ones((), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("what", ["parameter", "gradient"])
+def test_what_lies_otherwise_in_mid_run_is_torchs(updates: list[int], what: str) -> None:
+    params = parameters()
+    optimizer = take_over(optimizer_of(params))
+    train(params, optimizer, steps=3)
+    assert updates == [1, 1] * 2
+    give_gradients(params, 3)
+    if what == "parameter":
+        params[0].data = params[0].data.t().contiguous().t()
+    else:
+        params[0].grad = torch.ones(3, 4).t()
+    optimizer.step()
+    assert updates == [1, 1] * 2 + [1]
+
+
+def test_a_parameter_that_joins_late() -> None:
+    """Its state is made then, by torch, for its group."""
+
+    def run(fused: bool) -> list[nn.Parameter]:
+        params = parameters((4, 3), (5,), (6,))
+        optimizer = optimizer_of(params)
+        if fused:
+            take_over(optimizer)
+        train(params[:2], optimizer, 0.5, steps=2)
+        train(params, optimizer, 0.5)
+        return params
+
+    for a, b in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_a_parameter_that_lies_otherwise_is_torchs(updates: list[int]) -> None:
@@ -279,6 +333,12 @@ def test_hooks_run_once_a_step_and_are_seen() -> None:
     train(params, optimizer, steps=2)
     assert calls == ["before", "after"] * 2
     after.remove()
+    for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
+        other = take_over(optimizer_of(params))
+        of_all = register(lambda *_: None)
+        assert other.watched()
+        of_all.remove()
+        assert not other.watched()
 
 
 def test_who_is_around_the_step_is_seen() -> None:
