@@ -85,6 +85,11 @@ def test_nothing_is_clipped_without_a_bound(tmp_path: Path, clips: list[float]) 
     require_same(ours, theirs)
 
 
+def test_a_bound_that_is_not_reached(tmp_path: Path, clips: list[float]) -> None:
+    trained(tmp_path, max_grad_norm=1e6)
+    assert clips == [1.0] * 4
+
+
 @pytest.mark.parametrize("event", ["on_pre_optimizer_step", "on_optimizer_step"])
 def test_a_callback_sees_clipped_gradients(tmp_path: Path, clips: list[float], event: str) -> None:
     norms: list[float] = []
