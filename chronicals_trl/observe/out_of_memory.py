@@ -50,6 +50,14 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "peft.tuners",
     ),
     GRAPHS: ("chronicals_trl.model.graph",),
+    OPTIMIZER: (
+        "chronicals_trl.kernels._adamw",
+        "chronicals_trl.optim.adamw",
+        "torch.optim",
+        "bitsandbytes.optim",
+        "torch.nn.utils.clip_grad",
+        "accelerate.optimizer",
+    ),
     LAYERS: (
         "chronicals_trl.kernels.",
         "chronicals_trl.model.decoder",
@@ -57,7 +65,6 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "chronicals_trl.model.rope",
         "transformers.models.",
     ),
-    OPTIMIZER: ("torch.optim", "bitsandbytes.optim", "torch.nn.utils.clip_grad", "accelerate.optimizer"),
     SHARDING: ("torch.distributed", "torch.nn.parallel", "deepspeed."),
     BACKWARD: ("torch.autograd", "torch._tensor"),
 }

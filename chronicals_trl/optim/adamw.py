@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from chronicals_trl.kernels._adamw import AdamWUpdate
 
-__all__ = ["FusedAdamW", "give_back", "obstacle", "take_over"]
+__all__ = ["FusedAdamW", "give_back", "is_wrapped", "obstacle", "take_over"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, nn.Parameter)
@@ -46,21 +46,26 @@ class FusedAdamW(AdamW):
         self._clip = coefficient
 
     def watched(self) -> bool:
-        """Whether somebody has a hook before or after the step, and may look at gradients there."""
+        """Whether somebody has a hook before or after the step, or is around it, and may look at gradients there."""
         mine = self._after_step.id
         return bool(
-            self._optimizer_step_pre_hooks
+            is_wrapped(self)
+            or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks.keys() - {mine}
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
         )
 
+    @torch.compiler.disable  # as torch's are: a step that is compiled calls it as it is
     def _init_group(self, group: dict[str, Any], *collected: list[Tensor]) -> Any:
+        if torch.compiler.is_compiling():  # which calls it once more, for the lists
+            return super()._init_group(group, *collected)
         index = next(index for index, each in enumerate(self.param_groups) if each is group)
         lists = self._lists(index, group)
         if lists is None:
-            if self._clip is not None:
-                torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], self._clip)
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            if self._clip is not None and grads:
+                torch._foreach_mul_(grads, self._clip)
             return super()._init_group(group, *collected)
         for kind, (params, grads, exp_avgs, exp_avg_sqs, steps) in lists.items():
             torch._foreach_add_(steps, 1)
@@ -87,6 +92,7 @@ class FusedAdamW(AdamW):
         where = [list(map(Tensor.data_ptr, tensors)) for tensors in (params, *lists[2:])]
         if self._looked_at.get(index) == where and not any(map(_other_kind, params, grads)):
             return {_kind(params[0]): lists}
+        self._looked_at.pop(index, None)  # what comes to lie there later may be of another kind
         found: dict[_Kind, _Lists] = {}
         for tensors in zip(*lists, strict=True):
             if not _fits(*tensors):
@@ -97,8 +103,6 @@ class FusedAdamW(AdamW):
                     known.append(tensor)
         if len(found) == 1 and all(map(Tensor.numel, params)):
             self._looked_at[index] = where
-        else:
-            self._looked_at.pop(index, None)
         return found
 
 
@@ -110,10 +114,17 @@ def obstacle(optimizer: Any) -> str | None:
         if not group.get("fused"):
             return "AdamW is not the fused one, which rounds otherwise (optim='adamw_torch_fused' is)"
         if not _plain_settings(group):
-            return "AdamW has a setting that the kernel does not have (amsgrad, maximize, a rate that is a tensor)"
+            unusual = "amsgrad, maximize, a rate that is a tensor, a decay that is not decoupled"
+            return f"AdamW has a setting that the kernel does not have ({unusual})"
         if not all(type(p) in _PLAIN and p.dtype in _DTYPES for p in group["params"]):
-            return "the optimizer holds parameters that are no plain tensors"
+            return "the optimizer holds parameters that are no plain tensors of 16 or 32 bits"
     return None
+
+
+def is_wrapped(optimizer: Any) -> bool:
+    """Whether somebody else than a scheduler, which counts the steps, has put himself around an optimizer's step."""
+    step = vars(optimizer).get("step")
+    return step is not None and getattr(step, "__wrapped__", None) is not type(optimizer).step
 
 
 def take_over(optimizer: AdamW) -> FusedAdamW:
@@ -144,7 +155,11 @@ def _forget_clip(optimizer: Any, *_: Any) -> None:
 def _plain_settings(group: dict[str, Any]) -> bool:
     unusual = ("amsgrad", "maximize", "capturable", "differentiable")
     numbers = (group["lr"], *group["betas"])
-    return not any(group[name] for name in unusual) and not any(isinstance(number, Tensor) for number in numbers)
+    return (
+        bool(group["fused"] and group["decoupled_weight_decay"])
+        and not any(group[name] for name in unusual)
+        and not any(isinstance(number, Tensor) for number in numbers)
+    )
 
 
 def _kind(p: Tensor) -> _Kind:

@@ -6,13 +6,15 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from chronicals_trl.config import ChronicalsConfig
-from chronicals_trl.optim.adamw import FusedAdamW, give_back, obstacle, take_over
+from chronicals_trl.kernels._common import HAS_TRITON
+from chronicals_trl.optim.adamw import FusedAdamW, give_back, is_wrapped, obstacle, take_over
 from chronicals_trl.report import ActivationReport, PartReport
 
 logger = logging.getLogger(__name__)
@@ -22,8 +24,10 @@ PART = "adamw"
 # Device types whose updates are taken over.
 DEVICES = ("cuda",)
 
-# Where a callback can look at gradients that Trainer has clipped.
+# Where callbacks and subclasses can look at gradients that Trainer has clipped, and what clips them.
 _EVENTS = ("on_pre_optimizer_step", "on_optimizer_step")
+_METHODS = ("_clip_grad_norm", "_get_grad_norm")
+_CLIP = Accelerator.clip_grad_norm_
 
 
 class AdamWMixin(Trainer):
@@ -33,9 +37,11 @@ class AdamWMixin(Trainer):
     _chronicals: ChronicalsConfig | None
     chronicals_report: ActivationReport
     _save_report: Callable[[], None]
+    _overridden: Callable[[tuple[str, ...]], str | None]
 
     _adamw: FusedAdamW | None = None  # inside `train`
-    _adamw_wanted: bool = False
+    _adamw_wanted: bool = False  # inside `train`, until an optimizer turns out to be another
+    _holds_others: bool = False  # the optimizer: parameters that are not the model's, and never clipped
     _clips_apart: bool = False  # and the user knows why
 
     def _adamw_part(self, config: ChronicalsConfig, leave_out: str | None) -> PartReport:
@@ -45,6 +51,8 @@ class AdamWMixin(Trainer):
             return PartReport(PART, "off", reason="adamw='off' in the configuration")
         if args.device.type not in DEVICES:
             return PartReport(PART, "off", reason=f"no CUDA GPU: on {args.device.type} torch's own update is as good")
+        if not HAS_TRITON:
+            return PartReport(PART, "off", reason="triton is not installed")
         engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else None
         reason = leave_out or (None if engine is None else f"{engine} has its own way to update what it has sharded")
         if reason is not None:
@@ -62,29 +70,44 @@ class AdamWMixin(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._adamw_wanted = self._chronicals is not None and self.chronicals_report[PART].state == "on"
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+            if self._adamw_wanted and self._adamw is None:
+                self._switch_off("no step came through SFTTrainer's training_step")
+            return result
         finally:
-            if self._adamw is not None:
-                give_back(self._adamw)
-                self._adamw = None
+            self._give_back()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._adamw_wanted:
-            # Here, and not before: by now there is the optimizer, whoever has made it, and Accelerate's around it.
-            self._adamw_wanted = False
-            self._take_over(getattr(self.optimizer, "optimizer", self.optimizer))
+            # Here, and not before: by now there is the optimizer, whoever has made it, and Accelerate's around it. In
+            # each step: a callback, or a second try with smaller batches, may have put another one in its place.
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            if optimizer is not self._adamw:
+                self._give_back()
+                self._take_over(optimizer)
         return super().training_step(*args, **kwargs)
+
+    def _give_back(self) -> None:
+        if self._adamw is not None:
+            give_back(self._adamw)
+            self._adamw = None
 
     def _take_over(self, optimizer: Any) -> None:
         reason = obstacle(optimizer)
         if reason is None:
             self._adamw = take_over(optimizer)
+            mine, trained = self._adamw.param_groups, set(self.model.parameters())
+            self._holds_others = any(p not in trained for group in mine for p in group["params"])
             return
+        self._switch_off(reason)
         assert self._chronicals is not None
+        self.chronicals_report.raise_for_omissions(self._chronicals)
+
+    def _switch_off(self, reason: str) -> None:
+        self._adamw_wanted = False
         self.chronicals_report.set(PartReport(PART, "off", reason=reason))
         self._save_report()
         logger.warning("chronicals-trl: %s is off: %s", PART, reason)
-        self.chronicals_report.raise_for_omissions(self._chronicals)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if self._adamw is None:
@@ -103,13 +126,19 @@ class AdamWMixin(Trainer):
         assert self._adamw is not None
         if self.accelerator.scaler is not None:
             reason = "fp16 scales the gradients"
-        elif self._adamw.watched():
-            reason = "the optimizer has hooks"
+        elif self._adamw.watched() or is_wrapped(self.optimizer):
+            reason = "the optimizer has hooks, or something around its step"
+        elif self._holds_others:
+            reason = "the optimizer has parameters that are not the model's"
+        elif getattr(self.accelerator.clip_grad_norm_, "__func__", None) is not _CLIP:
+            reason = "the accelerator's clip_grad_norm_ is not Accelerate's"
+        elif self._overridden(_METHODS) is not None:
+            reason = f"{self._overridden(_METHODS)} and may look at them"
         elif len({(type(g), g.device, g.dtype) for g in gradients}) > 1 or type(gradients[0]) is not Tensor:
             reason = "the gradients are of several dtypes or devices"
         else:
             for callback in self.callback_handler.callbacks:
-                if any(getattr(type(callback), event) is not getattr(TrainerCallback, event) for event in _EVENTS):
+                if any(_own(callback, event) for event in _EVENTS):
                     reason = f"{type(callback).__name__} may look at them"
         if reason is not None and not self._clips_apart:
             self._clips_apart = True
@@ -118,3 +147,8 @@ class AdamWMixin(Trainer):
             self._save_report()
             logger.info("chronicals-trl: %s", note)
         return reason is not None
+
+
+def _own(callback: Any, event: str) -> bool:
+    """Whether a callback does something at an event, on its class or on itself."""
+    return getattr(getattr(callback, event), "__func__", None) is not getattr(TrainerCallback, event)

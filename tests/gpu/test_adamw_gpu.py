@@ -39,6 +39,10 @@ def test_tensors_off_the_allocators_alignment() -> None:
     check.check_update("cuda", torch.bfloat16, shapes=[(20_050,), (33,)], offset=1)
 
 
+def test_a_first_update_is_of_the_rates_size() -> None:
+    check.check_first_update("cuda")
+
+
 @dtypes
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_it_is_torchs_to_the_bit(dtype: torch.dtype, decay: float) -> None:

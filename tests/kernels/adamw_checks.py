@@ -88,3 +88,14 @@ def check_update(device: str, dtype: torch.dtype, clip: float | None = None, **o
         assert found <= 1.05 * reference + slack, (name, found, reference)
         # It moved; of a second moment in 16 bits a thousandth is no step.
         assert error(getattr(ours, name), getattr(lists, name)) > 1e-4 or name == "exp_avg_sqs"
+
+
+def check_first_update(device: str) -> None:
+    """What the moments lack, the corrections make up for: both have the same betas, to the last digit."""
+    lists = make(device, torch.float32, step=1.0)
+    for tensor in (*lists.params, *lists.exp_avgs, *lists.exp_avg_sqs):
+        tensor.zero_()
+    _adamw.AdamWUpdate()(*lists, **{**SETTINGS, "eps": 0.0})
+    rtol = 1e-4 if INTERPRET else 1e-6  # the interpreter rounds within an fma, and 1 - 0.999 has few digits then
+    for param, grad in zip(lists.params, lists.grads, strict=True):
+        torch.testing.assert_close(param, -SETTINGS["lr"] * grad.sign(), rtol=rtol, atol=0)

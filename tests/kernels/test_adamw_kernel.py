@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from kernels import adamw_checks as check
@@ -45,6 +47,46 @@ def test_a_clip_of_one_changes_nothing() -> None:
     update(*ours, **check.SETTINGS, clip=torch.tensor(1.0))
     update(*theirs, **check.SETTINGS)
     assert all(map(torch.equal, ours.params, theirs.params))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bound", [1.0, math.inf])
+def test_gradients_that_are_not_finite(bad: float, bound: float) -> None:
+    """Clipped as clip_grad_norm_ does it: by NaN where the norm is, by 0 where it is infinite and the bound is not."""
+    lists = check.make("cpu", torch.float32)
+    lists.grads[3][5] = bad
+    norm = torch.nn.utils.get_total_norm(lists.grads)
+    clip = (bound / (norm + 1e-6)).clamp(max=1.0)
+    clipped = lists._replace(grads=[g * clip for g in lists.grads])
+    right = check.in_float64(clipped, **check.SETTINGS)
+    _adamw.AdamWUpdate()(*lists, **check.SETTINGS, clip=clip)
+    assert any(p.isnan().any() for p in lists.params)
+    for ours, wanted in zip(lists.params, right.params, strict=True):
+        torch.testing.assert_close(ours, wanted.float(), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@dtypes
+def test_a_clipped_gradient_is_rounded(dtype: torch.dtype) -> None:
+    """As clip_grad_norm_ leaves it, and before it is squared."""
+    lists = check.make("cpu", dtype)
+    torch._foreach_mul_(lists.grads, 100.0)
+    clip = torch.tensor(0.3, dtype=dtype)
+    _adamw.AdamWUpdate()(*lists, **{**check.SETTINGS, "betas": (0.0, 0.0)}, clip=clip)
+    for grad, exp_avg_sq in zip(lists.grads, lists.exp_avg_sqs, strict=True):
+        assert torch.equal(exp_avg_sq, (grad * clip).float().square().to(dtype))
+
+
+def test_a_first_update_is_of_the_rates_size() -> None:
+    check.check_first_update("cpu")
+
+
+def test_clipped_and_not_in_turn() -> None:
+    lists, update = check.make("cpu", torch.float32), _adamw.AdamWUpdate()
+    for clip in (None, torch.tensor(0.5), None, torch.tensor(0.1)):
+        clipped = lists if clip is None else lists._replace(grads=[g * clip for g in lists.grads])
+        right = check.in_float64(clipped, **check.SETTINGS)
+        update(*lists, **check.SETTINGS, clip=clip)
+        assert check.error(lists.exp_avgs, right.exp_avgs) < 1e-6
 
 
 def test_one_update_after_another() -> None:

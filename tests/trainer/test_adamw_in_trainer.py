@@ -85,6 +85,11 @@ def test_nothing_is_clipped_without_a_bound(tmp_path: Path, clips: list[float]) 
     require_same(ours, theirs)
 
 
+def test_a_bound_that_is_not_reached(tmp_path: Path, clips: list[float]) -> None:
+    trained(tmp_path, max_grad_norm=1e6)
+    assert clips == [1.0] * 4
+
+
 @pytest.mark.parametrize("event", ["on_pre_optimizer_step", "on_optimizer_step"])
 def test_a_callback_sees_clipped_gradients(tmp_path: Path, clips: list[float], event: str) -> None:
     norms: list[float] = []
@@ -114,6 +119,132 @@ def test_a_hook_sees_clipped_gradients(tmp_path: Path, clips: list[float]) -> No
 
     trained(tmp_path, callbacks=[Hooking()])
     assert norms == pytest.approx([CLIPS] * 4, rel=1e-3)
+    assert not clips
+
+
+def _around_clipping(trainer: SFTTrainer, look: Any) -> None:
+    own = trainer.accelerator.clip_grad_norm_
+
+    def clip(*args: Any) -> Any:
+        norm = own(*args)
+        look()
+        return norm
+
+    trainer.accelerator.clip_grad_norm_ = clip  # type: ignore[method-assign]
+
+
+def _on_a_callback(trainer: SFTTrainer, look: Any) -> None:
+    callback = TrainerCallback()
+    callback.on_pre_optimizer_step = lambda *_, **__: look()  # type: ignore[method-assign]
+    trainer.add_callback(callback)
+
+
+class _AroundTheStep(TrainerCallback):
+    def __init__(self, look: Any, inner: bool) -> None:
+        self.look, self.inner = look, inner
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        optimizer = optimizer.optimizer if self.inner else optimizer
+        step = optimizer.step
+
+        def looking(*args: Any) -> Any:
+            self.look()
+            return step(*args)
+
+        optimizer.step = looking
+
+
+@pytest.mark.parametrize("way", ["accelerator", "callback", "step", "optimizer's step", "subclass"])
+def test_who_else_sees_clipped_gradients(tmp_path: Path, clips: list[float], way: str) -> None:
+    norms: list[float] = []
+
+    class Mine(SFTTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if way == "accelerator":
+                _around_clipping(self, self.look)
+            elif way == "callback":
+                _on_a_callback(self, self.look)
+            elif way != "subclass":
+                self.add_callback(_AroundTheStep(self.look, inner=way != "step"))
+
+        def look(self) -> None:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+    class Clipping(Mine):
+        def _clip_grad_norm(self, *args: Any) -> Any:
+            norm = super()._clip_grad_norm(*args)
+            self.look()
+            return norm
+
+    trainer = trained(tmp_path, trainer_class=Clipping if way == "subclass" else Mine)
+    assert norms == pytest.approx([CLIPS] * 4, rel=1e-3)
+    assert not clips
+    assert trainer.chronicals_report["adamw"].state == "on"
+    assert any("clipped in a pass of their own" in note for note in trainer.chronicals_report.notes)
+
+
+def test_parameters_that_are_not_the_models_are_not_clipped(tmp_path: Path, clips: list[float]) -> None:
+    def run(setting: str) -> Any:
+        model, other = tiny_models.build("llama"), torch.nn.Parameter(torch.zeros(3))
+
+        class Giving(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                other.grad = torch.arange(3.0) * (1 + state.global_step) ** 2
+
+        optimizer = AdamW([*model.parameters(), other], lr=1e-2, fused=True)
+        trained(tmp_path, setting, model=model, optimizers=(optimizer, None), callbacks=[Giving()])
+        return optimizer.state[other]["exp_avg"]
+
+    torch.testing.assert_close(run("auto"), run("off"))
+    assert not clips
+
+
+def test_another_optimizer_in_mid_run(tmp_path: Path, clips: list[float]) -> None:
+    def run(setting: str) -> tuple[SFTTrainer, list[AdamW]]:
+        optimizers: list[AdamW] = []
+
+        class Mine(SFTTrainer):
+            def training_step(self, *args: Any, **kwargs: Any) -> Any:
+                if self.state.global_step % 2:  # anew, as ReLoRA does
+                    self.optimizer = AdamW(self.model.parameters(), lr=1e-2, fused=True)
+                optimizers.append(getattr(self.optimizer, "optimizer", self.optimizer))
+                return super().training_step(*args, **kwargs)
+
+        return trained(tmp_path, setting, trainer_class=Mine), optimizers
+
+    ours, optimizers = run("auto")
+    assert len(clips) == 4
+    require_same(ours, run("off")[0])
+    assert all(type(optimizer) is AdamW for optimizer in optimizers)
+
+
+def test_training_twice(tmp_path: Path, clips: list[float]) -> None:
+    ours, theirs = trained(tmp_path), trained(tmp_path, "off")
+    ours.train()
+    theirs.train()
+    assert len(clips) == 8
+    require_same(ours, theirs)
+
+
+def test_a_step_of_somebody_elses(tmp_path: Path, clips: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    class Bare(SFTTrainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss.backward()
+            return loss.detach()
+
+    with caplog.at_level(logging.WARNING):
+        part = trained(tmp_path, trainer_class=Bare).chronicals_report["adamw"]
+    assert part.state == "off" and "training_step" in part.reason
+    assert "adamw is off: no step came through" in caplog.text
+    assert not clips
+
+
+def test_without_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clips: list[float]) -> None:
+    monkeypatch.setattr(adamw_trainer, "HAS_TRITON", False)
+    assert trained(tmp_path).chronicals_report["adamw"].reason == "triton is not installed"
     assert not clips
 
 
@@ -177,10 +308,11 @@ def test_insisting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert trained(tmp_path).chronicals_report["adamw"].state == "off"
 
 
-def test_resuming_goes_on_as_one_run_would(tmp_path: Path) -> None:
-    whole = trained(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
-    checkpoint = tmp_path / "auto" / "out" / "checkpoint-2"
-    options = {"use_chronicals": True, "max_grad_norm": CLIPS, "chronicals_config": {"adamw": "auto"}}
+@pytest.mark.parametrize(("before", "after"), [("auto", "auto"), ("off", "auto"), ("auto", "off")])
+def test_resuming_goes_on_as_one_run_would(tmp_path: Path, before: str, after: str) -> None:
+    whole = trained(tmp_path, before, save_strategy="steps", save_steps=2, max_steps=4)
+    checkpoint = tmp_path / before / "out" / "checkpoint-2"
+    options = {"use_chronicals": True, "max_grad_norm": CLIPS, "chronicals_config": {"adamw": after}}
     resumed = SFTTrainer(
         model=tiny_models.build("llama"),
         args=SFTConfig(**{**SETTINGS, "output_dir": str(tmp_path / "again"), **options}),
@@ -189,7 +321,9 @@ def test_resuming_goes_on_as_one_run_would(tmp_path: Path) -> None:
     )
     resumed.train(resume_from_checkpoint=str(checkpoint))
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(a, b)
+        if before == after:
+            assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
 def test_an_error_leaves_torchs_optimizer(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,13 @@ def in_the_optimizer(trainer: SFTTrainer, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sys.modules[torch.optim.Adam.__module__], "adam", run_out)  # which AdamW's step calls
 
 
+def in_our_optimizer(trainer: SFTTrainer, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("chronicals_trl.optim.adamw_trainer.DEVICES", ("cpu",))
+    patch.setattr("chronicals_trl.kernels._adamw._reference", run_out)
+    report = trainer.chronicals_report
+    report.set(dataclasses.replace(report["adamw"], state="on"))
+
+
 def in_the_backward_pass(trainer: SFTTrainer, patch: pytest.MonkeyPatch) -> None:
     trainer.model.model.norm.weight.register_hook(run_out)
 
@@ -97,6 +105,7 @@ def in_the_backward_pass(trainer: SFTTrainer, patch: pytest.MonkeyPatch) -> None
             {"per_device_train_batch_size": 1, "chronicals_config": {"recompute_mlp": False}},
         ),
         (in_the_optimizer, out_of_memory.OPTIMIZER, "LoRA in place of all weights", {}),
+        (in_our_optimizer, out_of_memory.OPTIMIZER, "LoRA in place of all weights", {"optim": "adamw_torch_fused"}),
         (in_the_backward_pass, out_of_memory.BACKWARD, "logit_budget_mib", {}),
     ],
 )

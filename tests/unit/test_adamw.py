@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+import types
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from chronicals_trl.kernels._adamw import AdamWUpdate
 from chronicals_trl.optim import adamw
@@ -119,6 +121,7 @@ def test_gradients_are_left_as_they_are() -> None:
     [
         {"amsgrad": True},
         {"maximize": True},
+        {"capturable": True},
         {"lr": torch.tensor(1e-2)},
         {"fused": False},
         {"fused": False, "foreach": True},
@@ -132,6 +135,54 @@ def test_settings_that_the_kernel_has_not(updates: list[int], options: dict[str,
         for clip in (None, 0.5):
             both(clip, **options)
     assert not updates
+
+
+@pytest.mark.parametrize("name", ["decoupled_weight_decay", "fused"])
+def test_settings_that_are_gone_in_mid_run(updates: list[int], name: str) -> None:
+    def run(fused: bool) -> list[nn.Parameter]:
+        params = parameters()
+        optimizer = optimizer_of(params)
+        if fused:
+            take_over(optimizer)
+        train(params, optimizer, steps=2)
+        optimizer.param_groups[0][name] = False
+        train(params, optimizer, 0.5)
+        return params
+
+    for a, b in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert updates == [1] * (2 + STEPS)
+    optimizer = optimizer_of(parameters())
+    optimizer.param_groups[1][name] = False
+    assert obstacle(optimizer) is not None
+
+
+def test_a_group_that_is_torchs_and_has_no_gradients() -> None:
+    params = parameters()
+    optimizer = take_over(optimizer_of(params))
+    optimizer.param_groups[1]["maximize"] = True
+    give_gradients(params[:1], 0)
+    optimizer.clip(torch.tensor(0.5))
+    optimizer.step()
+
+
+def test_a_compiled_step(updates: list[int]) -> None:
+    """torch.compile leaves out what collects a group's tensors, in ours as in torch's, and the rest finds nothing."""
+
+    def run(fused: bool) -> list[nn.Parameter]:
+        params = parameters()
+        optimizer = optimizer_of(params)
+        if fused:
+            take_over(optimizer)
+        train(params, optimizer, steps=1)
+        optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+        assert not fused or optimizer.watched()
+        train(params, optimizer)
+        return params
+
+    for a, b in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert updates == [1, 1] * STEPS
 
 
 @pytest.mark.parametrize(
@@ -149,6 +200,58 @@ def test_a_subclass_is_left_alone() -> None:
 
     assert "Mine" in (obstacle(Mine(parameters(), fused=True)) or "")
     assert obstacle(optimizer_of(parameters())) is None
+
+    class Odd(nn.Parameter):
+        pass
+
+    assert "no plain tensors" in (obstacle(AdamW([Odd(torch.ones(2))], fused=True)) or "")
+
+
+def test_what_fits() -> None:
+    plain = [nn.Parameter(torch.ones(4, 3)), *(torch.ones(4, 3) for _ in range(3)), torch.ones(())]
+
+    class Odd(Tensor):
+        pass
+
+    assert adamw._fits(*plain)
+    others: list[Tensor] = [torch.ones(3, 4).t(), torch.ones(4, 3).bfloat16(), torch.ones(4, 2)]
+    for place in (1, 2, 3):
+        for other in [*others, torch.ones(4, 3).as_subclass(Odd)]:
+            assert not adamw._fits(*plain[:place], other, *plain[place + 1 :])
+    for other in (others[0], torch.ones(4, 3).double(), torch.ones(4, 3).as_subclass(Odd)):
+        assert not adamw._fits(other, *plain[1:])
+    assert not adamw._fits(*plain[:4], torch.ones((), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("what", ["parameter", "gradient"])
+def test_what_lies_otherwise_in_mid_run_is_torchs(updates: list[int], what: str) -> None:
+    params = parameters()
+    optimizer = take_over(optimizer_of(params))
+    train(params, optimizer, steps=3)
+    assert updates == [1, 1] * 2
+    give_gradients(params, 3)
+    if what == "parameter":
+        params[0].data = params[0].data.t().contiguous().t()
+    else:
+        params[0].grad = torch.ones(3, 4).t()
+    optimizer.step()
+    assert updates == [1, 1] * 2 + [1]
+
+
+def test_a_parameter_that_joins_late() -> None:
+    """Its state is made then, by torch, for its group."""
+
+    def run(fused: bool) -> list[nn.Parameter]:
+        params = parameters((4, 3), (5,), (6,))
+        optimizer = optimizer_of(params)
+        if fused:
+            take_over(optimizer)
+        train(params[:2], optimizer, 0.5, steps=2)
+        train(params, optimizer, 0.5)
+        return params
+
+    for a, b in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_a_parameter_that_lies_otherwise_is_torchs(updates: list[int]) -> None:
@@ -230,6 +333,26 @@ def test_hooks_run_once_a_step_and_are_seen() -> None:
     train(params, optimizer, steps=2)
     assert calls == ["before", "after"] * 2
     after.remove()
+    for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
+        other = take_over(optimizer_of(params))
+        of_all = register(lambda *_: None)
+        assert other.watched()
+        of_all.remove()
+        assert not other.watched()
+
+
+def test_who_is_around_the_step_is_seen() -> None:
+    """A scheduler counts steps; another one may look at gradients, whichever came first."""
+    for later in (False, True):
+        optimizer = take_over(optimizer_of(parameters()))
+        if later:
+            LambdaLR(optimizer, lambda step: 1.0)
+        assert not optimizer.watched()
+        step = optimizer.step
+        optimizer.step = types.MethodType(lambda self, step=step: step(), optimizer)  # type: ignore[method-assign]
+        if not later:
+            LambdaLR(optimizer, lambda step: 1.0)
+        assert optimizer.watched()
 
 
 def test_it_is_torchs_again_afterwards(updates: list[int]) -> None:
