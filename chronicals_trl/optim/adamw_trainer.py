@@ -113,40 +113,44 @@ class AdamWMixin(Trainer):
         if self._adamw is None:
             return super()._clip_grad_norm(model)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not gradients or self._clipped_gradients_are_seen(gradients):
+        if not gradients:
+            return super()._clip_grad_norm(model)
+        reason = self._why_clip_apart(gradients)
+        if reason is not None:
+            self._tell_once(reason)
             return super()._clip_grad_norm(model)
         # As torch.nn.utils.clip_grad_norm_ does it, but for the pass that multiplies.
         norm = get_total_norm(gradients)
         self._adamw.clip((self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def _clipped_gradients_are_seen(self, gradients: list[Tensor]) -> bool:
-        """Whether somebody else than the optimizer has use for clipped gradients, or their sort is not one."""
-        reason = None
+    def _why_clip_apart(self, gradients: list[Tensor]) -> str | None:
+        """Who else than the optimizer has use for clipped gradients, or why there is no one coefficient for them."""
         assert self._adamw is not None
         if self.accelerator.scaler is not None:
-            reason = "fp16 scales the gradients"
-        elif self._adamw.watched() or is_wrapped(self.optimizer):
-            reason = "the optimizer has hooks, or something around its step"
-        elif self._holds_others:
-            reason = "the optimizer has parameters that are not the model's"
-        elif getattr(self.accelerator.clip_grad_norm_, "__func__", None) is not _CLIP:
-            reason = "the accelerator's clip_grad_norm_ is not Accelerate's"
-        elif self._overridden(_METHODS) is not None:
-            reason = f"{self._overridden(_METHODS)} and may look at them"
-        elif len({(type(g), g.device, g.dtype) for g in gradients}) > 1 or type(gradients[0]) is not Tensor:
-            reason = "the gradients are of several dtypes or devices"
-        else:
-            for callback in self.callback_handler.callbacks:
-                if any(_own(callback, event) for event in _EVENTS):
-                    reason = f"{type(callback).__name__} may look at them"
-        if reason is not None and not self._clips_apart:
-            self._clips_apart = True
-            note = f"gradients are clipped in a pass of their own: {reason}"
-            self.chronicals_report.notes.append(note)
-            self._save_report()
-            logger.info("chronicals-trl: %s", note)
-        return reason is not None
+            return "fp16 scales the gradients"
+        if self._adamw.watched() or is_wrapped(self.optimizer):
+            return "the optimizer has hooks, or something around its step"
+        if self._holds_others:
+            return "the optimizer has parameters that are not the model's"
+        if getattr(self.accelerator.clip_grad_norm_, "__func__", None) is not _CLIP:
+            return "the accelerator's clip_grad_norm_ is not Accelerate's"
+        overrides = self._overridden(_METHODS)
+        if overrides is not None:
+            return f"{overrides} and may look at them"
+        if len({(type(g), g.device, g.dtype) for g in gradients}) > 1 or type(gradients[0]) is not Tensor:
+            return "the gradients are of several dtypes or devices"
+        watching = (each for each in self.callback_handler.callbacks if any(_own(each, event) for event in _EVENTS))
+        return next((f"{type(callback).__name__} may look at them" for callback in watching), None)
+
+    def _tell_once(self, reason: str) -> None:
+        if self._clips_apart:
+            return
+        self._clips_apart = True
+        note = f"gradients are clipped in a pass of their own: {reason}"
+        self.chronicals_report.notes.append(note)
+        self._save_report()
+        logger.info("chronicals-trl: %s", note)
 
 
 def _own(callback: Any, event: str) -> bool:
