@@ -12,9 +12,11 @@ from __future__ import annotations
 
 # mypy: disable-error-code="no-untyped-def"
 # (Triton kernels: a pointer has no Python type.)
+import ctypes
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,10 +92,11 @@ class AdamWUpdate:
 
     def __init__(self) -> None:
         self._addresses: list[list[int]] = []
+        self._aligned = False  # all of them, to what the widest loads want
         self._table: Tensor | None = None  # (6, tensors)
         self._chunks: Tensor | None = None  # (chunks, 2)
         self._sizes: list[int] = []
-        self._launches: dict[bool, Launch] = {}  # by whether gradients are clipped
+        self._launches: dict[tuple[Any, ...], Launch] = {}  # of these sizes, by dtypes and alignment
 
     def __call__(
         self,
@@ -122,13 +125,13 @@ class AdamWUpdate:
             _reference(*lists, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, clip=clip)
             return
         self._send(*lists)
-        launch = self._launches.get(clip is not None)
+        kind = params[0].dtype, None if clip is None else clip.dtype, self._aligned
+        launch = self._launches.get(kind)
         if launch is None:
             assert self._table is not None and self._chunks is not None
-            aligned = not any(address % 16 for row in self._addresses[:4] for address in row)
-            launch = self._launches[clip is not None] = Launch(
+            launch = self._launches[kind] = Launch(
                 _adamw_kernel, self._chunks.shape[0], len(params), _ELEMENTS[params[0].dtype], clip is not None,
-                aligned, _BLOCK, _STEPS, num_warps=_WARPS,
+                self._aligned, _BLOCK, _STEPS, num_warps=_WARPS,
             )  # fmt: skip
         LAUNCHES["adamw"] += 1
         beta1, beta2 = betas
@@ -149,9 +152,10 @@ class AdamWUpdate:
             first = torch.repeat_interleave(n_chunks.cumsum(0) - n_chunks, n_chunks)
             chunks = torch.stack([tensor, torch.arange(len(tensor)) - first], 1).int()
             self._chunks = _to(device, chunks)
+            self._launches.clear()
         self._table = _to(device, torch.tensor([*addresses, sizes]))
         self._addresses, self._sizes = addresses, sizes
-        self._launches.clear()
+        self._aligned = not any(address % 16 for row in addresses[:4] for address in row)
 
 
 def _to(device: torch.device, tensor: Tensor) -> Tensor:
@@ -162,7 +166,7 @@ def _to(device: torch.device, tensor: Tensor) -> Tensor:
 @lru_cache
 def _log(beta: float) -> float:
     """Of beta in float32, with which the moments are summed: its rounding would be 1.3e-5 of 1 - 0.999."""
-    beta = torch.tensor(beta, dtype=torch.float32).item()
+    beta = ctypes.c_float(beta).value
     return math.log(beta) if beta > 0 else -math.inf
 
 

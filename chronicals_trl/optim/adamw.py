@@ -116,7 +116,7 @@ def obstacle(optimizer: Any) -> str | None:
         if not _plain_settings(group):
             unusual = "amsgrad, maximize, a rate that is a tensor, a decay that is not decoupled"
             return f"AdamW has a setting that the kernel does not have ({unusual})"
-        if not all(type(p) in _PLAIN and p.dtype in _DTYPES for p in group["params"]):
+        if not all(map(_is_plain, group["params"])):
             return "the optimizer holds parameters that are no plain tensors of 16 or 32 bits"
     return None
 
@@ -162,6 +162,10 @@ def _plain_settings(group: dict[str, Any]) -> bool:
     )
 
 
+def _is_plain(p: Tensor) -> bool:
+    return type(p) in _PLAIN and p.dtype in _DTYPES
+
+
 def _kind(p: Tensor) -> _Kind:
     return p.device, p.dtype
 
@@ -174,8 +178,7 @@ def _other_kind(p: Tensor, grad: Tensor) -> bool:
 def _fits(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor) -> bool:
     """Whether all of one parameter's tensors are such as the kernel takes."""
     return (
-        p.dtype in _DTYPES
-        and type(p) in _PLAIN
+        _is_plain(p)
         and p.is_contiguous()
         and not any(_other_kind(p, other) or other.numel() != p.numel() for other in (grad, exp_avg, exp_avg_sq))
         and (step.device, step.dtype) == (p.device, torch.float32)

@@ -13,6 +13,7 @@ from training_runs import logged, run
 
 from chronicals_trl import SFTConfig, SFTTrainer
 from chronicals_trl.kernels import LAUNCHES
+from chronicals_trl.kernels._adamw import AdamWUpdate
 from chronicals_trl.optim.adamw import take_over
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -41,6 +42,11 @@ def test_tensors_off_the_allocators_alignment() -> None:
 
 def test_a_first_update_is_of_the_rates_size() -> None:
     check.check_first_update("cuda")
+
+
+def test_the_same_sizes_in_other_dtypes_and_places() -> None:
+    kinds = [(torch.bfloat16, 0), (torch.bfloat16, 1), (torch.float32, 0), (torch.float32, 1), (torch.bfloat16, 0)]
+    check.check_one_after_another(AdamWUpdate(), "cuda", kinds)
 
 
 @dtypes

@@ -99,3 +99,14 @@ def check_first_update(device: str) -> None:
     rtol = 1e-4 if INTERPRET else 1e-6  # the interpreter rounds within an fma, and 1 - 0.999 has few digits then
     for param, grad in zip(lists.params, lists.grads, strict=True):
         torch.testing.assert_close(param, -SETTINGS["lr"] * grad.sign(), rtol=rtol, atol=0)
+
+
+def check_one_after_another(update: Any, device: str, kinds: list[tuple[torch.dtype, int]]) -> None:
+    """One `AdamWUpdate` on lists of one shape, of these dtypes and offsets, with a clip of the dtype or without."""
+    for dtype, offset in kinds:
+        for clip in (None, torch.tensor(0.5, device=device, dtype=dtype)):
+            lists = make(device, dtype, offset=offset)
+            grads = [g if clip is None else g * clip for g in lists.grads]
+            right = in_float64(lists._replace(grads=grads), **SETTINGS)
+            update(*lists, **SETTINGS, clip=clip)
+            assert error(lists.params, right.params) < torch.finfo(dtype).eps

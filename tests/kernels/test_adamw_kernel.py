@@ -102,6 +102,11 @@ def test_one_update_after_another() -> None:
         lists.steps[0] += 1
 
 
+def test_the_same_sizes_in_another_dtype_and_place() -> None:
+    update = _adamw.AdamWUpdate()
+    check.check_one_after_another(update, "cpu", [(torch.float32, 0), (torch.float16, 0), (torch.float32, 1)])
+
+
 def test_each_tensor_has_its_own_step() -> None:
     lists = check.make("cpu", torch.float32)
     for number, step in enumerate(lists.steps):

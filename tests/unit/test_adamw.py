@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -47,6 +48,17 @@ def optimizer_of(params: list[nn.Parameter], **options: Any) -> AdamW:
     return AdamW(groups, **{"lr": 1e-2, "fused": True, "weight_decay": 0.0, **options})
 
 
+def made(fused: bool) -> tuple[list[nn.Parameter], AdamW]:
+    params = parameters()
+    optimizer = optimizer_of(params)
+    return params, take_over(optimizer) if fused else optimizer
+
+
+def require_same(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 def give_gradients(params: list[nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for p in params:
@@ -71,8 +83,7 @@ def both(clip: float | None = None, shapes: Any = (), **options: Any) -> tuple[l
     take_over(mine)
     train(theirs, stock, clip)
     train(ours, mine, clip)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    require_same(ours, theirs)
     return ours, mine
 
 
@@ -140,17 +151,13 @@ def test_settings_that_the_kernel_has_not(updates: list[int], options: dict[str,
 @pytest.mark.parametrize("name", ["decoupled_weight_decay", "fused"])
 def test_settings_that_are_gone_in_mid_run(updates: list[int], name: str) -> None:
     def run(fused: bool) -> list[nn.Parameter]:
-        params = parameters()
-        optimizer = optimizer_of(params)
-        if fused:
-            take_over(optimizer)
+        params, optimizer = made(fused)
         train(params, optimizer, steps=2)
         optimizer.param_groups[0][name] = False
         train(params, optimizer, 0.5)
         return params
 
-    for a, b in zip(run(True), run(False), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    require_same(run(True), run(False))
     assert updates == [1] * (2 + STEPS)
     optimizer = optimizer_of(parameters())
     optimizer.param_groups[1][name] = False
@@ -170,18 +177,14 @@ def test_a_compiled_step(updates: list[int]) -> None:
     """torch.compile leaves out what collects a group's tensors, in ours as in torch's, and the rest finds nothing."""
 
     def run(fused: bool) -> list[nn.Parameter]:
-        params = parameters()
-        optimizer = optimizer_of(params)
-        if fused:
-            take_over(optimizer)
+        params, optimizer = made(fused)
         train(params, optimizer, steps=1)
         optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
         assert not fused or optimizer.watched()
         train(params, optimizer)
         return params
 
-    for a, b in zip(run(True), run(False), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    require_same(run(True), run(False))
     assert updates == [1, 1] * STEPS
 
 
@@ -250,8 +253,7 @@ def test_a_parameter_that_joins_late() -> None:
         train(params, optimizer, 0.5)
         return params
 
-    for a, b in zip(run(True), run(False), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    require_same(run(True), run(False))
 
 
 def test_a_parameter_that_lies_otherwise_is_torchs(updates: list[int]) -> None:
@@ -260,8 +262,7 @@ def test_a_parameter_that_lies_otherwise_is_torchs(updates: list[int]) -> None:
     stock, mine = optimizer_of(theirs), take_over(optimizer_of(ours))
     train(theirs, stock, 0.5)
     train(ours, mine, 0.5)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    require_same(ours, theirs)
     assert len(updates) == STEPS - 1
 
 
@@ -278,8 +279,7 @@ def test_parameters_without_a_gradient_and_empty_ones(updates: list[int]) -> Non
             optimizer.step()
         return params
 
-    for a, b in zip(run(True), run(False), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    require_same(run(True), run(False))
     assert set(updates) == {1, 2}
 
 
@@ -313,8 +313,7 @@ def test_a_schedulers_wrapper_around_step_stays(updates: list[int]) -> None:
             scheduler.step()
         return params
 
-    for a, b in zip(run(True), run(False), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    require_same(run(True), run(False))
     assert updates
 
 
@@ -406,8 +405,7 @@ def test_a_checkpoint_holds_what_torchs_does() -> None:
     train(ours, fresh)
     stock.load_state_dict(wanted)
     train(theirs, stock)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    require_same(ours, theirs)
 
 
 def test_a_float16_scaler_is_torchs(updates: list[int]) -> None:
