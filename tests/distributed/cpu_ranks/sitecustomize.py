@@ -1,11 +1,13 @@
 """Put on PYTHONPATH, it lets unchanged commands for GPUs run on CPU processes: each Python that starts imports it.
 
 accelerate offers FSDP2 and DeepSpeed to accelerators alone: on gloo the CPUs pass for such. FSDP2 pins what it
-offloads, for which torch wants an accelerator. A process that imports neither is as it was.
+offloads, for which torch wants an accelerator. A process that imports neither is as it was. Nobody knows that its
+script has come to its end (ranks.py's `leave`): as a rank it leaves by itself.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib.abc
 import importlib.machinery
 import os
@@ -27,6 +29,19 @@ def _accelerate_state(module: Any) -> None:
 
 def _torch(module: Any) -> None:
     module.Tensor.pin_memory = lambda tensor, *args: tensor
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        atexit.register(_leave, module.distributed)
+
+
+def _leave(distributed: Any) -> None:
+    """As ranks.py's `leave`; a script that has failed ends as it would, by its exit code."""
+    if hasattr(sys, "last_type"):
+        return
+    if distributed.is_initialized():
+        distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _sharded() -> bool:
