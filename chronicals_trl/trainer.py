@@ -5,9 +5,10 @@ The seams, all of them methods that TRL or transformers calls: `compute_loss` (t
 `padding_free.py` too; in `optim/trainer.py` `create_optimizer`; in `model/trainer.py` (CUDA graphs) and
 `model/recompute_trainer.py` `train`, `training_step` and `evaluation_loop`; in `optim/adamw_trainer.py` `train`,
 `training_step` and `_clip_grad_norm`; in `model/walks_trainer.py` `training_step` and `floating_point_ops`; in
-`observe/trainer.py` `get_batch_samples` (token counts) and `log`; in `observe/health/trainer.py` these two, once more,
-and `create_optimizer`; in `observe/out_of_memory.py` errors on their way out; in `checkpoints.py` which one `train`
-resumes from. With the flag off each returns the parent's result as it is.
+`observe/trainer.py` `get_batch_samples` (token counts) and `log`; in `observe/late_logs.py` `log`,
+`_maybe_log_save_evaluate` and what may come between the two; in `observe/health/trainer.py` `log` and `training_step`,
+once more, and `create_optimizer`; in `observe/out_of_memory.py` errors on their way out; in `checkpoints.py` which one
+`train` resumes from. With the flag off each returns the parent's result as it is.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from chronicals_trl.model.recompute_trainer import RecomputeMixin
 from chronicals_trl.model.trainer import CudaGraphsMixin
 from chronicals_trl.model.walks_trainer import WalksMixin
 from chronicals_trl.observe.health.trainer import HealthMixin
+from chronicals_trl.observe.late_logs import LateLogsMixin
 from chronicals_trl.observe.out_of_memory import OutOfMemoryMixin
 from chronicals_trl.observe.trainer import ThroughputMixin
 from chronicals_trl.optim.adamw_trainer import AdamWMixin
@@ -64,6 +66,7 @@ class SFTTrainer(
     WalksMixin,
     RecomputeMixin,
     CudaGraphsMixin,
+    LateLogsMixin,
     ThroughputMixin,
     TrlSFTTrainer,
 ):

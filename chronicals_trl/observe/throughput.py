@@ -6,6 +6,7 @@ slow the step down, so a count that lives on the GPU stays there until the figur
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +69,7 @@ class ThroughputMeter:
         self.flops, self.flop_rate = flops, flop_rate
         self._clock = clock
         self._paused = 0  # depth: an evaluation may save, and both exclude their time
+        self._next: ThroughputMeter | None = None  # whose interval begins where this one's ends
         self.reset()
 
     def reset(self) -> None:
@@ -145,8 +147,22 @@ class ThroughputMeter:
         finally:
             self.resume()
 
+    def split(self) -> ThroughputMeter:
+        """A meter with what has been counted, to be read later; this one counts on from here.
+
+        The interval ends when the returned meter is read, and this one's begins then: read it when the work that was
+        queued up to here is done, and that which was queued since is not.
+        """
+        ended = copy.copy(self)
+        ended._next = self
+        self.reset()
+        self._waited = False
+        return ended
+
     def read(self) -> dict[str, float]:
-        """The figures since the last reading, and a new interval. The one place that waits for the device.
+        """The figures since the last reading, and a new interval.
+
+        The one place that waits for the device, for what is queued on the current stream.
 
         Returns:
             "tokens_per_second": real tokens; absent if no time has passed.
@@ -163,8 +179,11 @@ class ThroughputMeter:
             return {}
         if self.device.type == "cuda":
             # Work that is only queued would otherwise count as done.
-            torch.cuda.synchronize(self.device)
-        seconds = self._seconds if self._paused else self._seconds + self._clock() - self._since
+            torch.cuda.current_stream(self.device).synchronize()
+        now = self._clock()
+        seconds = self._seconds if self._paused else self._seconds + now - self._since
+        if self._next is not None:
+            self._next._since, self._next = now, None
         tokens, slots = self._tokens.value(), self._slots.value()
         figures = {"packing_fill": tokens / slots} if slots else {}
         if seconds > 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,23 @@ from chronicals_trl.observe.throughput import ThroughputMeter
 
 # Micro-batches whose sums may wait on the device, of a run that hardly ever logs.
 MOST_SUMS = 1024
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What a log entry tells beside the loss, of the steps since the entry before; nothing of it has been read.
+
+    Attributes:
+        meter: throughput of these steps.
+        sums: of their micro-batches, as `_record` makes them, over all ranks.
+        metrics: TRL's, where its own head makes them.
+        real_tokens: since the run began.
+    """
+
+    meter: ThroughputMeter
+    sums: list[Tensor]
+    metrics: dict[str, list[Any]]
+    real_tokens: int | Tensor
 
 
 class ThroughputMixin(Trainer):
@@ -105,11 +124,39 @@ class ThroughputMixin(Trainer):
 
     def _settle_metrics(self) -> None:
         """Metrics of what has been trained since the last log."""
-        for work in self._sums_on_their_way:
-            work.wait()
+        self._await_sums()
         if self._sums:
             self._keep_metrics("train", torch.stack(self._sums).cpu())
-        self._sums, self._sums_on_their_way = [], []
+        self._sums = []
+
+    def _await_sums(self) -> None:
+        for work in self._sums_on_their_way:
+            work.wait()
+        self._sums_on_their_way = []
+
+    def _begin_interval(self) -> Interval:
+        """What a log entry would be made of now; from here on the next one is counted. Waits for nothing."""
+        self._await_sums()
+        metrics = self._metrics["train"]
+        ended = Interval(self._meter.split(), self._sums, dict(metrics), self._real_tokens)
+        self._sums = []
+        metrics.clear()
+        return ended
+
+    @contextmanager
+    def _of_interval(self, interval: Interval) -> Iterator[None]:
+        """Inside, a log entry is of that interval. What has been counted since is there again afterwards."""
+        now = Interval(self._meter, self._sums, dict(self._metrics["train"]), self._real_tokens)
+        self._take(interval)
+        try:
+            yield
+        finally:
+            self._take(now)
+
+    def _take(self, interval: Interval) -> None:
+        self._meter, self._sums, self._real_tokens = interval.meter, interval.sums, interval.real_tokens
+        self._metrics["train"].clear()
+        self._metrics["train"].update(interval.metrics)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._chronicals is None:

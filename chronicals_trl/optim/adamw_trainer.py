@@ -9,9 +9,10 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
+from chronicals_trl._callbacks import acts_on
 from chronicals_trl.config import ChronicalsConfig
 from chronicals_trl.kernels._common import HAS_TRITON
 from chronicals_trl.optim.adamw import FusedAdamW, give_back, is_wrapped, obstacle, take_over
@@ -140,7 +141,7 @@ class AdamWMixin(Trainer):
             return f"{overrides} and may look at them"
         if len({(type(g), g.device, g.dtype) for g in gradients}) > 1 or type(gradients[0]) is not Tensor:
             return "the gradients are of several dtypes or devices"
-        watching = (each for each in self.callback_handler.callbacks if any(_own(each, event) for event in _EVENTS))
+        watching = (each for each in self.callback_handler.callbacks if any(acts_on(each, event) for event in _EVENTS))
         return next((f"{type(callback).__name__} may look at them" for callback in watching), None)
 
     def _tell_once(self, reason: str) -> None:
@@ -151,8 +152,3 @@ class AdamWMixin(Trainer):
         self.chronicals_report.notes.append(note)
         self._save_report()
         logger.info("chronicals-trl: %s", note)
-
-
-def _own(callback: Any, event: str) -> bool:
-    """Whether a callback does something at an event, on its class or on itself."""
-    return getattr(getattr(callback, event), "__func__", None) is not getattr(TrainerCallback, event)

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from chronicals_trl import SFTConfig, SFTTrainer
 from chronicals_trl.model import patch
+from chronicals_trl.observe import late_logs
 
 MAX_LENGTH = 96
 RANKS = int(os.environ["WORLD_SIZE"])
@@ -67,6 +68,23 @@ def train(output: Path, family: str, **options: Any) -> dict[str, Any]:
     }
 
 
+def entries(output: Path, devices: tuple[str, ...], **options: Any) -> dict[str, Any]:
+    """The log of a run whose entries are written late on these devices, and how many were."""
+    late_logs.DEVICES, before = devices, late_logs.DEVICES
+    try:
+        trainer = make(output, **options)
+        late = []
+        set_aside = trainer._set_entry_aside
+        trainer._set_entry_aside = lambda *args: (late.append(trainer.state.global_step), set_aside(*args))
+        result = trainer.train()
+    finally:
+        late_logs.DEVICES = before
+    return {
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry], "late": late,
+        "loss": result.training_loss, "flos": trainer.state.total_flos,
+    }  # fmt: skip
+
+
 def evaluate(output: Path, family: str, batch_size: int) -> dict[str, dict[str, float]]:
     """Evaluation of packed rows with the flag on, and of the same rows with the flag off."""
     sizes = {"per_device_eval_batch_size": batch_size}
@@ -97,6 +115,8 @@ def main(output: Path) -> None:
         "llama": train(output, "llama", per_device_train_batch_size=2 // RANKS),
         "experts": train(output, "qwen3_moe", **accumulated),
         "experts, head off": train(output, "qwen3_moe", chronicals_config={"head": "off"}, **accumulated),
+        "late": entries(output, ("cpu",), per_device_train_batch_size=2 // RANKS),
+        "at once": entries(output, (), per_device_train_batch_size=2 // RANKS),
         "eval 1": evaluate(output, "llama", 1),
         "eval 4": evaluate(output, "llama", 4),
         "apart": apart(output),

@@ -54,6 +54,16 @@ def test_two_ranks_equal_one_process(ranks: tuple[dict[str, Any], dict[str, Any]
     assert said == (case == "experts, head off")
 
 
+def test_entries_that_are_written_late_are_of_all_ranks(ranks: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    for figures in ranks:
+        late, at_once = figures["late"], figures["at once"]
+        assert late["late"] == [1, 2] and at_once["late"] == []  # the last one ends the run
+        for name in ("tokens_per_second", "peak_memory_gib"):  # of a clock, and of the process
+            assert all(entry.pop(name) > 0 for entry in late["log"] + at_once["log"])
+        assert late["log"] == at_once["log"] and len(late["log"]) == 3
+        assert late["loss"] == at_once["loss"] and late["flos"] == at_once["flos"] > 0
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_evaluation_on_ranks(ranks: tuple[dict[str, Any], dict[str, Any]], batch_size: int) -> None:
     """The loss is the one with the flag off on the same rows, and the one of a single process."""

@@ -174,8 +174,8 @@ def test_no_utilisation_without_a_rate(clock: Clock) -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> tuple[ThroughputMeter, list[bool]]:
     """A meter of a GPU, and whether that has nothing to do at the looks to come."""
     idle: list[bool] = []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=lambda: idle.pop(0)))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    stream = SimpleNamespace(query=lambda: idle.pop(0), synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 0)
     return ThroughputMeter("cuda", clock=clock), idle
 
@@ -223,3 +223,33 @@ def test_without_a_gpu_nothing_is_host_bound(meter: ThroughputMeter) -> None:
     meter.look(step=0)
     meter.update(1, 1)
     assert "host_bound" not in meter.read()
+
+
+def test_a_meter_that_is_split_off_is_read_later(meter: ThroughputMeter, clock: Clock) -> None:
+    clock.now += 1.0
+    meter.update(300, 400)
+    ended = meter.split()
+    meter.update(50, 100)
+    clock.now += 0.5  # until the device has done what was queued before the split
+    figures = ended.read()
+    assert figures["tokens_per_second"] == 300 / 1.5 and figures["packing_fill"] == 300 / 400
+    clock.now += 0.25  # from then on
+    figures = meter.read()
+    assert figures["tokens_per_second"] == 50 / 0.25 and figures["packing_fill"] == 50 / 100
+    # The one that was split off is done with: reading it anew moves nobody's interval.
+    meter.update(10, 10)
+    clock.now += 1.0
+    assert ended.read() == {}
+    assert meter.read()["tokens_per_second"] == 10
+
+
+def test_a_split_is_no_wait_for_the_gpu(gpu: tuple[ThroughputMeter, list[bool]]) -> None:
+    meter, idle = gpu
+    idle += [False]
+    meter.look(step=0), meter.look(step=0)
+    meter.update(1, 1)
+    ended = meter.split()
+    idle += [True]  # it has run dry by itself
+    meter.look(step=1), meter.look(step=1)
+    meter.update(1, 1)
+    assert ended.read()["host_bound"] == 0 and meter.read()["host_bound"] == 1

@@ -1,0 +1,225 @@
+"""Log entries that are written after the next step's passes: what is in them, and when they are written at once.
+
+The CPU passes for a device that works on while the host reads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_data
+import tiny_models
+import torch
+from training_runs import SETTINGS
+from transformers import Trainer, TrainerCallback
+
+from chronicals_trl import SFTConfig, SFTTrainer
+from chronicals_trl.observe import late_logs
+
+# Of a clock, or of the process.
+MEASURED = {"tokens_per_second", "peak_memory_gib", "train_runtime", "train_samples_per_second",
+            "train_steps_per_second", "train_tokens_per_second"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cpu_works_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(late_logs, "DEVICES", ("cpu",))
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happened, in order: passes (with the step that they are a part of) and entries (with theirs)."""
+    events: list[str] = []
+    step, log = Trainer.training_step, Trainer.log
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        events.append(f"pass {self.state.global_step + 1}")
+        return step(self, *args, **kwargs)
+
+    def write(self: Any, logs: dict[str, float], *args: Any) -> None:
+        if "loss" in logs:
+            events.append(f"entry {self.state.global_step}")
+        log(self, logs, *args)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    monkeypatch.setattr(Trainer, "log", write)
+    return events
+
+
+def make(tmp_path: Path, *callbacks: TrainerCallback, kind: type = SFTTrainer, family: str = "llama", **options: Any):
+    options = {"use_chronicals": True, "output_dir": str(tmp_path / "out"), **options}
+    return kind(
+        model=tiny_models.build(family),
+        args=SFTConfig(**{**SETTINGS, **options}),
+        train_dataset=tiny_data.text(60),
+        eval_dataset=tiny_data.text(4, seed=2) if "eval_steps" in options else None,
+        processing_class=tiny_data.tokenizer(),
+        callbacks=list(callbacks),
+    )
+
+
+def history(trainer: Any) -> list[dict[str, float]]:
+    return [{k: v for k, v in entry.items() if k not in MEASURED} for entry in trainer.state.log_history]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"packing": True, "include_num_input_tokens_seen": "all"}),
+        ("llama", {"gradient_accumulation_steps": 2, "logging_steps": 3, "max_steps": 7}),
+        ("llama", {"max_grad_norm": 0.0, "logging_first_step": True, "logging_steps": 2}),
+        ("llama", {"chronicals_config": {"head": "off"}}),  # TRL's own metrics
+        ("qwen3_moe", {"packing": True, "router_aux_loss_coef": 0.3}),
+        ("llama", {"max_steps": -1, "num_train_epochs": 2, "packing": True, "logging_steps": 2}),  # over epochs' ends
+    ],
+)
+def test_entries_are_those_of_a_run_that_waits(
+    family: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[str]
+) -> None:
+    late = make(tmp_path / "late", family=family, **options)
+    late_result = late.train()
+    order = list(told)
+    told.clear()
+    monkeypatch.setattr(late_logs, "DEVICES", ())
+    waiting = make(tmp_path / "waiting", family=family, **options)
+    result = waiting.train()
+    assert history(late) == history(waiting)
+    assert all("tokens_per_second" in entry for entry in late.state.log_history[:-1])
+    assert late_result.training_loss == result.training_loss
+    assert late.state.total_flos == waiting.state.total_flos > 0
+    assert all(a.equal(b) for a, b in zip(late.model.parameters(), waiting.model.parameters(), strict=True))
+    assert sorted(order) == sorted(told) and order != told  # or nothing was late
+
+
+def test_an_entry_comes_after_the_next_pass_and_before_the_next_update(tmp_path: Path, told: list[str]) -> None:
+    weights, written = {}, {}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            weights[state.global_step] = trainer.model.lm_head.weight.detach().clone()
+
+    trainer = make(tmp_path, Watch(), gradient_accumulation_steps=2, max_steps=3)
+    log = trainer.callback_handler.on_log
+
+    def on_log(args: Any, state: Any, control: Any, logs: Any) -> Any:
+        written[state.global_step] = trainer.model.lm_head.weight.detach().clone()
+        return log(args, state, control, logs)
+
+    trainer.callback_handler.on_log = on_log
+    trainer.train()
+    assert told == ["pass 1", "pass 1", "pass 2", "entry 1", "pass 2", "pass 3", "entry 2", "pass 3", "entry 3"]
+    assert all(written[step].equal(weights[step]) for step in (1, 2, 3))
+
+
+def test_a_save_and_an_evaluation_find_the_entry_written(tmp_path: Path, told: list[str]) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
+    trainer = make(tmp_path, max_steps=4, **options)
+    trainer.train()
+    assert told == ["pass 1", "pass 2", "entry 1", "entry 2", "pass 3", "entry 3", "pass 4", "entry 4"]
+    kinds = ["eval" if "eval_loss" in entry else entry["step"] for entry in trainer.state.log_history[:-1]]
+    assert kinds == [1, 2, 3, "eval", 4, "eval"]
+
+
+class OnLog(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+class OnStepBegin(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert len(state.log_history) == state.global_step
+
+
+class OnEpochEnd(TrainerCallback):
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert len(state.log_history) == state.global_step
+
+
+class OwnLog(SFTTrainer):
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        super().log(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("callback", "kind", "who"),
+    [
+        (OnLog(), SFTTrainer, "OnLog"),
+        (OnStepBegin(), SFTTrainer, "OnStepBegin"),
+        (OnEpochEnd(), SFTTrainer, "OnEpochEnd"),
+        (TrainerCallback(), OwnLog, "OwnLog overrides log"),
+    ],
+)
+def test_at_once_where_somebody_may_act_on_it(
+    callback: TrainerCallback, kind: type, who: str, tmp_path: Path, told: list[str]
+) -> None:
+    trainer = make(tmp_path, callback, kind=kind, max_steps=3)
+    trainer.train()
+    steps = 1 if isinstance(callback, OnLog) else 3
+    assert told == [event for step in range(1, steps + 1) for event in (f"pass {step}", f"entry {step}")]
+    assert [note for note in trainer.chronicals_report.notes if note.startswith("each log entry is waited for")] == [
+        f"each log entry is waited for: {who} may act on it"
+        if "overrides" not in who
+        else f"each log entry is waited for: {who} and may act on it"
+    ]
+
+
+def test_a_method_put_on_a_librarys_callback_is_somebodys(tmp_path: Path, told: list[str]) -> None:
+    trainer = make(tmp_path, max_steps=2)
+    [printer] = [each for each in trainer.callback_handler.callbacks if type(each).__name__ == "PrinterCallback"]
+    seen = []
+    printer.on_log = lambda args, state, control, **kwargs: seen.append(state.global_step)
+    trainer.train()
+    assert told == ["pass 1", "entry 1", "pass 2", "entry 2"] and seen[:2] == [1, 2]
+
+
+def test_an_entry_of_the_users_own_comes_behind(tmp_path: Path) -> None:
+    class OwnLoss(SFTTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step:
+                self.log({"mine": float(self.state.global_step)})
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = make(tmp_path, kind=OwnLoss, max_steps=3)
+    trainer.train()
+    assert ["mine" if "mine" in entry else entry["step"] for entry in trainer.state.log_history[:-1]] == [
+        1, "mine", 2, "mine", 3,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("interruption", [ArithmeticError, KeyboardInterrupt])
+def test_an_error_in_the_next_step_does_not_lose_the_entry(
+    interruption: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(tmp_path, max_steps=3)
+    prepare = trainer._prepare_inputs
+
+    def failing(inputs: Any) -> Any:
+        if trainer.state.global_step == 2:
+            raise interruption("in the third step")
+        return prepare(inputs)
+
+    monkeypatch.setattr(trainer, "_prepare_inputs", failing)
+    with pytest.raises(interruption, match="in the third step"):
+        trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history] == [1, 2]
+    monkeypatch.undo()
+    monkeypatch.setattr(late_logs, "DEVICES", ("cpu",))
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history[:-1]] == [1, 2, 3]
+
+
+@pytest.mark.planted_fault
+def test_health_ends_the_run_before_another_update(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=6, chronicals_config={"health": "stop"})
+    before = trainer.model.lm_head.weight.detach().clone()
+    trainer.model.lm_head.weight.register_hook(lambda grad: grad * torch.nan)
+    with pytest.raises(RuntimeError, match="gradient norm nan"):
+        trainer.train()
+    assert trainer.state.global_step == 1 and not before.equal(trainer.model.lm_head.weight)
+
+
+def test_plain_runs_write_at_once(tmp_path: Path, told: list[str]) -> None:
+    make(tmp_path, max_steps=2, use_chronicals=False).train()
+    assert told == ["pass 1", "entry 1", "pass 2", "entry 2"]
