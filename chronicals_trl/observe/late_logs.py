@@ -85,7 +85,6 @@ class LateLogsMixin(ThroughputMixin):
         self._write_entry()  # of an epoch's last step: no pass has come after it
         if self._can_be_late(grad_norm):
             self._set_entry_aside(tr_loss, grad_norm, start_time, learning_rate)
-            self.control.should_log = False
         super()._maybe_log_save_evaluate(
             tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
         )
@@ -179,7 +178,7 @@ class LateLogsMixin(ThroughputMixin):
             interval,
             ready,
         )
-        self._globalstep_last_logged = self.state.global_step
+        self._globalstep_last_logged = self.state.global_step  # so Trainer takes it for logged
 
     def _write_entry(self) -> None:
         entry, self._entry = self._entry, None

@@ -116,7 +116,11 @@ def test_an_entry_comes_after_the_next_pass_and_before_the_next_update(tmp_path:
 def test_a_save_and_an_evaluation_find_the_entry_written(tmp_path: Path, told: list[str]) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
     trainer = make(tmp_path, max_steps=4, **options)
+    late = []
+    set_aside = trainer._set_entry_aside
+    trainer._set_entry_aside = lambda *args: (late.append(trainer.state.global_step), set_aside(*args))
     trainer.train()
+    assert late == [1]
     assert told == ["pass 1", "pass 2", "entry 1", "entry 2", "pass 3", "entry 3", "pass 4", "entry 4"]
     kinds = ["eval" if "eval_loss" in entry else entry["step"] for entry in trainer.state.log_history[:-1]]
     assert kinds == [1, 2, 3, "eval", 4, "eval"]
@@ -223,3 +227,24 @@ def test_health_ends_the_run_before_another_update(tmp_path: Path) -> None:
 def test_plain_runs_write_at_once(tmp_path: Path, told: list[str]) -> None:
     make(tmp_path, max_steps=2, use_chronicals=False).train()
     assert told == ["pass 1", "entry 1", "pass 2", "entry 2"]
+
+
+def test_a_loader_that_has_no_second_epoch_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Once:
+        def __init__(self, loader: Any) -> None:
+            self.batches = list(loader)[:3]
+
+        def __len__(self) -> int:
+            return 3
+
+        def __iter__(self) -> Any:
+            batches, self.batches = self.batches, []
+            return iter(batches)
+
+    trainer = make(tmp_path, max_steps=6)
+    loader = Once(trainer.get_train_dataloader())
+    monkeypatch.setattr(trainer, "get_train_dataloader", lambda: loader)
+    result = trainer.train()
+    entries = trainer.state.log_history[:-1]
+    assert [entry["step"] for entry in entries] == [1, 2, 3]
+    assert result.training_loss == pytest.approx(sum(entry["loss"] for entry in entries) / 3)
