@@ -115,8 +115,6 @@ class LateLogsMixin(ThroughputMixin):
             with contextlib.suppress(Exception):  # after an error of the GPU's there is nothing to read
                 self._write_entry()
             raise
-        finally:
-            self._entry = None
 
     # -- when, and how ------------------------------------------------------------------------------------------------
 

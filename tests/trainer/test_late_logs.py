@@ -104,6 +104,7 @@ def test_an_entry_comes_after_the_next_pass_and_before_the_next_update(tmp_path:
     log = trainer.callback_handler.on_log
 
     def on_log(args: Any, state: Any, control: Any, logs: Any) -> Any:
+        assert state.total_flos > 0
         written[state.global_step] = trainer.model.lm_head.weight.detach().clone()
         return log(args, state, control, logs)
 
@@ -124,6 +125,22 @@ def test_a_save_and_an_evaluation_find_the_entry_written(tmp_path: Path, told: l
     assert told == ["pass 1", "pass 2", "entry 1", "entry 2", "pass 3", "entry 3", "pass 4", "entry 4"]
     kinds = ["eval" if "eval_loss" in entry else entry["step"] for entry in trainer.state.log_history[:-1]]
     assert kinds == [1, 2, 3, "eval", 4, "eval"]
+
+
+def test_the_entry_of_an_epoch_is_written_at_its_end(tmp_path: Path, told: list[str]) -> None:
+    make(tmp_path, max_steps=-1, num_train_epochs=2, packing=True, logging_strategy="epoch").train()
+    passes = len(told) // 2 - 1
+    assert told[passes] == f"entry {passes}" and told[-1] == f"entry {2 * passes}"
+
+
+def test_a_norm_that_is_sharded_is_read_at_once(tmp_path: Path) -> None:
+    class Sharded(torch.Tensor):
+        """As FSDP2's, whose reading is a matter of all ranks."""
+
+    trainer = make(tmp_path)
+    trainer.control.should_log, trainer.state.global_step, trainer._globalstep_last_logged = True, 1, 0
+    assert trainer._can_be_late(torch.ones(())) and trainer._can_be_late(1.0) and trainer._can_be_late(None)
+    assert not trainer._can_be_late(torch.ones(()).as_subclass(Sharded))
 
 
 class OnLog(TrainerCallback):

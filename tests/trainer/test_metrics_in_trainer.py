@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +47,16 @@ def test_sums_are_read_when_they_have_been_around(tmp_path: Path) -> None:
     assert told["mean_token_accuracy"] == pytest.approx((2 / 4 + 0 + 2 / 2) / 3)
     assert told["aux_loss"] == pytest.approx((6 / 2 + 0 + 2 / 1) / 3)  # over the ranks that have one
     assert trainer._sums == trainer._sums_on_their_way == []
+
+
+def test_an_interval_ends_with_sums_that_have_been_around(tmp_path: Path) -> None:
+    """On a GPU `wait` has the stream wait on which the step is, not the one on which the entry is read."""
+    waited = []
+    trainer = make(tmp_path)
+    trainer._sums = [torch.ones(5)]
+    trainer._sums_on_their_way = [SimpleNamespace(wait=lambda: waited.append(True))]
+    interval = trainer._begin_interval()
+    assert waited and len(interval.sums) == 1 and trainer._sums == trainer._sums_on_their_way == []
 
 
 def test_a_run_that_failed_leaves_nothing_to_the_next(tmp_path: Path) -> None:

@@ -250,6 +250,6 @@ def test_a_split_is_no_wait_for_the_gpu(gpu: tuple[ThroughputMeter, list[bool]])
     meter.update(1, 1)
     ended = meter.split()
     idle += [True]  # it has run dry by itself
-    meter.look(step=1), meter.look(step=1)
+    meter.look(step=1)
     meter.update(1, 1)
     assert ended.read()["host_bound"] == 0 and meter.read()["host_bound"] == 1
