@@ -46,21 +46,21 @@ def amend(report: ActivationReport, model: nn.Module) -> list[str]:
     if blocks:
         notes.append(f"{blocks} attention blocks and MLPs call their projections one by one, since these have hooks")
     if report["head"].reason == tied_weight.TOGETHER:
-        news += _amend_head(report, patched)
+        news += _amend_head(report, model)
     notes = [note for note in notes if note not in report.notes]
     report.notes += notes
     return news + notes
 
 
-def _amend_head(report: ActivationReport, patched: list[nn.Module]) -> list[str]:
+def _amend_head(report: ActivationReport, model: nn.Module) -> list[str]:
     """What the embedding that shares the head's weight does now; [] where that is what the report says."""
-    for module in patched:
-        spec = module.__dict__.get(SPEC)
+    of: Any
+    for of in model.modules():
+        spec = of.__dict__.get(SPEC)
         if not isinstance(spec, HeadSpec) or not spec.tied:
             continue
-        model: Any = module
-        ends = model.get_input_embeddings(), model.get_output_embeddings()
-        why = tied_weight.obstacle(model, *ends)
+        ends = of.get_input_embeddings(), of.get_output_embeddings()
+        why = tied_weight.obstacle(of, *ends)
         if why is not None:
             said = f"{tied_weight.APART}: {why}" if tied_weight.is_tied(*ends) else None  # frozen, or no longer tied
             report.set(replace(report["head"], reason=said))
