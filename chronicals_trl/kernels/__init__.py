@@ -9,7 +9,6 @@ run the kernels too, through Triton's interpreter.
 from __future__ import annotations
 
 from ._common import LAUNCHES, backend
-from ._embedding_rows import tied_embedding
 from ._gated_mlp import gated_mlp, geglu, geglu_reference, swiglu, swiglu_reference
 from ._linear_cross_entropy import (
     LinearCrossEntropyOutput,
@@ -47,5 +46,4 @@ __all__ = [
     "shared_linear",
     "swiglu",
     "swiglu_reference",
-    "tied_embedding",
 ]

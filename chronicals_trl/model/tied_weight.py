@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chronicals_trl.kernels import linear_cross_entropy, tied_embedding
+from chronicals_trl.kernels import linear_cross_entropy
+from chronicals_trl.kernels._embedding_rows import tied_embedding
 from chronicals_trl.model.match import compare, probing, randn
 
 __all__ = [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_data
 import torch
 import waits
 from kernels import embedding_checks as check
@@ -165,19 +166,22 @@ def test_in_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     def trained(name: str) -> Any:
         options = {
-            "use_chronicals": True, "packing": True, "max_steps": 8, "use_cpu": False, "bf16": True,
-            "gradient_accumulation_steps": 2,
+            "use_chronicals": True, "packing": True, "max_length": 256, "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2, "max_steps": 8, "learning_rate": 1e-3, "use_cpu": False, "bf16": True,
+            "chronicals_config": {"cuda_graphs": "on"},
         }  # fmt: skip
-        return run(SFTTrainer, SFTConfig, tmp_path / name, family="qwen2", options=options)
+        return run(SFTTrainer, SFTConfig, tmp_path / name, family="qwen2", data=tiny_data.text(200), options=options)
 
     ours, gradients = trained("ours")
     added = LAUNCHES["add_embedding_rows"]
     monkeypatch.setattr(tied_weight, "obstacle", lambda *args: "not today")
     theirs, reference = trained("torch's")
     assert ours.chronicals_report["head"].reason == tied_weight.TOGETHER
-    assert ours.chronicals_report["cuda_graphs"].state == theirs.chronicals_report["cuda_graphs"].state == "on"
     assert added >= 16 and LAUNCHES["add_embedding_rows"] == added
-    torch.testing.assert_close(logged(ours, "loss"), logged(theirs, "loss"), rtol=1e-3, atol=0)
-    torch.testing.assert_close(logged(ours, "grad_norm"), logged(theirs, "grad_norm"), rtol=1e-2, atol=0)
+    for trainer in (ours, theirs):
+        (note,) = (n for n in trainer.chronicals_report.notes if n.startswith("CUDA graphs"))
+        assert not note.startswith("CUDA graphs: 0 "), trainer.chronicals_report.render()
+    assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), rel=2e-3)
+    assert logged(ours, "grad_norm") == pytest.approx(logged(theirs, "grad_norm"), rel=2e-2)
     for name, gradient in reference.items():
         assert (gradients[name] - gradient).norm() < 1e-2 * gradient.norm(), name

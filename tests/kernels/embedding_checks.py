@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from kernels.kernel_checks import assert_as_accurate
 from torch import Tensor
 
-from chronicals_trl.kernels import linear_cross_entropy, tied_embedding
-from chronicals_trl.kernels._embedding_rows import add_embedding_rows
+from chronicals_trl.kernels import linear_cross_entropy
+from chronicals_trl.kernels._embedding_rows import add_embedding_rows, tied_embedding
 
 # Ids (shape), vocabulary, width: below, at and above a tile's rows and columns; the third has runs of several tiles.
 SHAPES: list[tuple[tuple[int, ...], int, int]] = [((1,), 5, 1), ((64,), 7, 128), ((500,), 3, 130), ((3, 37), 211, 300)]

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from kernels import embedding_checks as check
 from torch import Tensor
 
-from chronicals_trl.kernels import LAUNCHES, _common, _embedding_rows, tied_embedding
+from chronicals_trl.kernels import LAUNCHES, _common, _embedding_rows
+from chronicals_trl.kernels._embedding_rows import tied_embedding
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 paddings = pytest.mark.parametrize("padding_idx", [None, 2])
