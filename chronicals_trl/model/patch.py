@@ -330,10 +330,8 @@ def _swap_embedding(base: Any, device: torch.device, dtype: torch.dtype) -> tupl
         return None, False
     why = tied_weight.obstacle(base, embedding, head)
     if why is None:
-        key = ("embedding", match.parameter_shape(embedding.weight), embedding.padding_idx is None, device, dtype)
-        if key not in _verdicts:
-            _verdicts[key] = _verdict(tied_weight.verify, embedding, device, dtype)
-        why = str(_verdicts[key]) if isinstance(_verdicts[key], Mismatch) else None
+        verdict = _verdict(tied_weight.verify, embedding, device, dtype)
+        why = str(verdict) if isinstance(verdict, Mismatch) else None
     if why is not None:
         return f"{tied_weight.APART}: {why}", False
     _install(embedding, tied_weight.embedding_forward)

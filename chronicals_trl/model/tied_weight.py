@@ -83,7 +83,7 @@ _current: ContextVar[Handover | None] = ContextVar("chronicals_trl_handover", de
 def handover(model: Any, head: Any) -> Iterator[Handover | None]:
     """While open, the embedding of `model` leaves `head` its view of their weight, if all is as patching found it."""
     embedding = model.get_input_embeddings()
-    if not torch.is_grad_enabled() or not _replaced(embedding) or obstacle(model, embedding, head) is not None:
+    if obstacle(model, embedding, head) is not None:
         yield None
         return
     current = Handover(embedding, embedding.weight)

@@ -61,10 +61,12 @@ def check_one_rounding(device: str, dtype: torch.dtype) -> None:
     """Terms that each vanish in the sum's dtype do not vanish together: rows and total meet in float32."""
     eps = torch.finfo(dtype).eps
     total = torch.ones(2, 4, device=device, dtype=dtype)
-    grad = torch.full((200, 4), eps / 8, device=device, dtype=dtype)
+    grad = torch.full((204, 4), eps / 8, device=device, dtype=dtype)
     grad[0] = 1.0  # with which the rest of the rows, summed in the dtype one by one, would be lost
-    add_embedding_rows(total, grad, torch.ones(200, dtype=torch.int64, device=device))
-    wanted = torch.tensor(2.0 + 199 * eps / 8, dtype=torch.float64).to(dtype).item()
+    add_embedding_rows(total, grad, torch.ones(204, dtype=torch.int64, device=device))
+    # 25.375 eps more than 2, where numbers are 2 eps apart; rows that were rounded first would give 24 of them.
+    wanted = torch.tensor(2.0 + 203 * eps / 8, dtype=torch.float64).to(dtype).item()
+    assert wanted == 2.0 + 26 * eps
     assert total.tolist() == [[1.0] * 4, [wanted] * 4]
 
 

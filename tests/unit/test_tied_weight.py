@@ -305,7 +305,12 @@ def test_a_lookup_before_the_models_own() -> None:
     for each in (model, plain(model)):
         model_of[each.model] = each
         each.model.register_forward_pre_hook(before, with_kwargs=True)
+        nodes: list[str] = []
+        each.model.embed_tokens.register_forward_hook(
+            lambda module, args, output, nodes=nodes: nodes.append(type(output.grad_fn).__name__)
+        )
         (forward(each).loss + each.extra).backward()
+        assert nodes == ["_TiedEmbeddingBackward" if each is model else "EmbeddingBackward0", "EmbeddingBackward0"]
         found.append(gradients(each))
     for name, gradient in found[1].items():  # added in another order
         torch.testing.assert_close(found[0][name], gradient, rtol=1e-5, atol=1e-6)
@@ -552,20 +557,56 @@ def test_a_pass_within_a_pass() -> None:
     require_equal(gradients(other), step(plain(other)))
 
 
-def test_a_compiled_model() -> None:
+def test_what_a_pass_awaits() -> None:
+    """One lookup by that embedding, and one call of its head."""
+    model, other = build(), nn.Embedding(tiny_models.VOCAB_SIZE, 32)
+    embedding, ids = model.model.embed_tokens, batch()["input_ids"]
+    other.weight = embedding.weight
+    with tied_weight.handover(model, model.lm_head) as current:
+        assert current.awaits(embedding, ids) and not current.awaits(other, ids)
+        embedding(ids)
+        assert not current.awaits(embedding, ids)
+    view = current.weight_for(model.lm_head)
+    assert view is not model.lm_head.weight and view.data_ptr() == model.lm_head.weight.data_ptr()
+    assert current.weight_for(model.lm_head) is model.lm_head.weight
+    with tied_weight.handover(model, model.lm_head) as current:
+        embedding(ids)
+        another_weight(model)
+        assert current.weight_for(model.lm_head) is model.lm_head.weight
+
+
+def test_a_model_that_does_not_tell_its_embedding() -> None:
+    def get_input_embeddings() -> None:
+        raise NotImplementedError
+
+    model = tiny_models.build("qwen2")
+    model.get_input_embeddings = get_input_embeddings
+    model.get_output_embeddings = lambda: model.lm_head
+    head = patch_model(model)["head"]
+    assert (head.state, head.reason) == ("on", None)
+    loss = forward(model).loss
+    assert edges(loss, model.lm_head.weight) == 2
+
+
+def test_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     theirs = step(plain(model))
+    lookups, lookup = [], tied_weight.tied_embedding
+    monkeypatch.setattr(tied_weight, "tied_embedding", lambda *args: lookups.append(args) or lookup(*args))
     for compiled in ("model.model", "model"):
         ours = build()
+        lookups.clear()
         whole = ours if compiled == "model" else ours.model
         whole.forward = torch.compile(whole.forward, backend="aot_eager")
         for name, gradient in step(ours).items():
             torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-5)
+        assert lookups == []
 
 
 def test_a_compiled_embedding() -> None:
     model = build()
-    model.model.embed_tokens.compile(backend="aot_eager")
+    model.model.embed_tokens.compile(backend="aot_eager", fullgraph=True)
+    assert not shared(model)
     require_equal(step(model), step(plain(build())))
 
 
