@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -596,11 +597,13 @@ def test_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     for compiled in ("model.model", "model"):
         ours = build()
         lookups.clear()
+        counters.clear()
         whole = ours if compiled == "model" else ours.model
         whole.forward = torch.compile(whole.forward, backend="aot_eager")
         for name, gradient in step(ours).items():
             torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-5)
         assert lookups == []
+        assert all("torch.compiler.disable" in why for why in counters["graph_break"])  # the head's own
 
 
 def test_a_compiled_embedding() -> None:
