@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from chronicals_trl.model import tied_weight
+from chronicals_trl.model.lm_head import HeadSpec
 from chronicals_trl.model.lora_state import hooked_part, match_lora
 from chronicals_trl.model.match import SPEC, GatedMLPSpec, own_forward, unhooked
 from chronicals_trl.model.rope import PROJECTIONS, AttentionSpec
@@ -23,7 +25,8 @@ _MLP_PROJECTIONS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 def amend(report: ActivationReport, model: nn.Module) -> list[str]:
     """Set right what `report` says of a patched model, as the hooks on its modules are now: call it after sharding.
 
-    The part `lora` is off where every layer takes PEFT's own path.
+    The part `lora` is off where every layer takes PEFT's own path; `head` says so where a weight that embedding and
+    head share gets two gradients.
 
     Returns:
         What is new in the report; [] where nothing is.
@@ -42,9 +45,27 @@ def amend(report: ActivationReport, model: nn.Module) -> list[str]:
     blocks = sum(any(map(_called, _projections(module))) for module in patched)
     if blocks:
         notes.append(f"{blocks} attention blocks and MLPs call their projections one by one, since these have hooks")
+    if report["head"].reason == tied_weight.TOGETHER:
+        news += _amend_head(report, model)
     notes = [note for note in notes if note not in report.notes]
     report.notes += notes
     return news + notes
+
+
+def _amend_head(report: ActivationReport, model: nn.Module) -> list[str]:
+    """What the embedding that shares the head's weight does now; [] where that is what the report says."""
+    of: Any
+    for of in model.modules():
+        spec = of.__dict__.get(SPEC)
+        if not isinstance(spec, HeadSpec) or not spec.tied:
+            continue
+        ends = of.get_input_embeddings(), of.get_output_embeddings()
+        why = tied_weight.obstacle(of, *ends)
+        if why is not None:
+            said = f"{tied_weight.APART}: {why}" if tied_weight.is_tied(*ends) else None  # frozen, or no longer tied
+            report.set(replace(report["head"], reason=said))
+            return [] if said is None else [f"head: {said}"]
+    return []
 
 
 def _projections(module: nn.Module) -> list[Any]:

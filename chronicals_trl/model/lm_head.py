@@ -24,16 +24,21 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
 
 from chronicals_trl.kernels import LinearCrossEntropyOutput, linear_cross_entropy
+from chronicals_trl.model import tied_weight
 from chronicals_trl.model.match import Mismatch, compare, probing, randn, require_close, shallow_twin
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What lies between the head's projection and the loss: logits = softcap(scale * (hidden W^T + bias))."""
+    """What lies between the head's projection and the loss: logits = softcap(scale * (hidden W^T + bias)).
+
+    `tied`: the embedding, whose weight is the head's, is patched as well (`tied_weight`).
+    """
 
     logit_scale: float = 1.0
     softcap: float | None = None
     logit_budget_mib: int | None = None
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,13 +90,16 @@ def head_forward(self: nn.Linear, hidden: Tensor, *args: Any, **kwargs: Any) -> 
         spec: the model's HeadSpec.
         call: the step's HeadCall.
         num_items: tokens of the whole optimizer step over which the loss is averaged; their count here if None.
+        handover: what the embedding may have left in this forward pass, or None.
 
     Returns:
         LinearCrossEntropyOutput; `loss` a scalar, the others (B * S,).
     """
     if "labels" not in kwargs:
         return type(self).forward(self, hidden, *args, **kwargs)
-    return _head_loss(hidden, self.weight, self.bias, **kwargs)
+    handover: tied_weight.Handover | None = kwargs.pop("handover", None)
+    weight = self.weight if handover is None else handover.weight_for(self)
+    return _head_loss(hidden, weight, self.bias, **kwargs)
 
 
 head_forward.__name__ = "forward"  # a bound method pickles by name, and has to find the class's own forward again
@@ -143,7 +151,10 @@ def causal_lm_loss(
     kwargs["use_cache"] = False
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    backbone = model.base_model(*args, **kwargs)
+    head, spec = model.get_output_embeddings(), model._chronicals_spec
+    meets = spec.tied and not torch.compiler.is_compiling()
+    with tied_weight.handover(model, head) if meets else contextlib.nullcontext() as handover:
+        backbone = model.base_model(*args, **kwargs)
     hidden_BSH = backbone.last_hidden_state
     if shift_labels is None:
         if labels is None:
@@ -152,12 +163,11 @@ def causal_lm_loss(
         length = hidden_BSH.shape[1] - 1
     else:
         labels_BS, length = shift_labels, hidden_BSH.shape[1]
-    head = model.get_output_embeddings()
     # A model split by `device_map` may end on another device than its head. But where FSDP2 keeps the shards of a head
     # in a unit of its own (the CPU, when offloading) is not where that head will compute.
     if not isinstance(head.weight, DTensor):
         hidden_BSH, labels_BS = hidden_BSH.to(head.weight.device), labels_BS.to(head.weight.device)
-    out = head(hidden_BSH, labels=labels_BS, spec=model._chronicals_spec, call=call, num_items=num_items)
+    out = head(hidden_BSH, labels=labels_BS, spec=spec, call=call, num_items=num_items, handover=handover)
 
     loss, router_loss = out.loss, None
     if kwargs.get("output_router_logits"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import types
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from chronicals_trl.config import ChronicalsConfig
 from chronicals_trl.kernels import backend as kernel_backend
-from chronicals_trl.model import attention, attention_choice, decoder, lm_head, match, rope
+from chronicals_trl.model import attention, attention_choice, decoder, lm_head, match, rope, tied_weight
 from chronicals_trl.model.lora_state import match_lora
 from chronicals_trl.model.match import SPEC, Mismatch
 from chronicals_trl.report import ActivationReport, PartReport
@@ -317,8 +318,24 @@ def _swap_head(base: Any, config: ChronicalsConfig, device: torch.device, dtype:
         return PartReport("head", "off", reason=str(_verdicts[key]), omitted=True)
     for linear in linears:
         _install(linear, lm_head.head_forward)
-    _install(base, lm_head.causal_lm_forward(type(base).forward), spec)
-    return PartReport("head", "on", modules=1, backend=kernel_backend(device))
+    reason, tied = _swap_embedding(base, device, dtype)
+    _install(base, lm_head.causal_lm_forward(type(base).forward), replace(spec, tied=tied))
+    return PartReport("head", "on", modules=1, backend=kernel_backend(device), reason=reason)
+
+
+def _swap_embedding(base: Any, device: torch.device, dtype: torch.dtype) -> tuple[str | None, bool]:
+    """What the report says of a trained weight that embedding and head share, and whether they share its gradient."""
+    embedding, head = tied_weight.input_embedding(base), base.get_output_embeddings()
+    if not tied_weight.is_tied(embedding, head):
+        return None, False
+    why = tied_weight.obstacle(base, embedding, head)
+    if why is None:
+        verdict = _verdict(tied_weight.verify, embedding, device, dtype)
+        why = str(verdict) if isinstance(verdict, Mismatch) else None
+    if why is not None:
+        return f"{tied_weight.APART}: {why}", False
+    _install(embedding, tied_weight.embedding_forward)
+    return tied_weight.TOGETHER, True
 
 
 def _swap_lora(model: nn.Module, device: torch.device) -> PartReport:

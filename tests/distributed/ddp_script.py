@@ -15,7 +15,7 @@ from ranks import leave
 from transformers import TrainerCallback
 
 from chronicals_trl import SFTConfig, SFTTrainer
-from chronicals_trl.model import patch
+from chronicals_trl.model import patch, tied_weight
 from chronicals_trl.observe import late_logs
 
 MAX_LENGTH = 96
@@ -56,8 +56,13 @@ def train(output: Path, family: str, **options: Any) -> dict[str, Any]:
     trainer = make(output, family, **options)
     gradients = Gradients()
     trainer.add_callback(gradients)
+    lookups, lookup = [], tied_weight.tied_embedding
+    tied_weight.tied_embedding = lambda *args: lookups.append(family) or lookup(*args)
     real = torch.tensor(sum(int(batch["num_real_tokens"]) for batch in trainer.get_train_dataloader()))
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        tied_weight.tied_embedding = lookup
     return {
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "gradients": gradients.steps,
@@ -65,6 +70,7 @@ def train(output: Path, family: str, **options: Any) -> dict[str, Any]:
         "tokens_in_the_data": sum(len(ids) for ids in trainer.train_dataset["input_ids"]),
         "finite": all(bool(p.isfinite().all()) for p in trainer.model.parameters()),
         "report": trainer.chronicals_report.to_dict(),
+        "lookups_with_one_gradient": len(lookups),
     }
 
 
@@ -113,6 +119,7 @@ def main(output: Path) -> None:
     accumulated = {"gradient_accumulation_steps": 2 // RANKS, "router_aux_loss_coef": 0.3}
     figures = {
         "llama": train(output, "llama", per_device_train_batch_size=2 // RANKS),
+        "tied": train(output, "qwen2", per_device_train_batch_size=2 // RANKS),
         "experts": train(output, "qwen3_moe", **accumulated),
         "experts, head off": train(output, "qwen3_moe", chronicals_config={"head": "off"}, **accumulated),
         "late": entries(output, ("cpu",), per_device_train_batch_size=2 // RANKS),

@@ -30,7 +30,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
     return _run(folder / "two", 2), _run(folder / "one", 1)
 
 
-@pytest.mark.parametrize("case", ["llama", "experts", "experts, head off"])
+@pytest.mark.parametrize("case", ["llama", "tied", "experts", "experts, head off"])
 def test_two_ranks_equal_one_process(ranks: tuple[dict[str, Any], dict[str, Any]], case: str) -> None:
     two, one = (figures[case] for figures in ranks)
     # An odd number of rows: the second rank's last one is empty, and nothing is trained on twice.
@@ -38,7 +38,9 @@ def test_two_ranks_equal_one_process(ranks: tuple[dict[str, Any], dict[str, Any]
     assert two["real_tokens_of_all_ranks"] == one["real_tokens_of_all_ranks"] == two["tokens_in_the_data"]
     assert len(two["log"]) == len(one["log"]) == 3
     assert two["finite"] and one["finite"]
-    metrics = ["entropy", "mean_token_accuracy"] if case == "llama" else []
+    metrics = ["entropy", "mean_token_accuracy"] if case in ("llama", "tied") else []
+    # Of a weight that embedding and head share there is one gradient, of which DDP hears once.
+    assert two["lookups_with_one_gradient"] == one["lookups_with_one_gradient"] == (3 if case == "tied" else 0)
     if case == "experts":
         # The mean over the micro-batches that have tokens, as one process accumulates it; an empty one has no part.
         metrics = ["aux_loss"]

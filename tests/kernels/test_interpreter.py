@@ -14,7 +14,7 @@ from chronicals_trl.kernels import _common
 # The first is for the interpreter alone; the others hold for either path.
 FILES = (
     "test_interp_kernels.py", "test_kernel_op.py", "test_gated_mlp.py", "test_shared_linear.py", "test_lora_mlp.py",
-    "test_lora_dropout.py", "test_adamw_kernel.py",
+    "test_lora_dropout.py", "test_adamw_kernel.py", "test_embedding_rows.py",
     "test_interp_cross_entropy.py",
 )  # fmt: skip
 
