@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from chronicals_trl import patch_model, unpatch_model
+from chronicals_trl.kernels import _embedding_rows
 from chronicals_trl.model import apart, tied_weight
 from chronicals_trl.model.lm_head import HeadCall
 
@@ -664,3 +665,18 @@ def test_the_report_is_set_right() -> None:
     frozen(model)
     assert apart.amend(report, model) == []
     assert report["head"].reason is None
+
+
+def test_the_gradient_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's memory becomes `.grad`: a copy of it would be as dear as the addition that is saved."""
+    where = []
+    add = _embedding_rows.add_embedding_rows
+
+    def watching(total_VH: Tensor, *arguments: Any) -> Tensor:
+        where.append(total_VH.data_ptr())
+        return add(total_VH, *arguments)
+
+    monkeypatch.setattr(_embedding_rows, "add_embedding_rows", watching)
+    model = build()
+    step(model)
+    assert where == [model.lm_head.weight.grad.data_ptr()]
