@@ -676,7 +676,7 @@ def test_the_gradient_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
         where.append(total_VH.data_ptr())
         return add(total_VH, *arguments)
 
-    monkeypatch.setattr(_embedding_rows, "add_embedding_rows", watching)
     model = build()
+    monkeypatch.setattr(_embedding_rows, "add_embedding_rows", watching)
     step(model)
     assert where == [model.lm_head.weight.grad.data_ptr()]
