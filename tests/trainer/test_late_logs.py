@@ -5,6 +5,7 @@ The CPU passes for a device that works on while the host reads.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -407,3 +408,19 @@ def test_a_loader_that_has_no_second_epoch_loses_nothing(tmp_path: Path, monkeyp
     entries = trainer.state.log_history[:-1]
     assert [entry["step"] for entry in entries] == [1, 2, 3]
     assert result.training_loss == pytest.approx(sum(entry["loss"] for entry in entries) / 3)
+
+
+def test_a_checkpoint_at_an_epochs_end_says_what_one_of_a_run_that_waits_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = []
+    for devices in (("cpu",), ()):
+        monkeypatch.setattr(late_logs, "DEVICES", devices)
+        make(tmp_path / str(devices), max_steps=-1, num_train_epochs=2, packing=True, save_strategy="epoch").train()
+        files = sorted((tmp_path / str(devices) / "out").glob("checkpoint-*/trainer_state.json"))
+        states.append([json.loads(file.read_text()) for file in files])
+        for state in states[-1]:
+            state["log_history"] = [
+                {k: v for k, v in entry.items() if k not in MEASURED} for entry in state["log_history"]
+            ]
+    assert states[0] == states[1] and len(states[0]) == 2
