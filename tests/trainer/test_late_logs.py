@@ -89,6 +89,7 @@ def test_entries_are_those_of_a_run_that_waits(
     waiting = make(tmp_path / "waiting", family=family, **options)
     result = waiting.train()
     assert history(late) == history(waiting)
+    assert [set(entry) for entry in late.state.log_history] == [set(entry) for entry in waiting.state.log_history]
     assert all("tokens_per_second" in entry for entry in late.state.log_history[:-1])
     assert late_result.training_loss == result.training_loss
     assert late.state.total_flos == waiting.state.total_flos > 0
@@ -256,6 +257,11 @@ def test_what_is_read_is_queued_before_the_mark_that_reading_waits_for(
     assert "aten.clone.default" in queued and queued[-1] == "mark"
     norm.fill_(5.0)  # as a step does that keeps its norm in one place
     assert trainer._entry.grad_norm == 3.0
+    norm.zero_()
+    trainer._globalstep_last_logged, trainer._total_loss_scalar = 0, 0.0
+    trainer._set_entry_aside(torch.tensor(2.0), norm, 0.0, 1e-3)
+    trainer._write_entry()
+    assert trainer.state.log_history[-1]["grad_norm"] == 0.0  # health looks for it
 
 
 def test_reading_waits_for_no_sums_of_the_pass_since(
@@ -288,10 +294,11 @@ def test_ranks_operations_are_not_read_when_the_entry_is_set_aside(
     trainer = make(tmp_path)
     trainer.state.global_step, trainer._globalstep_last_logged, trainer.current_flos = 1, 0, 64.0
     monkeypatch.setattr(type(trainer.args), "parallel_mode", ParallelMode.DISTRIBUTED)
-    monkeypatch.setattr(late_logs, "nested_gather", lambda tensor, mode: tensor)
+    monkeypatch.setattr(late_logs, "nested_gather", lambda tensor, mode: torch.stack([tensor.flatten()[0]] * 2))
     monkeypatch.setattr(trainer, "store_flos", None)  # called for nothing
     trainer._set_entry_aside(torch.tensor(2.0), None, 0.0, 1e-3)
-    assert trainer._entry.flos.tolist() == [64.0] and trainer.current_flos == 0
+    assert trainer._entry.flos.tolist() == [64.0, 64.0] and trainer.current_flos == 0
+    assert trainer._entry.loss.item() == 2.0  # the ranks' mean
 
 
 class Evaluate(TrainerCallback):
@@ -377,11 +384,13 @@ def test_an_error_in_the_next_step_does_not_lose_the_entry(
 @pytest.mark.planted_fault
 def test_health_ends_the_run_before_another_update(tmp_path: Path) -> None:
     trainer = make(tmp_path, max_steps=6, chronicals_config={"health": "stop"})
+    meter = trainer._meter
     before = trainer.model.lm_head.weight.detach().clone()
     trainer.model.lm_head.weight.register_hook(lambda grad: grad * torch.nan)
     with pytest.raises(RuntimeError, match="gradient norm nan"):
         trainer.train()
     assert trainer.state.global_step == 1 and not before.equal(trainer.model.lm_head.weight)
+    assert trainer._meter is meter  # not the entry's
 
 
 def test_plain_runs_write_at_once(tmp_path: Path, told: list[str]) -> None:
@@ -424,3 +433,25 @@ def test_a_checkpoint_at_an_epochs_end_says_what_one_of_a_run_that_waits_does(
                 {k: v for k, v in entry.items() if k not in MEASURED} for entry in state["log_history"]
             ]
     assert states[0] == states[1] and len(states[0]) == 2
+
+
+@pytest.mark.parametrize("what", ["evaluate", "save"])
+def test_an_evaluation_or_a_save_in_the_next_pass_finds_the_entry(what: str, tmp_path: Path) -> None:
+    trainer = make(tmp_path, eval_steps=100, max_steps=3)
+    seen: list[list[int]] = []
+
+    def act(*args: Any) -> None:
+        if trainer.state.global_step == 2 and not seen:
+            seen.append([])  # the evaluation's own passes come by here
+            if what == "save":
+                trainer._save_checkpoint(trainer.model, None)
+                [file] = (tmp_path / "out").glob("checkpoint-2/trainer_state.json")
+                seen[0] += [entry["step"] for entry in json.loads(file.read_text())["log_history"]]
+                return
+            trainer.evaluate()
+            trainer.model.train()
+            seen[0] += [entry["step"] for entry in trainer.state.log_history if "entropy" in entry]
+
+    trainer.model.register_forward_pre_hook(act)
+    trainer.train()
+    assert seen == [[1, 2]]
