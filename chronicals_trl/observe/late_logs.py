@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import ParallelMode
 
 from chronicals_trl._callbacks import acts_on, is_a_librarys
 from chronicals_trl.observe.trainer import Interval, ThroughputMixin
@@ -34,7 +35,10 @@ DEVICES = ("cuda",)
 
 # Between the end of a step and the end of the next one's first pass: who has these may look for the entry.
 _EVENTS = ("on_log", "on_step_begin", "on_epoch_end")
-_METHODS = ("log", "training_step", "store_flos", "_maybe_log_save_evaluate")
+_METHODS = (
+    "log", "store_flos", "_maybe_log_save_evaluate", "get_batch_samples", "training_step", "_prepare_inputs",
+    "compute_loss",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class _Entry:
 
     Attributes:
         loss: 0-d, summed over `steps` steps, the ranks' mean.
-        flos: one a rank, float32; None where there is one rank.
+        flos: one a rank, float32; None where there are no ranks.
         ready: passed by the device when all of it is there; None where it is already.
     """
 
@@ -128,6 +132,9 @@ class LateLogsMixin(ThroughputMixin):
             return False
         if self.state.global_step <= self._globalstep_last_logged:
             return False
+        model: Any = self.model
+        if not model.training:  # a callback has evaluated: to TRL the entry is one of evaluation
+            return False
         if not (grad_norm is None or isinstance(grad_norm, float) or type(grad_norm) is Tensor):
             return False
         reason = self._who_may_act()
@@ -143,6 +150,9 @@ class LateLogsMixin(ThroughputMixin):
         overrides = self._overridden(_METHODS)
         if overrides is not None:
             return f"{overrides} and may act on it"
+        replaced = next((name for name in _METHODS if name in vars(self)), None)
+        if replaced is not None:
+            return f"this trainer's {replaced} has been replaced and may act on it"
         others = (each for each in self.callback_handler.callbacks if not is_a_librarys(each))
         acting = (each for each in others if any(acts_on(each, event) for event in _EVENTS))
         return next((f"{type(callback).__name__} may act on it" for callback in acting), None)
@@ -153,35 +163,29 @@ class LateLogsMixin(ThroughputMixin):
         """What Trainer does for a log entry, but for reading it."""
         loss = nested_gather(tr_loss, self.args.parallel_mode).mean()
         tr_loss -= tr_loss
+        # Another's, who may write the next step's into it.
+        norm = grad_norm.detach().clone() if isinstance(grad_norm, Tensor) else grad_norm
         flos = None
-        if self.args.world_size > 1:
+        if self.args.parallel_mode == ParallelMode.DISTRIBUTED:  # of one rank too, whose store_flos waits as well
             # Filled by a kernel: a copy to the device would wait for all that is queued.
             own = torch.full((1,), self.current_flos, dtype=torch.float32, device=self.args.device)
             flos = nested_gather(own, self.args.parallel_mode)
             self.current_flos = 0
         else:
             self.store_flos()
-        ready = None
         interval = self._begin_interval()
-        if self.args.device.type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(self.args.device))
-        self._entry = _Entry(
-            loss,
-            grad_norm.detach().clone() if isinstance(grad_norm, Tensor) else grad_norm,
-            self._get_learning_rate() if learning_rate is None else learning_rate,
-            self.state.global_step - self._globalstep_last_logged,
-            flos,
-            start_time,
-            interval,
-            ready,
-        )
+        rate = self._get_learning_rate() if learning_rate is None else learning_rate
+        steps = self.state.global_step - self._globalstep_last_logged
+        ready = self._mark_of_what_is_queued()  # after all of the above: what is read waits for nothing else
+        self._entry = _Entry(loss, norm, rate, steps, flos, start_time, interval, ready)
         self._globalstep_last_logged = self.state.global_step  # so Trainer takes it for logged
+        self.control.should_log = False  # likewise
 
     def _write_entry(self) -> None:
         entry, self._entry = self._entry, None
         if entry is None:
             return
+        asked = self.control.should_log  # since, for the step that is under way
         with self._reading(entry.ready), self._of_interval(entry.interval):
             loss = entry.loss.item()
             self._total_loss_scalar += loss
@@ -192,6 +196,14 @@ class LateLogsMixin(ThroughputMixin):
                 logs["grad_norm"] = float(entry.grad_norm)
             logs["learning_rate"] = entry.learning_rate
             self.log(logs, entry.start_time)
+        self.control.should_log = asked
+
+    def _mark_of_what_is_queued(self) -> torch.cuda.Event | None:
+        if self.args.device.type != "cuda":
+            return None
+        mark = torch.cuda.Event()
+        mark.record(torch.cuda.current_stream(self.args.device))
+        return mark
 
     @contextlib.contextmanager
     def _reading(self, ready: torch.cuda.Event | None) -> Iterator[None]:

@@ -147,11 +147,14 @@ class ThroughputMixin(Trainer):
     def _of_interval(self, interval: Interval) -> Iterator[None]:
         """Inside, a log entry is of that interval. What has been counted since is there again afterwards."""
         now = Interval(self._meter, self._sums, dict(self._metrics["train"]), self._real_tokens)
+        # To wait for these is to wait for the passes since.
+        on_their_way, self._sums_on_their_way = self._sums_on_their_way, []
         self._take(interval)
         try:
             yield
         finally:
             self._take(now)
+            self._sums_on_their_way = on_their_way
 
     def _take(self, interval: Interval) -> None:
         self._meter, self._sums, self._real_tokens = interval.meter, interval.sums, interval.real_tokens

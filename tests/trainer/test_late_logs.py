@@ -5,6 +5,7 @@ The CPU passes for a device that works on while the host reads.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 import tiny_data
 import tiny_models
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SETTINGS
 from transformers import Trainer, TrainerCallback
+from transformers.training_args import ParallelMode
 
 from chronicals_trl import SFTConfig, SFTTrainer
 from chronicals_trl.observe import late_logs
@@ -86,6 +89,7 @@ def test_entries_are_those_of_a_run_that_waits(
     waiting = make(tmp_path / "waiting", family=family, **options)
     result = waiting.train()
     assert history(late) == history(waiting)
+    assert [set(entry) for entry in late.state.log_history] == [set(entry) for entry in waiting.state.log_history]
     assert all("tokens_per_second" in entry for entry in late.state.log_history[:-1])
     assert late_result.training_loss == result.training_loss
     assert late.state.total_flos == waiting.state.total_flos > 0
@@ -163,6 +167,24 @@ class OwnLog(SFTTrainer):
         super().log(*args, **kwargs)
 
 
+class OwnLoss(SFTTrainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        assert len(self.state.log_history) == self.state.global_step
+        return super().compute_loss(*args, **kwargs)
+
+
+class OwnBatches(SFTTrainer):
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        assert len(self.state.log_history) == self.state.global_step
+        return super().get_batch_samples(*args, **kwargs)
+
+
+class OwnInputs(SFTTrainer):
+    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        assert len(self.state.log_history) == self.state.global_step
+        return super()._prepare_inputs(*args, **kwargs)
+
+
 @pytest.mark.parametrize(
     ("callback", "kind", "who"),
     [
@@ -170,6 +192,9 @@ class OwnLog(SFTTrainer):
         (OnStepBegin(), SFTTrainer, "OnStepBegin"),
         (OnEpochEnd(), SFTTrainer, "OnEpochEnd"),
         (TrainerCallback(), OwnLog, "OwnLog overrides log"),
+        (TrainerCallback(), OwnLoss, "OwnLoss overrides compute_loss"),
+        (TrainerCallback(), OwnBatches, "OwnBatches overrides get_batch_samples"),
+        (TrainerCallback(), OwnInputs, "OwnInputs overrides _prepare_inputs"),
     ],
 )
 def test_at_once_where_somebody_may_act_on_it(
@@ -195,14 +220,138 @@ def test_a_method_put_on_a_librarys_callback_is_somebodys(tmp_path: Path, told: 
     assert told == ["pass 1", "entry 1", "pass 2", "entry 2"] and seen[:2] == [1, 2]
 
 
-def test_an_entry_of_the_users_own_comes_behind(tmp_path: Path) -> None:
-    class OwnLoss(SFTTrainer):
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step:
-                self.log({"mine": float(self.state.global_step)})
-            return super().compute_loss(*args, **kwargs)
+def test_a_method_put_on_the_trainer_is_somebodys(tmp_path: Path, told: list[str]) -> None:
+    trainer = make(tmp_path, max_steps=6)
+    log = trainer.log
 
-    trainer = make(tmp_path, kind=OwnLoss, max_steps=3)
+    def stopping(logs: dict[str, float], *args: Any) -> None:
+        log(logs, *args)
+        trainer.control.should_training_stop = trainer.state.global_step == 2
+
+    trainer.log = stopping
+    trainer.train()
+    assert told == ["pass 1", "entry 1", "pass 2", "entry 2"]
+    assert "each log entry is waited for: this trainer's log has been replaced and may act on it" in (
+        trainer.chronicals_report.notes
+    )
+
+
+def test_what_is_read_is_queued_before_the_mark_that_reading_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind it, on a GPU, the reading stream could be ahead of what makes it."""
+    trainer = make(tmp_path)
+    trainer.create_optimizer_and_scheduler(4)
+    trainer.state.global_step, trainer._globalstep_last_logged = 1, 0
+    queued: list[str] = []
+
+    class Queue(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            queued.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(trainer, "_mark_of_what_is_queued", lambda: queued.append("mark"))
+    norm = torch.tensor(3.0)
+    with Queue():
+        trainer._set_entry_aside(torch.tensor(2.0), norm, 0.0, 1e-3)
+    assert "aten.clone.default" in queued and queued[-1] == "mark"
+    norm.fill_(5.0)  # as a step does that keeps its norm in one place
+    assert trainer._entry.grad_norm == 3.0
+    norm.zero_()
+    trainer._globalstep_last_logged, trainer._total_loss_scalar = 0, 0.0
+    trainer._set_entry_aside(torch.tensor(2.0), norm, 0.0, 1e-3)
+    trainer._write_entry()
+    assert trainer.state.log_history[-1]["grad_norm"] == 0.0  # health looks for it
+
+
+def test_reading_waits_for_no_sums_of_the_pass_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[str]
+) -> None:
+    class Sending:
+        def __init__(self, step: int) -> None:
+            self.step = step
+
+        def wait(self) -> None:
+            told.append(f"wait {self.step}")
+
+    record = SFTTrainer._record
+
+    def recording(self: Any, mode: str, outputs: Any) -> None:
+        record(self, mode, outputs)
+        self._sums_on_their_way.append(Sending(self.state.global_step + 1))
+
+    monkeypatch.setattr(SFTTrainer, "_record", recording)
+    make(tmp_path, max_steps=3).train()
+    assert told == [
+        "pass 1", "wait 1", "pass 2", "entry 1", "wait 2", "pass 3", "entry 2", "wait 3", "entry 3",
+    ]  # fmt: skip
+
+
+def test_ranks_operations_are_not_read_when_the_entry_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank under a launcher is distributed to Trainer, whose `store_flos` reads the device then."""
+    trainer = make(tmp_path)
+    trainer.state.global_step, trainer._globalstep_last_logged, trainer.current_flos = 1, 0, 64.0
+    monkeypatch.setattr(type(trainer.args), "parallel_mode", ParallelMode.DISTRIBUTED)
+    monkeypatch.setattr(late_logs, "nested_gather", lambda tensor, mode: torch.stack([tensor.flatten()[0]] * 2))
+    monkeypatch.setattr(trainer, "store_flos", None)  # called for nothing
+    trainer._set_entry_aside(torch.tensor(2.0), None, 0.0, 1e-3)
+    assert trainer._entry.flos.tolist() == [64.0, 64.0] and trainer.current_flos == 0
+    assert trainer._entry.loss.item() == 2.0  # the ranks' mean
+
+
+class Evaluate(TrainerCallback):
+    trainer: Any
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.trainer.evaluate()
+
+
+def test_an_entry_after_an_evaluation_of_a_callbacks_is_trls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is left in evaluation mode, and TRL puts the step's metrics into the entry after."""
+    histories = []
+    for devices in (("cpu",), ()):
+        monkeypatch.setattr(late_logs, "DEVICES", devices)
+        callback = Evaluate()
+        callback.trainer = make(tmp_path, callback, eval_steps=100)
+        callback.trainer.train()
+        histories.append(
+            [
+                (e["step"], set(e) - MEASURED, e.get("loss"), e.get("entropy"))
+                for e in callback.trainer.state.log_history
+            ]
+        )
+    assert histories[0] == histories[1]
+    assert any("loss" in names and "entropy" not in names for _, names, *_ in histories[0])
+
+
+def test_an_entry_that_is_asked_for_in_the_next_pass_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    for devices in (("cpu",), ()):
+        monkeypatch.setattr(late_logs, "DEVICES", devices)
+        trainer = make(tmp_path, logging_steps=3, logging_first_step=True, max_steps=6)
+
+        def ask(*args: Any, trainer: Any = trainer) -> None:
+            trainer.control.should_log |= trainer.state.global_step in (1, 3)
+
+        trainer.model.register_forward_pre_hook(ask)
+        trainer.train()
+        steps.append([entry["step"] for entry in trainer.state.log_history[:-1]])
+    assert steps[0] == steps[1] == [1, 2, 3, 4, 6]
+
+
+def test_an_entry_of_the_users_own_comes_behind(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=3)
+
+    def log(*args: Any) -> None:
+        if trainer.state.global_step:
+            trainer.log({"mine": float(trainer.state.global_step)})
+
+    trainer.model.register_forward_pre_hook(log)
     trainer.train()
     assert ["mine" if "mine" in entry else entry["step"] for entry in trainer.state.log_history[:-1]] == [
         1, "mine", 2, "mine", 3,
@@ -214,14 +363,15 @@ def test_an_error_in_the_next_step_does_not_lose_the_entry(
     interruption: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make(tmp_path, max_steps=3)
-    prepare = trainer._prepare_inputs
+    prepare = SFTTrainer._prepare_inputs
 
-    def failing(inputs: Any) -> Any:
+    def failing(self: Any, inputs: Any) -> Any:
         if trainer.state.global_step == 2:
+            assert len(trainer.state.log_history) == 1
             raise interruption("in the third step")
-        return prepare(inputs)
+        return prepare(self, inputs)
 
-    monkeypatch.setattr(trainer, "_prepare_inputs", failing)
+    monkeypatch.setattr(SFTTrainer, "_prepare_inputs", failing)
     with pytest.raises(interruption, match="in the third step"):
         trainer.train()
     assert [entry["step"] for entry in trainer.state.log_history] == [1, 2]
@@ -234,11 +384,13 @@ def test_an_error_in_the_next_step_does_not_lose_the_entry(
 @pytest.mark.planted_fault
 def test_health_ends_the_run_before_another_update(tmp_path: Path) -> None:
     trainer = make(tmp_path, max_steps=6, chronicals_config={"health": "stop"})
+    meter = trainer._meter
     before = trainer.model.lm_head.weight.detach().clone()
     trainer.model.lm_head.weight.register_hook(lambda grad: grad * torch.nan)
     with pytest.raises(RuntimeError, match="gradient norm nan"):
         trainer.train()
     assert trainer.state.global_step == 1 and not before.equal(trainer.model.lm_head.weight)
+    assert trainer._meter is meter  # not the entry's
 
 
 def test_plain_runs_write_at_once(tmp_path: Path, told: list[str]) -> None:
@@ -265,3 +417,41 @@ def test_a_loader_that_has_no_second_epoch_loses_nothing(tmp_path: Path, monkeyp
     entries = trainer.state.log_history[:-1]
     assert [entry["step"] for entry in entries] == [1, 2, 3]
     assert result.training_loss == pytest.approx(sum(entry["loss"] for entry in entries) / 3)
+
+
+def test_a_checkpoint_at_an_epochs_end_says_what_one_of_a_run_that_waits_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = []
+    for devices in (("cpu",), ()):
+        monkeypatch.setattr(late_logs, "DEVICES", devices)
+        make(tmp_path / str(devices), max_steps=-1, num_train_epochs=2, packing=True, save_strategy="epoch").train()
+        files = sorted((tmp_path / str(devices) / "out").glob("checkpoint-*/trainer_state.json"))
+        states.append([json.loads(file.read_text()) for file in files])
+        for state in states[-1]:
+            state["log_history"] = [
+                {k: v for k, v in entry.items() if k not in MEASURED} for entry in state["log_history"]
+            ]
+    assert states[0] == states[1] and len(states[0]) == 2
+
+
+@pytest.mark.parametrize("what", ["evaluate", "save"])
+def test_an_evaluation_or_a_save_in_the_next_pass_finds_the_entry(what: str, tmp_path: Path) -> None:
+    trainer = make(tmp_path, eval_steps=100, max_steps=3)
+    seen: list[list[int]] = []
+
+    def act(*args: Any) -> None:
+        if trainer.state.global_step == 2 and not seen:
+            seen.append([])  # the evaluation's own passes come by here
+            if what == "save":
+                trainer._save_checkpoint(trainer.model, None)
+                [file] = (tmp_path / "out").glob("checkpoint-2/trainer_state.json")
+                seen[0] += [entry["step"] for entry in json.loads(file.read_text())["log_history"]]
+                return
+            trainer.evaluate()
+            trainer.model.train()
+            seen[0] += [entry["step"] for entry in trainer.state.log_history if "entropy" in entry]
+
+    trainer.model.register_forward_pre_hook(act)
+    trainer.train()
+    assert seen == [[1, 2]]
