@@ -237,6 +237,11 @@ class PaddingFreeMixin(Trainer):
         assert rows is not None
         return rows.usual
 
+    def _recurring_rows(self) -> tuple[int, ...]:
+        """The lengths of training's rows, where they are few and fit the documents."""
+        rows = self._row_lengths(self.train_dataset, self._train_batch_size)
+        return () if rows is None or rows.fill is None else rows.lengths
+
     def _padding_free_notes(self, report: ActivationReport) -> list[str]:
         """What is said of the rows, once it is known whether graphs of them are captured."""
         self._rows_recur = report["cuda_graphs"].state == "on"

@@ -32,6 +32,7 @@ from chronicals_trl.model.graph_gradients import StaticGradients
 
 T = TypeVar("T")
 
+TOLERANCE = 0.02  # of the norm: other kernels run without gradients, and bf16 rounds after each
 REMEDY = "Set cuda_graphs='off' in chronicals_config."
 
 # Graphs whose capture failed. torch's allocator may go on asking them whether an allocation is theirs.
@@ -233,6 +234,44 @@ class Captured:
         hidden = self.grad_hidden.clone() if index == 0 and self.grad_hidden is not None else None
         gradients = self.gradients[index]
         return hidden, gradients.lent() if self._lends else gradients.copied()
+
+
+def rehearse(segments: Sequence[Segment], inputs: Sequence[Tensor], owners: Sequence[nn.Module]) -> None:
+    """Run each segment there and back, one after the other, and keep nothing: what a capture will launch is then
+    compiled and loaded. It takes the memory of one segment. Random numbers are left as they were.
+
+    Args:
+        segments, inputs, owners: as `Captured` takes them.
+    """
+    device = inputs[0].device
+    leaves = {id(p): nn.Parameter(p.detach()) for segment in segments for p in segment.parameters}
+    given = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
+    hidden = given[0]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for segment in segments:
+            with torch.enable_grad(), _in_place_of(owners, leaves), _autocast_uncached(device.type):
+                output = segment.run(hidden, given)
+            wanted = [t for t in (hidden, *(leaves[id(p)] for p in segment.parameters)) if t.requires_grad]
+            if output.requires_grad:
+                with torch.autocast(device.type, enabled=False):
+                    torch.autograd.grad(output, wanted, torch.zeros_like(output), allow_unused=True)
+            hidden = output.detach().requires_grad_(output.requires_grad)
+
+
+@torch.no_grad()
+def require_equal(captured: Captured, tensors: Sequence[Tensor], layers: Callable[[], Tensor]) -> None:
+    """Raise RuntimeError unless a replay for `tensors` gives what the layers give: a kernel that was launched past the
+    capture, on a stream of its own choice, would be missing. Random numbers are left as they were.
+    """
+    device = tensors[0].device
+    results = []
+    for run in (lambda: captured.forward(tensors), layers):
+        # Both draw the same numbers.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            results.append(run().float())
+    error = ((results[0] - results[1]).norm() / results[1].norm().clamp_min(1e-30)).item()
+    if not error <= TOLERANCE:
+        raise RuntimeError(f"a replay's hidden states differ from the layers' own by {error:.1e} of their norm")
 
 
 class Ticket:

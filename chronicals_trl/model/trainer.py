@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class CudaGraphsMixin(Trainer):
     _packing: PartReport
     _unpadded: DataCollatorForLanguageModeling | None
     _usual_batch: Callable[[], int]
+    _recurring_rows: Callable[[], tuple[int, ...]]
     data_collator: Any
     chronicals_report: ActivationReport
     _save_report: Callable[[], None]
@@ -138,6 +139,17 @@ class CudaGraphsMixin(Trainer):
         self.data_collator = dataclasses.replace(collator, pad_to_multiple_of=multiple)
         return [f"CUDA graphs: rows are padded to multiples of {multiple} tokens, so that their shapes recur"]
 
+    def _recurring_sizes(self) -> Sequence[int]:
+        """Tokens of the training batches that will come again; none where that is not known."""
+        args: Any = self.args
+        rows, length = args.per_device_train_batch_size, args.max_length
+        if self._unpadded is not None:
+            return self._recurring_rows()
+        if not self._pads_rows():
+            return [rows * length] if length else []
+        multiple = getattr(self.data_collator, "pad_to_multiple_of", None)
+        return [rows * multiple * n for n in range(1, math.ceil(length / multiple) + 1)] if length and multiple else []
+
     def _graph_segments(self, layers: list[nn.Module]) -> int:
         if self.args.world_size == 1:
             return 1
@@ -186,7 +198,8 @@ class CudaGraphsMixin(Trainer):
             if isinstance(layers, str):
                 self._graphs_off(layers)
             else:
-                self._graphs = graphs.GraphedStack(layers, segments=self._graph_segments(layers))
+                segments, sizes = self._graph_segments(layers), self._recurring_sizes()
+                self._graphs = graphs.GraphedStack(layers, segments=segments, sizes=sizes)
                 self._graphs.install()
         stack = self._graphs
         if not self._graphs_wanted or stack is None:

@@ -66,10 +66,10 @@ def batch_of(seed: int, tokens: int = 1024, documents: int = 5) -> dict[str, Any
     }  # fmt: skip
 
 
-def graphed(model: Any) -> GraphedStack:
+def graphed(model: Any, sizes: tuple[int, ...] = ()) -> GraphedStack:
     layers = decoder_layers(model)
     assert not isinstance(layers, str), layers
-    stack = GraphedStack(layers)
+    stack = GraphedStack(layers, sizes=sizes)
     stack.install()
     return stack
 
@@ -219,6 +219,81 @@ def test_memory(lora: float | None) -> None:
     model.zero_grad(set_to_none=True)
     stack.remove()
     assert torch.cuda.memory_reserved() < 0.5 * before
+
+
+SIZES = (6144, 8192, 10_240, 12_288, 14_336, 16_384)
+
+
+def run_passes(model: Any, stack: GraphedStack, tokens: int, passes: int) -> int:
+    """How many of them were replayed."""
+    before = stack.replays
+    for step in range(passes):
+        model.zero_grad(set_to_none=True)
+        with stack.enabled():
+            model(**batch_of(step, tokens, documents=20)).loss.backward()
+    return stack.replays - before
+
+
+def reserved() -> int:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+@pytest.mark.parametrize("lora", [0.0, None])
+def test_a_pool_is_hardly_larger_than_its_largest_graph_needs(lora: float | None) -> None:
+    """In whatever order sizes come; here in the worst one."""
+    model = model_of(lora=lora, layers=8, hidden=1024)
+    before = reserved()
+    stack = graphed(model, SIZES)
+    run_passes(model, stack, SIZES[-1], WARM_UP + 1)
+    alone = reserved() - before
+    stack.remove()
+    model.zero_grad(set_to_none=True)
+    assert reserved() - before < 0.1 * alone
+    stack = graphed(model, SIZES)
+    run_passes(model, stack, SIZES[0], WARM_UP)
+    for tokens in (*SIZES, *SIZES):
+        assert run_passes(model, stack, tokens, 1) == 1
+    assert stack.reason is None
+    # All but the last are captured a second time; what that found in the second round, it replays.
+    assert stack.captures == 2 * len(SIZES) - 1 and run_passes(model, stack, SIZES[0], 1) == 1
+    together = reserved() - before
+    print(f"reserved: {together / 2**20:.0f} MiB for {len(SIZES)} sizes, {alone / 2**20:.0f} for the largest alone")
+    assert together < 1.15 * alone
+    stack.remove()
+
+
+def test_a_known_size_takes_no_eager_passes_memory_beside_the_graphs() -> None:
+    model = model_of(layers=8, hidden=1024)
+    peaks = {}
+    for known in (False, True):
+        stack = graphed(model, SIZES if known else ())
+        run_passes(model, stack, SIZES[-1], WARM_UP + 1)
+        before = reserved()
+        torch.cuda.reset_peak_memory_stats()
+        assert run_passes(model, stack, SIZES[-2], 1) == known
+        peaks[known] = torch.cuda.max_memory_reserved() - before
+        stack.remove()
+        model.zero_grad(set_to_none=True)
+        reserved()
+    print(f"beside the graphs: {peaks[True] / 2**20:.0f} MiB, {peaks[False] / 2**20:.0f} with an eager pass")
+    assert peaks[True] < 0.5 * peaks[False]
+
+
+@pytest.mark.parametrize("lora", [None, 0.0, 0.2])
+def test_the_first_pass_of_a_known_size_is_that_of_eager_code(lora: float | None) -> None:
+    model = model_of(lora=lora)
+    stack = graphed(model, (1024, 712, 1416))
+    run_passes(model, stack, 1024, WARM_UP + 1)
+    for step, tokens in enumerate((712, 1416, 712, 1024, 1416)):
+        batch = batch_of(step, tokens)
+        with stack.enabled():
+            ours = gradients(model, batch, step)
+        exact = {} if lora else gradients(exact_copy(model), batch, step)
+        require_as_good(ours, gradients(model, batch, step), exact)
+    assert stack.reason is None and stack.replays == 6 and stack.captures == 5
+    stack.remove()
 
 
 class Waiting(nn.Linear):

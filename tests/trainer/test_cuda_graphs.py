@@ -17,6 +17,7 @@ from training_runs import SETTINGS, logged, run
 from transformers import TrainerCallback
 
 from chronicals_trl import SFTConfig, SFTTrainer
+from chronicals_trl.model import graphs
 from chronicals_trl.model import trainer as graphs_trainer
 from chronicals_trl.model.graph_layers import PLACE, UNGRAPHED, graphed_forward
 
@@ -251,6 +252,51 @@ def test_segments_of_the_backward_pass(
     for layer in stack:
         layer.register_parameter("frozen", nn.Parameter(torch.zeros(1000, 1000), requires_grad=False))
     assert trainer._graph_segments(stack) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [4 * 64]),
+        (PADDED, [4 * n for n in range(8, 65, 8)]),
+        ({**PADDED, "max_length": 60}, [4 * n for n in range(8, 65, 8)]),  # the last ones' rows are rounded up
+        ({**PADDED, "pad_to_multiple_of": 32}, [4 * 32, 4 * 64]),
+    ],
+    ids=["packed", "padded", "up to a multiple", "by the user"],
+)
+def test_batches_that_will_come_again(
+    tmp_path: Path, recorder: StandIn, options: dict[str, Any], expected: list[int]
+) -> None:
+    """Each of them has one of these sizes, and is captured when it first comes, once another one has been."""
+    trainer = make(tmp_path, **{"per_device_train_batch_size": 4, "max_length": 64, "max_steps": 20, **options})
+    assert trainer._recurring_sizes() == expected
+    sizes = {batch["input_ids"].numel() for batch in trainer.get_train_dataloader()}
+    assert sizes <= set(expected) and (len(expected) <= 2 or len(sizes) > 1)
+    require_no_eager_pass_after_the_first_capture(trainer)
+
+
+def require_no_eager_pass_after_the_first_capture(trainer: Any) -> None:
+    replays: list[int] = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            replays.append(trainer._graphs.replays)
+
+    trainer.add_callback(Look())
+    trainer.train()
+    first = replays.index(1)
+    assert first < len(replays) - 2 and replays[first:] == list(range(1, len(replays) - first + 1))
+
+
+def test_rows_of_documents_will_come_again_if_their_lengths_are_known(tmp_path: Path, recorder: StandIn) -> None:
+    options = {"packing": False, "max_length": 64, "max_steps": 20, "per_device_train_batch_size": 4}
+    trainer = make(tmp_path, **options)
+    rows = trainer._row_lengths(trainer.train_dataset, 4)
+    assert trainer._recurring_sizes() == rows.lengths and 1 < len(rows.lengths) <= graphs.MAX_GRAPHS
+    require_no_eager_pass_after_the_first_capture(trainer)
+    # Of documents of like length in a batch nobody knows how long its row will be.
+    grouped = make(tmp_path, train_sampling_strategy="group_by_length", **options)
+    assert grouped._unpadded is None or grouped._recurring_sizes() == ()
 
 
 def test_a_step_outside_of_train_is_eager(tmp_path: Path, recorder: StandIn) -> None:

@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -46,13 +46,18 @@ class Pair:
     """A graphed model and an equal one without graphs, through the same batches."""
 
     def __init__(
-        self, family: str = "qwen2", recorder: StandIn | None = None, segments: int = 1, **options: Any
+        self,
+        family: str = "qwen2",
+        recorder: StandIn | None = None,
+        segments: int = 1,
+        sizes: Collection[int] = (),
+        **options: Any,
     ) -> None:
         self.ours, self.theirs = patched(family, **options), patched(family, **options)
         self.recorder = recorder or StandIn()
         layers = decoder_layers(self.ours)
         assert not isinstance(layers, str), layers
-        self.stack = GraphedStack(layers, self.recorder, segments)
+        self.stack = GraphedStack(layers, self.recorder, segments, sizes)
         self.stack.install()
         self.seed = 0
 
