@@ -8,7 +8,6 @@ reads the first broken file, or not at all.
 from __future__ import annotations
 
 import json
-import logging
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,8 +23,6 @@ from chronicals_trl.config import ChronicalsConfig
 from chronicals_trl.report import ActivationReport
 
 __all__ = ["CheckpointsMixin", "last_complete", "what_is_missing"]
-
-logger = logging.getLogger(__name__)
 
 _STEP = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
 _INDEX = ".index.json"
@@ -102,7 +99,7 @@ class CheckpointsMixin(Trainer):
     # Of the trainer that mixes this in.
     _chronicals: ChronicalsConfig | None
     chronicals_report: ActivationReport
-    _save_report: Callable[[], None]
+    _tell_once: Callable[..., None]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._chronicals is not None and resume_from_checkpoint is not None and resume_from_checkpoint is not False:
@@ -139,10 +136,9 @@ class CheckpointsMixin(Trainer):
                 f"{other}. output_dir has to be on a file system that all nodes see."
             )
         if asked is True and broken:
-            note = f"checkpoints: {_told(broken)}, left by a run that was killed; going on from {chosen}"
-            self.chronicals_report.notes.append(note)
-            self._save_report()
-            logger.warning("chronicals-trl: %s", note)
+            self._tell_once(
+                f"checkpoints: {_told(broken)}, left by a run that was killed; going on from {chosen}", warn=True
+            )
         return chosen
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

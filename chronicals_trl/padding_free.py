@@ -6,7 +6,6 @@ Evaluation keeps TRL's collator. Trainer weights the loss of an evaluation batch
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,8 +27,6 @@ from chronicals_trl.packing.padding_free import (
 )
 from chronicals_trl.packing.trainer import first_tokens
 from chronicals_trl.report import ActivationReport
-
-logger = logging.getLogger(__name__)
 
 PADDING_FREE = "padding_free"
 PADDING_FREE_NOTE = "padding-free: the documents of a batch are one row, without padding between them"
@@ -62,7 +59,7 @@ class PaddingFreeMixin(Trainer):
     _overridden: Callable[[tuple[str, ...]], str | None]
     _loss_shifts_labels: bool
     chronicals_report: ActivationReport
-    _save_report: Callable[[], None]
+    _tell_once: Callable[..., None]
     data_collator: Any
     aux_loss_enabled: bool
 
@@ -217,10 +214,9 @@ class PaddingFreeMixin(Trainer):
         if self._unpadded is collator or self._unpadded is getattr(collator, "fallback", None):
             return False
         self._unpadded = None
-        note = f"padding-free: off from here on, data_collator was replaced (by {type(collator).__name__})"
-        self.chronicals_report.notes.append(note)
-        self._save_report()
-        logger.warning("chronicals-trl: %s", note)
+        self._tell_once(
+            f"padding-free: off from here on, data_collator was replaced (by {type(collator).__name__})", warn=True
+        )
         return True
 
     def _largest_batch(self) -> int | None:

@@ -294,6 +294,15 @@ class SFTTrainer(
         if self.args.should_save:
             self.chronicals_report.save(Path(self.args.output_dir) / REPORT_FILE)
 
+    def _tell_once(self, note: str, *, warn: bool = False) -> None:
+        """In the report, and in the log."""
+        if note in self.chronicals_report.notes:
+            return
+        self.chronicals_report.notes.append(note)
+        self._save_report()
+        if self.args.should_log:
+            logger.log(logging.WARNING if warn else logging.INFO, "chronicals-trl: %s", note)
+
     def _amend_report(self, config: ChronicalsConfig) -> None:
         """Sharding, which follows patching, may have put hooks where blocks would be fused."""
         self._saw_hooks = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,6 @@ from chronicals_trl.model import graphs
 from chronicals_trl.model.graph_layers import decoder_layers
 from chronicals_trl.model.recompute import LayerMemory, Memory, layers_that_keep, set_checkpointing
 from chronicals_trl.report import ActivationReport, PartReport
-
-logger = logging.getLogger(__name__)
 
 PART = "recompute"
 
@@ -34,7 +31,7 @@ class RecomputeMixin(Trainer):
     # Of the trainer that mixes this in.
     _chronicals: ChronicalsConfig | None
     chronicals_report: ActivationReport
-    _save_report: Callable[[], None]
+    _tell_once: Callable[..., None]
     _graphs: graphs.GraphedStack | None
     _graphs_wanted: bool
     _graphs_wait: bool
@@ -214,10 +211,8 @@ class RecomputeMixin(Trainer):
     def _report_recompute(self, part: PartReport, note: str) -> None:
         """The part as it is now; a warning where it is less than was said."""
         self.chronicals_report.set(part)
-        self.chronicals_report.notes.append(note)
-        if self.args.should_log:
-            logger.log(logging.WARNING if part.reason else logging.INFO, "chronicals-trl: %s", note)
         self._save_report()
+        self._tell_once(note, warn=bool(part.reason))
 
     def _end_recompute(self) -> None:
         if self._recompute_probe is not None:

@@ -57,6 +57,7 @@ class CudaGraphsMixin(Trainer):
     data_collator: Any
     chronicals_report: ActivationReport
     _save_report: Callable[[], None]
+    _tell_once: Callable[..., None]
 
     _graphs_wanted: bool = False  # inside `train`, with the part on
     _graphs: graphs.GraphedStack | None = None
@@ -237,10 +238,10 @@ class CudaGraphsMixin(Trainer):
             return
         if not stack.replays:
             self.chronicals_report.set(PartReport(PART, "off", reason=f"nothing was replayed: {_why_none(stack)}"))
-        note = f"CUDA graphs: {stack.replays:,} of {stack.passes:,} batches replayed, {stack.captures} captured"
-        self.chronicals_report.notes.append(note)
-        self._save_report()
-        logger.info("chronicals-trl: %s", note)
+            self._save_report()
+        self._tell_once(
+            f"CUDA graphs: {stack.replays:,} of {stack.passes:,} batches replayed, {stack.captures} captured"
+        )
 
 
 def _why_none(stack: graphs.GraphedStack) -> str:

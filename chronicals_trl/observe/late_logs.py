@@ -13,7 +13,6 @@ of the user's, a method of a subclass), and where an evaluation, a save or the r
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +26,6 @@ from transformers.training_args import ParallelMode
 from chronicals_trl._callbacks import acts_on, is_a_librarys
 from chronicals_trl.observe.trainer import Interval, ThroughputMixin
 from chronicals_trl.report import ActivationReport
-
-logger = logging.getLogger(__name__)
 
 # Device types that work on while the host reads.
 DEVICES = ("cuda",)
@@ -66,14 +63,13 @@ class LateLogsMixin(ThroughputMixin):
 
     # Of the trainer that mixes this in.
     chronicals_report: ActivationReport
-    _save_report: Callable[[], None]
+    _tell_once: Callable[..., None]
     _overridden: Callable[[tuple[str, ...]], str | None]
     current_flos: float
     _globalstep_last_logged: int
 
     _entry: _Entry | None = None
     _reading_stream: torch.cuda.Stream | None = None
-    _logs_at_once: bool = False  # and the user knows why
 
     def _maybe_log_save_evaluate(
         self,
@@ -138,12 +134,8 @@ class LateLogsMixin(ThroughputMixin):
         if not (grad_norm is None or isinstance(grad_norm, float) or type(grad_norm) is Tensor):
             return False
         reason = self._who_may_act()
-        if reason is not None and not self._logs_at_once:
-            self._logs_at_once = True
-            note = f"each log entry is waited for: {reason}"
-            self.chronicals_report.notes.append(note)
-            self._save_report()
-            logger.info("chronicals-trl: %s", note)
+        if reason is not None:
+            self._tell_once(f"each log entry is waited for: {reason}")
         return reason is None
 
     def _who_may_act(self) -> str | None:

@@ -38,12 +38,12 @@ class AdamWMixin(Trainer):
     _chronicals: ChronicalsConfig | None
     chronicals_report: ActivationReport
     _save_report: Callable[[], None]
+    _tell_once: Callable[..., None]
     _overridden: Callable[[tuple[str, ...]], str | None]
 
     _adamw: FusedAdamW | None = None  # inside `train`
     _adamw_wanted: bool = False  # inside `train`, until an optimizer turns out to be another
     _holds_others: bool = False  # the optimizer: parameters that are not the model's, and never clipped
-    _clips_apart: bool = False  # and the user knows why
 
     def _adamw_part(self, config: ChronicalsConfig, leave_out: str | None) -> PartReport:
         """Whether the optimizer's update will be ours, as far as that is known before it is made."""
@@ -118,7 +118,7 @@ class AdamWMixin(Trainer):
             return super()._clip_grad_norm(model)
         reason = self._why_clip_apart(gradients)
         if reason is not None:
-            self._tell_once(reason)
+            self._tell_once(f"gradients are clipped in a pass of their own: {reason}")
             return super()._clip_grad_norm(model)
         # As torch.nn.utils.clip_grad_norm_ does it, but for the pass that multiplies.
         norm = get_total_norm(gradients)
@@ -143,12 +143,3 @@ class AdamWMixin(Trainer):
             return "the gradients are of several dtypes or devices"
         watching = (each for each in self.callback_handler.callbacks if any(acts_on(each, event) for event in _EVENTS))
         return next((f"{type(callback).__name__} may look at them" for callback in watching), None)
-
-    def _tell_once(self, reason: str) -> None:
-        if self._clips_apart:
-            return
-        self._clips_apart = True
-        note = f"gradients are clipped in a pass of their own: {reason}"
-        self.chronicals_report.notes.append(note)
-        self._save_report()
-        logger.info("chronicals-trl: %s", note)

@@ -35,6 +35,7 @@ class LoraPlusMixin(Trainer):
     _chronicals: ChronicalsConfig | None
     chronicals_report: ActivationReport
     _save_report: Callable[[], None]
+    _tell_once: Callable[..., None]
 
     _lora_plus: bool = False
     _lora_plus_rates: str = ""  # which rates it sets, as the report has it
@@ -82,9 +83,7 @@ class LoraPlusMixin(Trainer):
                 report.set(dataclasses.replace(report["lora_plus"], backend=rates))
                 # What was said of the configured rates is not so.
                 report.notes[:] = [n for n in report.notes if not n.startswith("LoRA+: B learns")]
-                report.notes.append(note)
-                self._save_report()
-                logger.warning("chronicals-trl: %s", note)
+                self._tell_once(note, warn=True)
 
     def _lora_plus_mismatch(self, checkpoint: str) -> str | None:
         file = Path(checkpoint) / OPTIMIZER_NAME

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -29,8 +28,6 @@ from chronicals_trl.packing.planning import NothingToPack
 from chronicals_trl.packing.ranks import main_process_first, require_same_on_all_ranks
 from chronicals_trl.report import ActivationReport, PartReport
 
-logger = logging.getLogger(__name__)
-
 PACKING_FILE = "chronicals_packing.json"
 
 # cu_seqlens is padded to a multiple of this many entries, so that batches share few shapes.
@@ -46,7 +43,7 @@ class PackingMixin(Trainer):
     _head: bool
     _data_notes: dict[str, str]
     chronicals_report: ActivationReport
-    _save_report: Callable[[], None]
+    _tell_once: Callable[..., None]
     aux_loss_enabled: bool
     data_collator: Any
     _look_at_documents: Callable[..., None]
@@ -148,13 +145,10 @@ class PackingMixin(Trainer):
         if steps_of == layout or steps_of.rows != layout.rows:
             return
         self._steps_of = steps_of
-        note = (
+        self._tell_once(
             f"packing: {checkpoint} comes from a run on {then['ranks']} ranks; each step goes on with the rows that "
             f"it would have had there, dealt to {self._data_ranks()}. Dropout's masks are those of other ranks"
         )
-        self.chronicals_report.notes.append(note)
-        self._save_report()
-        logger.info("chronicals-trl: %s", note)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -166,14 +160,12 @@ class PackingMixin(Trainer):
         other += self._other_steps(then, now)
         if other:
             told = ", ".join(f"{name} {then.get(name)} then, {now[name]} now" for name in other)
-            note = (
+            self._tell_once(
                 f"packing: {checkpoint} was written with other rows ({told}). The steps that it has done are skipped "
                 "in the rows of now: some documents come twice and some not at all in this epoch. To go on with the "
-                "rows that are left, resume with the settings of then"
+                "rows that are left, resume with the settings of then",
+                warn=True,
             )
-            self.chronicals_report.notes.append(note)
-            self._save_report()
-            logger.warning("chronicals-trl: %s", note)
 
     def _packed_as(self) -> dict[str, Any]:
         """What decides which rows there are and who gets them."""

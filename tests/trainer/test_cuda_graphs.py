@@ -294,9 +294,10 @@ def test_rows_of_documents_will_come_again_if_their_lengths_are_known(tmp_path: 
     rows = trainer._row_lengths(trainer.train_dataset, 4)
     assert trainer._recurring_sizes() == rows.lengths and 1 < len(rows.lengths) <= graphs.MAX_GRAPHS
     require_no_eager_pass_after_the_first_capture(trainer)
-    # Of documents of like length in a batch nobody knows how long its row will be.
-    grouped = make(tmp_path, train_sampling_strategy="group_by_length", **options)
-    assert grouped._unpadded is None or grouped._recurring_sizes() == ()
+    # Where documents of like length come together, nobody knows how long a batch's row will be.
+    config = {"padding_free": "on"}
+    grouped = make(tmp_path, train_sampling_strategy="group_by_length", chronicals_config=config, **options)
+    assert grouped._unpadded is not None and grouped._recurring_sizes() == ()
 
 
 def test_a_step_outside_of_train_is_eager(tmp_path: Path, recorder: StandIn) -> None:
