@@ -46,8 +46,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dry_run(folder: Path, *sides: str, **changes: Any) -> dict[str, dict[str, Any]]:
     given: dict[str, Any] = {
-        "mode": "full", "shape": "tiny", "protocol": "packed", "checkpointing": "off", "row_tokens": 64,
-        "tokens_per_step": 256, "documents_per_step": 6, "warm_up": WARM_UP, "steps": STEPS, "repeats": WINDOWS,
+        "mode": "full", "shape": "tiny", "protocol": "packed", "checkpointing": "off", "row_tokens": 512,
+        "tokens_per_step": 2048, "documents_per_step": 6, "warm_up": WARM_UP, "steps": STEPS, "repeats": WINDOWS,
         "fresh": False, "learning_rate": 1e-3, "seed": 0, "timeout": 60.0, "models": None, "logs": folder / "logs",
         "chronicals": {"lora_plus": "off"}, "master": "fp32", **changes,
     }  # fmt: skip
@@ -74,7 +74,7 @@ def test_a_step_is_that_of_ours(tmp_path: Path, here: None, mode: str, protocol:
     assert whole["tokens_per_step"] == halves["tokens_per_step"] > 0
     assert whole["documents_per_step"] == halves["documents_per_step"]
     if protocol == "packed":
-        assert whole["positions_per_step"] == halves["positions_per_step"] == 256
+        assert whole["positions_per_step"] == halves["positions_per_step"] == 2048
     # Steps of the optimizer in the logs, and in them the same training.
     steps = [log["step"] for log in one["logs"]]
     assert steps == [log["step"] for log in two["logs"]] == list(range(2, WARM_UP + STEPS * WINDOWS + 1, 2))
@@ -85,7 +85,7 @@ def test_a_step_is_that_of_ours(tmp_path: Path, here: None, mode: str, protocol:
 
 @pytest.mark.parametrize(("protocol", "rows"), [("packed", 3), ("short", 1)])
 def test_an_odd_number_of_rows_cannot_be_halved(tmp_path: Path, here: None, protocol: str, rows: int) -> None:
-    sizes = {"tokens_per_step": 64 * rows, "documents_per_step": rows}
+    sizes = {"tokens_per_step": 512 * rows, "documents_per_step": rows}
     row = dry_run(tmp_path, SIDE, protocol=protocol, repeats=1, **sizes)[SIDE]
     assert row["status"] == "not offered"
     assert row["reason"] == f"the rows of a step, {rows}, do not divide into 2 micro-batches"
