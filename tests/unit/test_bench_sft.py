@@ -165,7 +165,7 @@ def test_an_interrupted_run_says_what_is_left(
 def test_every_side_has_its_place() -> None:
     every = {*sft_command.default_sides("packed"), *sft_command.default_sides("short")}
     plain = {name for name, side in SIDES.items() if side.parts is None}
-    assert every == plain - {"chronicals-offload"}  # which has to be named, as an ablation has
+    assert every == plain - {"chronicals-accumulation", "chronicals-offload"}  # to be named, as an ablation has
 
 
 def test_the_worker_imports_no_trainer() -> None:

@@ -329,7 +329,7 @@ def test_a_training_that_ends_early_has_no_figures(monkeypatch: pytest.MonkeyPat
         meter.result()
     for done in range(5, 8):
         meter.end(done + 1)
-    with pytest.raises(RuntimeError, match="0 batches were counted in 3 steps"):
+    with pytest.raises(RuntimeError, match="0 batches were counted in 3 steps, not 3"):
         meter.result()
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from chronicals_trl.bench import report
 from chronicals_trl.bench.sft import models as sft_models
 from chronicals_trl.bench.sft import verdict as sft_verdict
 from chronicals_trl.bench.sft import worker as sft_worker
 from chronicals_trl.bench.sft.cases import PROTOCOLS, SHAPES, make_documents
+from chronicals_trl.bench.verdict import Judged
 from chronicals_trl.observe.flops import datasheet_tflops
 
 GOOD = (8.0, 7.6, 7.3, 7.0, 6.9, 6.8)
@@ -221,7 +224,9 @@ def test_targets() -> None:
         for which in ("on", "off")
     )
     peers = ("trl-liger", "trl-cce", "unsloth-packing")  # any may be the best
-    assert on[:3] == [f"1.2x {peer}" for peer in peers] and off[:3] == [f"1.7x {peer}" for peer in peers]
+    assert on[:3] == [f"1.2x {peer} at its memory" for peer in peers]
+    assert off[:3] == [f"1.7x {peer}" for peer in peers]
+    assert not {f"1.2x {peer}" for peer in peers} & {*on, *off}, "said once"
     largest = sft_verdict.judge(settings(shape="llama-3.1-8b", mode="full"), rows)
     assert [each.target for each in largest[:3]] == [f"1.1x {peer}" for peer in peers]
 
@@ -248,6 +253,76 @@ def test_targets_of_another_run(run: dict[str, Any], other: str) -> None:
         assert judged and {each.outcome for each in judged} == {"not measured"}
         assert all(each.missing == {"this run": other} for each in judged)
         assert memory.outcome == ("met" if status == "ok" else "missed")
+
+
+SEVEN = {"shape": "qwen2.5-7b", "checkpointing": "on", "row_tokens": 4096, "tokens_per_step": 8192}
+
+
+def at_memory(**sides: tuple[float, float]) -> Judged:
+    """The line for Unsloth, of sides with these tokens a second and GiB."""
+    names = {"whole": "chronicals", "halves": "chronicals-accumulation", "offload": "chronicals-offload"}
+    rows = [
+        row(names.get(side, "unsloth-packing"), tokens_per_second=rate, peak_memory_gib=gib)
+        for side, (rate, gib) in sides.items()
+    ]
+    return judged_at_memory(rows)
+
+
+def judged_at_memory(rows: list[dict[str, Any]], **run: Any) -> Judged:
+    found = sft_verdict.judge(settings(**{**SEVEN, **run}), rows)
+    (line,) = [each for each in found if each.target == "1.2x unsloth-packing at its memory"]
+    return line
+
+
+def test_the_fastest_of_ours_that_takes_no_more_than_the_peer() -> None:
+    peer = (100.0, 17.3)
+    # The fastest takes too much; of the others, both of which fit, the faster one counts.
+    line = at_memory(whole=(170.0, 18.7), halves=(150.0, 17.2), offload=(140.0, 16.0), peer=peer)
+    assert (line.outcome, line.figures, line.missing) == ("met", {"chronicals-accumulation": 1.5}, {})
+    line = at_memory(whole=(170.0, 18.7), halves=(150.0, 17.31), offload=(140.0, 16.0), peer=peer)
+    assert (line.outcome, line.figures) == ("met", {"chronicals-offload": 1.4})
+    line = at_memory(whole=(170.0, 17.3), halves=(150.0, 15.0), peer=peer)  # as much is no more
+    assert (line.outcome, line.figures) == ("met", {"chronicals": 1.7})
+    line = at_memory(whole=(170.0, 18.7), halves=(119.0, 17.2), peer=peer)
+    assert (line.outcome, line.figures, line.at_least) == ("missed", {"chronicals-accumulation": 1.19}, 1.2)
+    # Only those that the run has are asked for.
+    assert at_memory(whole=(120.0, 17.0), peer=peer).figures == {"chronicals": 1.2}
+    assert at_memory(halves=(130.0, 17.0), peer=peer).figures == {"chronicals-accumulation": 1.3}
+
+
+def test_none_of_ours_fits() -> None:
+    line = at_memory(whole=(170.0, 18.7), halves=(150.0, 17.66), offload=(140.0, 18.0), peer=(100.0, 17.3))
+    assert (line.outcome, line.figures) == ("missed", {})
+    assert line.missing == {"chronicals-accumulation": "17.66 GiB, unsloth-packing 17.30"}
+    ((_, outcome, told),) = report.verdict_lines([asdict(line)])
+    assert (outcome, told) == ("missed", "chronicals-accumulation: 17.66 GiB, unsloth-packing 17.30")
+
+
+def test_a_side_without_a_figure_leaves_it_open() -> None:
+    fits = {"tokens_per_second": 150.0, "peak_memory_gib": 17.0}
+    none = {"tokens_per_second": None, "peak_memory_gib": None}
+    peer = row("unsloth-packing", tokens_per_second=100.0, peak_memory_gib=17.3)
+    for rows, missing in (
+        ([row("chronicals", **fits)], {"unsloth-packing": "not in this run"}),
+        ([row("chronicals", **fits), row("unsloth-packing", status="invalid", **fits)],
+         {"unsloth-packing": "invalid (None)"}),
+        ([peer], {"chronicals": "not in this run"}),
+        ([row("chronicals", **fits), row("chronicals-accumulation", status="not run", **none), peer],
+         {"chronicals-accumulation": "not run (None)"}),
+        ([row("chronicals", **fits), row("chronicals-offload", status="invalid", **fits), peer],
+         {"chronicals-offload": "invalid (None)"}),
+        ([row("chronicals", **{**fits, "peak_memory_gib": None}), peer], {"chronicals": "ok (None)"}),
+    ):  # fmt: skip
+        line = judged_at_memory(rows)
+        assert (line.outcome, line.figures, line.missing) == ("not measured", {}, missing)
+    # The script as it is has failed: a miss, as for every target.
+    for rows in (
+        [row("chronicals", status="failed", **none), peer],
+        [row("chronicals", status="invalid", **fits), peer],
+    ):
+        assert judged_at_memory(rows).outcome == "missed"
+    line = judged_at_memory([row("chronicals", **fits), peer], tokens_per_step=16_384)
+    assert (line.outcome, line.missing) == ("not measured", {"this run": "tokens_per_step 16384, not 8192"})
 
 
 def test_the_first_step_is_soon() -> None:

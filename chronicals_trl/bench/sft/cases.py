@@ -22,6 +22,7 @@ import numpy.typing as npt
 __all__ = [
     "ABLATED",
     "ABLATION_START",
+    "LIGHTER",
     "LONGEST",
     "LORA_ALPHA",
     "LORA_RANK",
@@ -146,6 +147,7 @@ class Side:
         checkpointing: Under "default": None is as the framework comes.
         ours: Whether it is this package that trains.
         parts: Of ours, those that are on; None: as `chronicals_config` says. Without any the flag is off.
+        micro_batches: That an optimizer step's rows come in, one after the other.
     """
 
     name: str
@@ -154,7 +156,11 @@ class Side:
     checkpointing: bool | None = None
     ours: bool = False
     parts: tuple[str, ...] | None = None
+    micro_batches: int = 1
 
+
+#: Ours for less memory at the cost of speed; only where `--sides` names them.
+LIGHTER = ("chronicals-accumulation", "chronicals-offload")
 
 #: The parts of ours in the order in which an ablation adds them, and the side without any.
 ABLATED = ("packing", "attention", "head", "rms_norm", "gated_mlp", "qk_rope", "lora", "adamw", "cuda_graphs")
@@ -165,6 +171,7 @@ SIDES = {
     for side in (
         Side("chronicals", "ours, flag on, the script as it is", ours=True),
         Side("chronicals-packing", "ours, flag on, packing=True", packs=True, ours=True),
+        Side("chronicals-accumulation", "ours, flag on, two micro-batches a step", ours=True, micro_batches=2),
         Side("chronicals-offload", "ours, flag on, activation_offloading=True", ours=True),
         Side("trl", "stock TRL as it comes, padded", packs=False),
         Side("trl-tuned", "stock TRL, packing, no checkpointing, flash-attn or else SDPA", True, False),
@@ -194,7 +201,7 @@ class Task:
         model: Folder with weights, configuration and tokenizer.
         documents: File of `Documents.save`.
         row_tokens: Longest row, and `max_length`.
-        rows: Rows, or documents where the side pads, in a step.
+        rows: Rows, or documents where the side pads, in an optimizer step.
         packs: Whether this side packs here.
         warm_up, steps, windows: Steps before the first timed window, steps of a window, and windows.
         learning_rate, seed: As for every side.
@@ -219,6 +226,11 @@ class Task:
     seed: int
     chronicals: dict[str, Any]
     master: str = "bf16"
+
+    @property
+    def micro_batches(self) -> int:
+        """Batches of a step, of equal numbers of rows."""
+        return SIDES[self.side].micro_batches
 
     @property
     def total_steps(self) -> int:

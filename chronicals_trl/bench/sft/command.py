@@ -14,7 +14,7 @@ from chronicals_trl.bench.process import side_and_folder, side_and_python
 from chronicals_trl.bench.sft import report as sft_report
 from chronicals_trl.bench.sft import run as sft_run
 from chronicals_trl.bench.sft.ablation import ablation_sides
-from chronicals_trl.bench.sft.cases import LONGEST, MASTERS, MODES, PROTOCOLS, SHAPES, SIDES
+from chronicals_trl.bench.sft.cases import LIGHTER, LONGEST, MASTERS, MODES, PROTOCOLS, SHAPES, SIDES
 
 __all__ = ["add_parser", "default_sides", "run"]
 
@@ -47,7 +47,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--shape", choices=list(SHAPES), help="default qwen2.5-0.5b, and tiny without a GPU")
     add("--mode", choices=MODES, default="lora", help="all weights, adapters of rank 32, or those on 4-bit weights")
     add("--protocol", choices=list(PROTOCOLS), default="packed", help="packed rows, or the paper's short padded texts")
-    add("--sides", nargs="+", metavar="SIDE", choices=list(SIDES), help=f"of {' '.join(plain)}; default by protocol")
+    add("--sides", nargs="+", metavar="SIDE", choices=list(SIDES),
+        help=f"of {' '.join(plain)}; default by protocol, never {' nor '.join(LIGHTER)}")  # fmt: skip
     add("--row-tokens", type=_positive, metavar="N", help="longest row; default 2048 packed, 512 short")
     add("--tokens-per-step", type=_positive, metavar="N",
         help=f"packed: a multiple of --row-tokens; default {TOKENS_PER_STEP:,}")  # fmt: skip
@@ -79,12 +80,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def default_sides(protocol: str) -> list[str]:
     """In the short protocol our strict row and one that packs; in the packed one they would be the same."""
     left_out = {
-        "packed": (
-            "chronicals-packing", "chronicals-offload", "trl", "unsloth", "pypi-chronicals", "pypi-chronicals-bf16",
-        ),
-        "short": ("chronicals-offload", "trl-tuned", "trl-cce", "torch-compile"),
-    }[protocol]  # fmt: skip
-    return [name for name, side in SIDES.items() if name not in left_out and side.parts is None]
+        "packed": ("chronicals-packing", "trl", "unsloth", "pypi-chronicals", "pypi-chronicals-bf16"),
+        "short": ("trl-tuned", "trl-cce", "torch-compile"),
+    }[protocol]
+    return [name for name, side in SIDES.items() if name not in (*left_out, *LIGHTER) and side.parts is None]
 
 
 def _sides(options: argparse.Namespace) -> list[str]:

@@ -57,7 +57,7 @@ def _starts(batch: Mapping[str, Any], ids: Tensor) -> Tensor:
 
 
 class Counted:
-    """A collator that keeps what it made, in the order of the steps; counted when the training is over.
+    """A collator that keeps what it made, in the order of training; counted when the training is over.
 
     Args:
         collate: The framework's own.
@@ -75,6 +75,6 @@ class Counted:
         return batch
 
     def batches(self, first: int, last: int) -> Iterable[tuple[list[int], int]]:
-        """Of the steps `first` to `last - 1`: lengths of the real documents, and all positions computed."""
+        """Of each batch from `first` to `last - 1`: lengths of the real documents, and all positions computed."""
         for batch in self._batches[first:last]:
             yield document_lengths(batch), batch["input_ids"].numel()

@@ -127,16 +127,16 @@ class Meter:
         if len(self._seconds) < task.windows:
             raise RuntimeError(f"only {len(self._seconds)} of {task.windows} windows were trained")
         step_ms = self._step_ms()
+        expected = task.steps * task.micro_batches  # batches of a window
         windows = []
         for index, seconds in enumerate(self._seconds):
             first = index * task.steps
             window: dict[str, Any] = {"seconds": seconds, "steps": task.steps}
             window["step_ms"] = step_ms[first : first + task.steps]
-            batches = [] if self.counted is None else list(
-                self.counted.batches(task.warm_up + first, task.warm_up + first + task.steps)
-            )  # fmt: skip
-            if len(batches) != task.steps:
-                raise RuntimeError(f"{len(batches)} batches were counted in {task.steps} steps")
+            begin = (task.warm_up + first) * task.micro_batches
+            batches = [] if self.counted is None else list(self.counted.batches(begin, begin + expected))
+            if len(batches) != expected:
+                raise RuntimeError(f"{len(batches)} batches were counted in {task.steps} steps, not {expected}")
             lengths = [length for documents, _ in batches for length in documents]
             window["tokens"] = sum(lengths)
             window["documents"] = len(lengths)

@@ -58,6 +58,8 @@ def _chronicals(task: Task, meter: Meter) -> dict[str, Any]:
         if not torch.cuda.is_available():
             raise NotOffered("offloading needs a GPU to offload from")
         extra["activation_offloading"] = True
+    if task.rows % task.micro_batches:
+        raise NotOffered(f"the rows of a step, {task.rows}, do not divide into {task.micro_batches} micro-batches")
     trainer, ran = _run_trainer(task, meter, SFTTrainer, SFTConfig, _load(task), extra)
     return ran if parts == () else {**ran, "report": trainer.chronicals_report.to_dict()}
 
@@ -145,8 +147,8 @@ def _arguments(task: Task) -> dict[str, Any]:
         "max_length": task.row_tokens,
         "packing": task.packs,
         "max_steps": task.total_steps,
-        "per_device_train_batch_size": task.rows,
-        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": task.rows // task.micro_batches,
+        "gradient_accumulation_steps": task.micro_batches,
         "learning_rate": task.learning_rate,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
@@ -198,6 +200,7 @@ def _watch(trainer: Any, meter: Meter) -> dict[str, Any]:
         **_about(trainer.model),
         "logs": logs,
         "gradient_checkpointing": bool(trainer.args.gradient_checkpointing),
+        "micro_batches": trainer.args.gradient_accumulation_steps,
         "collator": type(trainer.data_collator).__name__,
     }
 
