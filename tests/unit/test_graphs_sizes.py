@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from graph_stand_in import StandIn
 from test_graphs import FAMILIES, Pair
@@ -168,6 +169,62 @@ def test_so_do_those_of_sizes_that_nobody_knows() -> None:
     assert pair.replayed(1, lengths=LARGE) == 1
     assert captured(pair) == {48} and pair.recorder.released == 1
     assert pair.replayed(1) == 1
+
+
+def test_in_another_state_too_they_come_back_without_eager_passes() -> None:
+    """One of the graphs that go may be the only one of its state, and have been captured at its first pass."""
+    pair = Pair(sizes=SIZES, lora=0.2)
+
+    def dropout(p: float) -> None:
+        pair.both(lambda m: [setattr(d, "p", p) for d in m.modules() if isinstance(d, nn.Dropout)])
+
+    pair.replayed(WARM_UP + 1)
+    assert pair.replayed(1, lengths=SMALL) == 1
+    dropout(0.4)
+    assert pair.replayed(WARM_UP + 1, lengths=LARGE) == 1 and captured(pair) == {48}
+    dropout(0.2)
+    assert pair.replayed(1, lengths=SMALL) == pair.replayed(1) == 1
+
+
+def test_after_a_release_a_graph_of_a_known_size_needs_no_eager_pass() -> None:
+    """As after an evaluation."""
+    pair = Pair(sizes=SIZES)
+    pair.replayed(WARM_UP + 1)
+    pair.replayed(1, lengths=SMALL)
+    pair.stack.release()
+    assert pair.replayed(1, lengths=SMALL) == pair.replayed(1) == 1
+
+
+def test_the_largest_one_that_goes_by_itself_takes_no_other_with_it() -> None:
+    """Gemma 3's padded batches: one without any padding has no mask in the layers with full attention, and is as ever
+    in the first one, whose window is shorter. The largest graph then goes, but not what it has made of the pool."""
+    pair = Pair("gemma3", sizes=(32, 64), layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+
+    def replayed(length: int, *padding: int) -> list[bool]:
+        results = []
+        for tokens in padding:
+            pair.seed += 1
+            mask = torch.arange(length) < torch.tensor([[length], [length - tokens]])
+            ids = tiny_models.packed_batch((2 * length,), seed=pair.seed)["input_ids"].view(2, length)
+            batch = {"input_ids": ids, "labels": ids, "attention_mask": mask.long()}
+            results.append(pair.stack.replays)
+            pair.both(lambda model: model.zero_grad(set_to_none=True))
+            with pair.stack.enabled():
+                ours = pair.loss(pair.ours, batch)
+                ours.backward()
+            theirs = pair.loss(pair.theirs, batch)
+            theirs.backward()
+            assert torch.equal(ours, theirs)
+            pair.require_equal_gradients()
+            results[-1] = pair.stack.replays > results[-1]
+        return results
+
+    assert replayed(32, *[3] * (WARM_UP + 1))[-1] and replayed(16, 3) == [True]
+    for captures in (3, 4):
+        assert replayed(32, 0) == [False] and captured(pair) == {32}
+        assert replayed(32, 3, 3, 3) == [False, True, True]
+        assert captured(pair) == {32, 64} and pair.stack.captures == captures and not pair.recorder.released
+        assert replayed(16, 3) == [True]
 
 
 def test_another_kind_of_the_same_size_is_captured_beside_it() -> None:
