@@ -200,6 +200,7 @@ def test_padded_rows_beside_a_packed_evaluation(tmp_path: Path, recorder: StandI
     trainer = make(tmp_path, eval_dataset=tiny_data.text(9), **options)
     assert any("padded to multiples of 8 tokens" in note for note in trainer.chronicals_report.notes)
     assert all(batch["input_ids"].shape[1] % 8 == 0 for batch in trainer.get_train_dataloader())
+    assert trainer._recurring_sizes() == [3 * n for n in range(8, 65, 8)]
     assert next(iter(trainer.get_eval_dataloader()))["input_ids"].shape[0] == 1
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from test_graphs import FAMILIES, Pair
 from torch import Tensor, nn
 
 from chronicals_trl.model import graphs
-from chronicals_trl.model.graph_capture import Segment, rehearse
+from chronicals_trl.model.graph_capture import Captured, Segment, rehearse
 from chronicals_trl.model.graphs import WARM_UP, WARM_UP_OF_A_SHAPE
 
 USUAL = (13, 9, 5, 5)  # 32 tokens, as `Pair.step` has them
@@ -143,6 +145,30 @@ def test_what_is_not_trained_has_no_way_back() -> None:
     assert len(calls) == 2 and not calls[1].requires_grad
 
 
+def test_hooks_on_the_hidden_states_are_not_run() -> None:
+    hidden = torch.randn(3, 4, requires_grad=True) * 2
+    hidden.register_hook(lambda gradient: pytest.fail("the user's hook"))
+    linear = nn.Linear(4, 4)
+    rehearsed(lambda x, statics: linear(x), linear, hidden)
+
+
+def test_it_runs_under_autocast_as_the_capture_will() -> None:
+    """Without autocast's cache, which would keep the casts; and the way back without autocast."""
+    linear = nn.Linear(4, 4)
+    there, back = [], []
+
+    def run(x: Tensor, statics: Sequence[Tensor]) -> Tensor:
+        output = linear(x)
+        there.append((output.dtype, torch.is_autocast_cache_enabled()))
+        output.register_hook(lambda gradient: back.append(torch.is_autocast_enabled("cpu")))
+        return output
+
+    with torch.autocast("cpu", torch.bfloat16):
+        rehearsed(run, linear, torch.randn(3, 4))
+        assert torch.is_autocast_cache_enabled()
+    assert there == [(torch.bfloat16, False)] * 2 and back == [False] * 2
+
+
 # -- the largest first -----------------------------------------------------------------------------------------------
 
 
@@ -159,6 +185,28 @@ def test_the_others_go_before_a_larger_one_is_captured() -> None:
     assert pair.stack.captures == 5
     assert pair.replayed(2, lengths=LARGE) == pair.replayed(2) == pair.replayed(2, lengths=SMALL) == 2
     assert pair.stack.captures == 5
+
+
+def test_nothing_holds_those_that_go_while_the_larger_one_is_captured() -> None:
+    """Their memory would be there beside the new one's."""
+    alive: list[int] = []
+
+    class Looking(StandIn):
+        before: Sequence[weakref.ref[Captured]] = ()
+
+        def record(self, work: Callable[[], Any]) -> Any:
+            gc.collect()  # the stand-in's own cycles
+            alive.append(sum(ref() is not None for ref in self.before))
+            return super().record(work)
+
+    recorder = Looking()
+    pair = Pair(recorder=recorder, sizes=SIZES)
+    pair.replayed(WARM_UP + 1)
+    pair.replayed(1, lengths=SMALL)
+    recorder.before = [weakref.ref(k.captured) for k in pair.stack._kinds.values() if k.captured is not None]
+    alive.clear()
+    assert len(recorder.before) == 2 and pair.replayed(1, lengths=LARGE) == 1
+    assert alive == [0, 0]
 
 
 def test_so_do_those_of_sizes_that_nobody_knows() -> None:
@@ -187,12 +235,13 @@ def test_in_another_state_too_they_come_back_without_eager_passes() -> None:
 
 
 def test_after_a_release_a_graph_of_a_known_size_needs_no_eager_pass() -> None:
-    """As after an evaluation."""
+    """As after an evaluation; and the memory is sized anew."""
     pair = Pair(sizes=SIZES)
     pair.replayed(WARM_UP + 1)
     pair.replayed(1, lengths=SMALL)
     pair.stack.release()
-    assert pair.replayed(1, lengths=SMALL) == pair.replayed(1) == 1
+    assert pair.replayed(1, lengths=SMALL) == 1 and captured(pair) == {24}
+    assert pair.replayed(1) == 1 and captured(pair) == {32}
 
 
 def test_the_largest_one_that_goes_by_itself_takes_no_other_with_it() -> None:
