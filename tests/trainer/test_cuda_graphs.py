@@ -276,6 +276,14 @@ def test_batches_that_will_come_again(
     require_no_eager_pass_after_the_first_capture(trainer)
 
 
+def test_of_a_collator_that_was_put_in_later_nothing_is_known(tmp_path: Path, recorder: StandIn) -> None:
+    trainer = make(tmp_path, **PADDED)
+    collator = trainer.data_collator
+    trainer.data_collator = lambda examples: collator(examples)
+    trainer.train()
+    assert recorder.replayed and trainer._recurring_sizes() == []
+
+
 def require_no_eager_pass_after_the_first_capture(trainer: Any) -> None:
     replays: list[int] = []
 
