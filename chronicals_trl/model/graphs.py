@@ -126,6 +126,7 @@ class GraphedStack:
         self._pass: _Pass | None = None
         self._outstanding: weakref.ref[Ticket] | None = None
         self._shortages = 0
+        self._largest = 0  # numbers in the hidden states that a pass had whose graphs the memory has held
         self._lends = True  # the gradients' memory
 
     # -- on and off --------------------------------------------------------------------------------------------------
@@ -155,6 +156,7 @@ class GraphedStack:
         # Nothing can be captured into a pool whose graphs are gone, and of whose memory a `.grad` still has a part.
         if ended and self._recorder is not None and all(kind.captured is None for kind in self._kinds.values()):
             self._recorder.release()
+            self._largest = 0
 
     @contextmanager
     def enabled(self) -> Iterator[None]:
@@ -328,7 +330,7 @@ class GraphedStack:
         reading, kind = self._read(current), current.kind
         new = kind.key is None
         if reading is not None and new:
-            kind.seen, kind.key = 1, reading.key
+            kind.key = reading.key
         if reading is None or reading.key != kind.key:  # as the first layer is called, but not as the others are
             self._let_go([kind])
             kind.seen = 0
@@ -379,6 +381,7 @@ class GraphedStack:
         if cause:  # out of the handler, whose traceback would keep the memory
             self._give_up(f"the layers cannot be captured ({cause})")
             return
+        kind.seen = WARM_UP  # its kernels have run: should it go, it needs no eager pass, whatever others there are
         self.captures += 1
         logger.info(
             "chronicals-trl: %d decoder layers captured as CUDA graphs in %.1f s",
@@ -387,10 +390,13 @@ class GraphedStack:
         )
 
     def _let_smaller_go(self, size: int) -> None:
-        """Before a capture with so many numbers in its hidden states, all graphs, if it is the largest."""
-        captured = [kind for kind in self._kinds.values() if kind.captured is not None]
-        if captured and size > max(kind.captured.inputs[0].numel() for kind in captured):  # type: ignore[union-attr]
-            self._let_go(captured)
+        """Before a capture with so many numbers in its hidden states, all graphs, if their memory is too small.
+
+        It keeps its size where the largest one has gone by itself.
+        """
+        if size > self._largest:
+            self.release()
+        self._largest = max(self._largest, size)
 
     def _parts(self, current: _Pass, tensors: list[Tensor], ranges: Sequence[range]) -> list[Segment]:
         """Ranges of a pass's layers, whose arguments hold `tensors`, in the place of which others may be given."""

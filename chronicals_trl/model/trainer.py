@@ -148,7 +148,9 @@ class CudaGraphsMixin(Trainer):
             return self._recurring_rows()
         if not self._pads_rows():
             return [rows * length] if length else []
-        multiple = getattr(self.data_collator, "pad_to_multiple_of", None)
+        # Beside a packed evaluation TRL's collator is the other one's fallback.
+        collator = getattr(self.data_collator, "fallback", self.data_collator)
+        multiple = getattr(collator, "pad_to_multiple_of", None)
         return [rows * multiple * n for n in range(1, math.ceil(length / multiple) + 1)] if length and multiple else []
 
     def _graph_segments(self, layers: list[nn.Module]) -> int:

@@ -200,6 +200,7 @@ def test_padded_rows_beside_a_packed_evaluation(tmp_path: Path, recorder: StandI
     trainer = make(tmp_path, eval_dataset=tiny_data.text(9), **options)
     assert any("padded to multiples of 8 tokens" in note for note in trainer.chronicals_report.notes)
     assert all(batch["input_ids"].shape[1] % 8 == 0 for batch in trainer.get_train_dataloader())
+    assert trainer._recurring_sizes() == [3 * n for n in range(8, 65, 8)]
     assert next(iter(trainer.get_eval_dataloader()))["input_ids"].shape[0] == 1
 
 
@@ -273,6 +274,14 @@ def test_batches_that_will_come_again(
     sizes = {batch["input_ids"].numel() for batch in trainer.get_train_dataloader()}
     assert sizes <= set(expected) and (len(expected) <= 2 or len(sizes) > 1)
     require_no_eager_pass_after_the_first_capture(trainer)
+
+
+def test_of_a_collator_that_was_put_in_later_nothing_is_known(tmp_path: Path, recorder: StandIn) -> None:
+    trainer = make(tmp_path, **PADDED)
+    collator = trainer.data_collator
+    trainer.data_collator = lambda examples: collator(examples)
+    trainer.train()
+    assert recorder.replayed and trainer._recurring_sizes() == []
 
 
 def require_no_eager_pass_after_the_first_capture(trainer: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -242,6 +243,29 @@ def test_report_is_shown_kept_and_written(tmp_path: Path, capsys: pytest.Capture
         "cuda_graphs", "recompute",
     ]  # fmt: skip
     assert "rms_norm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_a_note_while_the_run_goes_on_is_written_and_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, speaks: bool
+) -> None:
+    """By the process that logs."""
+    trainer = make(tmp_path)
+    monkeypatch.setattr(SFTConfig, "should_log", speaks)
+    caplog.set_level(logging.INFO, "chronicals_trl")
+    caplog.clear()
+    for _ in range(2):
+        trainer._tell_once("something came up")
+        trainer._tell_once("something bad came up", warn=True)
+    written = json.loads((tmp_path / "out" / "chronicals_report.json").read_text())
+    assert written["notes"][-2:] == ["something came up", "something bad came up"]
+    assert written == trainer.chronicals_report.to_dict()
+    said = [(record.levelno, record.getMessage()) for record in caplog.records]
+    expected = [
+        (logging.INFO, "chronicals-trl: something came up"),
+        (logging.WARNING, "chronicals-trl: something bad came up"),
+    ]
+    assert said == (expected if speaks else [])
 
 
 def test_throughput_in_the_logs(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import pickle
 import sys
 from collections.abc import Callable, Collection
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from chronicals_trl import patch_model, unpatch_model
 from chronicals_trl.model import decoder, graphs
-from chronicals_trl.model.graph_capture import Captured, Segment
+from chronicals_trl.model.graph_capture import Captured, Segment, require_equal
 from chronicals_trl.model.graph_layers import PLACE, decoder_layers
 from chronicals_trl.model.graph_state import LayerState, Unreadable, read_call, surroundings
 from chronicals_trl.model.graphs import WARM_UP, GraphedStack
@@ -691,6 +692,12 @@ def test_a_replay_that_does_not_agree() -> None:
     assert pair.replayed(WARM_UP + 2) == 0
     assert "differ from the layers' own by 1.0e-01" in str(pair.stack.reason)
     assert pair.recorder.recorded == 2 and pair.recorder.released == 1
+
+
+def test_a_replay_that_gives_no_numbers() -> None:
+    captured: Any = SimpleNamespace(forward=lambda tensors: torch.full((2,), torch.nan))
+    with pytest.raises(RuntimeError, match="differ from the layers' own by nan"):
+        require_equal(captured, [torch.ones(2)], lambda: torch.ones(2))
 
 
 def between(change: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from graph_stand_in import StandIn
 from test_graphs import FAMILIES, Pair
 from torch import Tensor, nn
 
 from chronicals_trl.model import graphs
-from chronicals_trl.model.graph_capture import Segment, rehearse
+from chronicals_trl.model.graph_capture import Captured, Segment, rehearse
 from chronicals_trl.model.graphs import WARM_UP, WARM_UP_OF_A_SHAPE
 
 USUAL = (13, 9, 5, 5)  # 32 tokens, as `Pair.step` has them
@@ -142,6 +145,30 @@ def test_what_is_not_trained_has_no_way_back() -> None:
     assert len(calls) == 2 and not calls[1].requires_grad
 
 
+def test_hooks_on_the_hidden_states_are_not_run() -> None:
+    hidden = torch.randn(3, 4, requires_grad=True) * 2
+    hidden.register_hook(lambda gradient: pytest.fail("the user's hook"))
+    linear = nn.Linear(4, 4)
+    rehearsed(lambda x, statics: linear(x), linear, hidden)
+
+
+def test_it_runs_under_autocast_as_the_capture_will() -> None:
+    """Without autocast's cache, which would keep the casts; and the way back without autocast."""
+    linear = nn.Linear(4, 4)
+    there, back = [], []
+
+    def run(x: Tensor, statics: Sequence[Tensor]) -> Tensor:
+        output = linear(x)
+        there.append((output.dtype, torch.is_autocast_cache_enabled()))
+        output.register_hook(lambda gradient: back.append(torch.is_autocast_enabled("cpu")))
+        return output
+
+    with torch.autocast("cpu", torch.bfloat16):
+        rehearsed(run, linear, torch.randn(3, 4))
+        assert torch.is_autocast_cache_enabled()
+    assert there == [(torch.bfloat16, False)] * 2 and back == [False] * 2
+
+
 # -- the largest first -----------------------------------------------------------------------------------------------
 
 
@@ -160,6 +187,28 @@ def test_the_others_go_before_a_larger_one_is_captured() -> None:
     assert pair.stack.captures == 5
 
 
+def test_nothing_holds_those_that_go_while_the_larger_one_is_captured() -> None:
+    """Their memory would be there beside the new one's."""
+    alive: list[int] = []
+
+    class Looking(StandIn):
+        before: Sequence[weakref.ref[Captured]] = ()
+
+        def record(self, work: Callable[[], Any]) -> Any:
+            gc.collect()  # the stand-in's own cycles
+            alive.append(sum(ref() is not None for ref in self.before))
+            return super().record(work)
+
+    recorder = Looking()
+    pair = Pair(recorder=recorder, sizes=SIZES)
+    pair.replayed(WARM_UP + 1)
+    pair.replayed(1, lengths=SMALL)
+    recorder.before = [weakref.ref(k.captured) for k in pair.stack._kinds.values() if k.captured is not None]
+    alive.clear()
+    assert len(recorder.before) == 2 and pair.replayed(1, lengths=LARGE) == 1
+    assert alive == [0, 0]
+
+
 def test_so_do_those_of_sizes_that_nobody_knows() -> None:
     pair = Pair()
     pair.replayed(WARM_UP + 1)
@@ -168,6 +217,63 @@ def test_so_do_those_of_sizes_that_nobody_knows() -> None:
     assert pair.replayed(1, lengths=LARGE) == 1
     assert captured(pair) == {48} and pair.recorder.released == 1
     assert pair.replayed(1) == 1
+
+
+def test_in_another_state_too_they_come_back_without_eager_passes() -> None:
+    """One of the graphs that go may be the only one of its state, and have been captured at its first pass."""
+    pair = Pair(sizes=SIZES, lora=0.2)
+
+    def dropout(p: float) -> None:
+        pair.both(lambda m: [setattr(d, "p", p) for d in m.modules() if isinstance(d, nn.Dropout)])
+
+    pair.replayed(WARM_UP + 1)
+    assert pair.replayed(1, lengths=SMALL) == 1
+    dropout(0.4)
+    assert pair.replayed(WARM_UP + 1, lengths=LARGE) == 1 and captured(pair) == {48}
+    dropout(0.2)
+    assert pair.replayed(1, lengths=SMALL) == pair.replayed(1) == 1
+
+
+def test_after_a_release_a_graph_of_a_known_size_needs_no_eager_pass() -> None:
+    """As after an evaluation; and the memory is sized anew."""
+    pair = Pair(sizes=SIZES)
+    pair.replayed(WARM_UP + 1)
+    pair.replayed(1, lengths=SMALL)
+    pair.stack.release()
+    assert pair.replayed(1, lengths=SMALL) == 1 and captured(pair) == {24}
+    assert pair.replayed(1) == 1 and captured(pair) == {32}
+
+
+def test_the_largest_one_that_goes_by_itself_takes_no_other_with_it() -> None:
+    """Gemma 3's padded batches: one without any padding has no mask in the layers with full attention, and is as ever
+    in the first one, whose window is shorter. The largest graph then goes, but not what it has made of the pool."""
+    pair = Pair("gemma3", sizes=(32, 64), layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+
+    def replayed(length: int, *padding: int) -> list[bool]:
+        results = []
+        for tokens in padding:
+            pair.seed += 1
+            mask = torch.arange(length) < torch.tensor([[length], [length - tokens]])
+            ids = tiny_models.packed_batch((2 * length,), seed=pair.seed)["input_ids"].view(2, length)
+            batch = {"input_ids": ids, "labels": ids, "attention_mask": mask.long()}
+            results.append(pair.stack.replays)
+            pair.both(lambda model: model.zero_grad(set_to_none=True))
+            with pair.stack.enabled():
+                ours = pair.loss(pair.ours, batch)
+                ours.backward()
+            theirs = pair.loss(pair.theirs, batch)
+            theirs.backward()
+            assert torch.equal(ours, theirs)
+            pair.require_equal_gradients()
+            results[-1] = pair.stack.replays > results[-1]
+        return results
+
+    assert replayed(32, *[3] * (WARM_UP + 1))[-1] and replayed(16, 3) == [True]
+    for captures in (3, 4):
+        assert replayed(32, 0) == [False] and captured(pair) == {32}
+        assert replayed(32, 3, 3, 3) == [False, True, True]
+        assert captured(pair) == {32, 64} and pair.stack.captures == captures and not pair.recorder.released
+        assert replayed(16, 3) == [True]
 
 
 def test_another_kind_of_the_same_size_is_captured_beside_it() -> None:
