@@ -187,6 +187,7 @@ class PaddingFreeMixin(Trainer):
         return fitted_row_lengths(lengths, documents, multiple=multiple, in_order=order == "sequential")
 
     def _documents_in_a_row(self, batch_size: int) -> int:
+        """Of a rank's batch; where it is padded, its rows."""
         return max(1, batch_size // (self._data_ranks() if self.accelerator.split_batches else 1))
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

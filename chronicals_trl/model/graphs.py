@@ -148,6 +148,9 @@ class GraphedStack:
             self._let_go(list(self._kinds.values()))
 
     def _let_go(self, kinds: list[_Kind]) -> None:
+        going = set(map(id, kinds))
+        if any(kind.captured is not None and id(kind) not in going for kind in self._kinds.values()):
+            self._take_gradients_back()  # those that stay may work where these have lent
         if self._recorder is not None:
             self._recorder.wait()
         ended = self.reason is not None or any(kind.captured is not None for kind in kinds)

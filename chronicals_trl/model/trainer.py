@@ -54,6 +54,7 @@ class CudaGraphsMixin(Trainer):
     _unpadded: DataCollatorForLanguageModeling | None
     _usual_batch: Callable[[], int]
     _recurring_rows: Callable[[], tuple[int, ...]]
+    _documents_in_a_row: Callable[[int], int]
     data_collator: Any
     chronicals_report: ActivationReport
     _save_report: Callable[[], None]
@@ -143,7 +144,7 @@ class CudaGraphsMixin(Trainer):
     def _recurring_sizes(self) -> Sequence[int]:
         """Tokens of the training batches that will come again; none where that is not known."""
         args: Any = self.args
-        rows, length = args.per_device_train_batch_size, args.max_length
+        rows, length = self._documents_in_a_row(self._train_batch_size), args.max_length
         if self._unpadded is not None:
             return self._recurring_rows()
         if not self._pads_rows():

@@ -284,6 +284,13 @@ def test_of_a_collator_that_was_put_in_later_nothing_is_known(tmp_path: Path, re
     assert recorder.replayed and trainer._recurring_sizes() == []
 
 
+def test_of_a_split_batch_a_rank_gets_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"per_device_train_batch_size": 4, "max_length": 64, "accelerator_config": {"split_batches": True}}
+    trainer = make(tmp_path, **options)
+    monkeypatch.setattr(trainer, "_data_ranks", lambda: 2)
+    assert trainer._recurring_sizes() == [2 * 64]
+
+
 def require_no_eager_pass_after_the_first_capture(trainer: Any) -> None:
     replays: list[int] = []
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_bench_sft_run import collate, task
 
 from chronicals_trl.bench.process import Ended
 from chronicals_trl.bench.sft import run as sft_run
 from chronicals_trl.bench.sft import worker as sft_worker
-from chronicals_trl.bench.sft.cases import SHAPES, Task
+from chronicals_trl.bench.sft.cases import SHAPES
 from chronicals_trl.bench.sft.count import Counted
 from chronicals_trl.bench.sft.figures import finish_row
 from chronicals_trl.bench.sft.meter import Meter
@@ -94,19 +95,6 @@ def test_an_odd_number_of_rows_cannot_be_halved(tmp_path: Path, here: None, prot
 # -- the meter --------------------------------------------------------------------------------------------------------
 
 
-def task(**changes: Any) -> Task:
-    given: dict[str, Any] = {
-        "side": SIDE, "mode": "full", "shape": "tiny", "protocol": "packed", "checkpointing": "off", "model": "",
-        "documents": "", "row_tokens": 8, "rows": 2, "packs": True, "warm_up": 2, "steps": 3, "windows": 2,
-        "learning_rate": 1e-4, "seed": 0, "chronicals": {}, **changes,
-    }  # fmt: skip
-    return Task(**given)
-
-
-def collate(n: int) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.ones(1, n, dtype=torch.int64)}
-
-
 def trained(meter: Meter, batches: int) -> None:
     """As a Trainer does it: a step's batches are fetched before it begins, and one more is loaded ahead."""
     meter.counted = Counted(collate)
@@ -118,7 +106,7 @@ def trained(meter: Meter, batches: int) -> None:
 
 
 def test_both_batches_of_a_step_are_counted() -> None:
-    meter = Meter(task())
+    meter = Meter(task(side=SIDE, rows=2))
     trained(meter, batches=17)
     first, second = meter.result()["windows"]
     assert (first["tokens"], second["tokens"]) == (sum(range(14, 20)), sum(range(20, 26)))
@@ -131,7 +119,7 @@ def test_both_batches_of_a_step_are_counted() -> None:
 
 
 def test_a_step_with_one_batch_is_no_step() -> None:
-    meter = Meter(task())
+    meter = Meter(task(side=SIDE, rows=2))
     trained(meter, batches=15)
     with pytest.raises(RuntimeError, match="5 batches were counted in 3 steps, not 6"):
         meter.result()

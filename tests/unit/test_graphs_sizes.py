@@ -291,3 +291,23 @@ def test_gradients_that_are_kept_outlive_the_graphs_that_go() -> None:
     assert pair.replayed(1, zero=False) == 1
     assert pair.replayed(1, zero=False, lengths=LARGE) == 1
     assert pair.replayed(1, zero=False) == 1
+
+
+def test_a_graph_that_goes_alone_takes_back_what_it_has_lent() -> None:
+    """One of another state stays, which has gradients' memory of its own, and may work where these lie."""
+    pair = Pair(sizes=SIZES)
+    projection = "model.layers.1.mlp.up_proj.weight"
+    for trained in (True, False, True):
+        pair.both(lambda model, trained=trained: model.get_parameter(projection).requires_grad_(trained))
+        pair.replayed(WARM_UP + 1)
+    first, second = pair.stack._kinds.values()
+    assert first.captured is not None and second.captured is not None
+    lent = {t.data_ptr() for gradients in first.captured.gradients for t in gradients.tensors if t is not None}
+    gradients = [p.grad for p in pair.ours.parameters() if p.grad is not None]
+    before = [gradient.clone() for gradient in gradients]
+    assert any(gradient.data_ptr() in lent for gradient in gradients)
+    memory = first.captured  # else its addresses could be another's by now
+    pair.stack._let_go([first])
+    assert first.captured is None and second.captured is not None and memory is not None
+    assert not any(p.grad is not None and p.grad.data_ptr() in lent for p in pair.ours.parameters())
+    assert all(map(torch.equal, [p.grad for p in pair.ours.parameters() if p.grad is not None], before))
