@@ -136,6 +136,8 @@ class Captured:
         owners: the modules that hold the segments' parameters.
         sibling: another pass through the same parameters, whose gradients' memory this one uses too.
         lends: whether that memory is handed out as `.grad`; copies of it otherwise.
+        apart: whether, without a sibling, gradients have memory of their own, as far as the ops write where they are
+            told to. In the recorder's pool they lie among what the pass keeps, and what siblings keep would not fit.
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class Captured:
         owners: Sequence[nn.Module],
         sibling: Captured | None = None,
         lends: bool = True,
+        apart: bool = False,
     ) -> None:
         self._lends = lends
         device_type = inputs[0].device.type
@@ -169,11 +172,13 @@ class Captured:
                     traced.append((hidden, own, output, _uses_of_leaves(output, [hidden, *own])))
             return output.detach()
 
-        def backward(grad_output: Tensor, shared: list[Tensor | None] | None) -> list[Tensor | None]:
+        def backward(
+            grad_output: Tensor, places: Sequence[Tensor | None] | None, shared: list[Tensor | None] | None
+        ) -> list[Tensor | None]:
             # Popped: what the forward pass has kept is freed as the backward pass goes on.
             hidden, own, output, uses = traced.pop()
             wanted = [hidden, *own] if hidden.requires_grad else own
-            memory = {} if shared is None else _memory_of_single_gradients(own, shared, uses)
+            memory = {} if places is None else _memory_of_single_gradients(own, places, uses)
             with torch.autocast(device_type, enabled=False), lent(memory):
                 found = torch.autograd.grad(output, wanted, grad_output, allow_unused=True)
             gradients: list[Tensor | None] = list(found) if hidden.requires_grad else [None, *found]
@@ -188,6 +193,12 @@ class Captured:
                 torch._foreach_copy_([s for s, _ in apart], [g for _, g in apart])
             return [gradients[0], *shared]
 
+        self.gradients: list[StaticGradients]
+        places: list[Sequence[Tensor | None]] | None = None
+        if sibling is not None:
+            places = [gradients.tensors for gradients in sibling.gradients]
+        elif apart:
+            places = [[torch.empty_like(p) for p in segment] for segment in self.parameters]
         self._replay_forward, self.output = recorder.record(forward)
         self.grad_output = torch.empty_like(self.output)
         self._replay_backward: dict[int, Callable[[], None]] = {}
@@ -197,7 +208,8 @@ class Captured:
             if self.grad_hidden is None:  # nothing is trained from here on down
                 break
             shared = None if sibling is None else sibling.gradients[index]
-            work = functools.partial(backward, self.grad_hidden, None if shared is None else shared.tensors)
+            place = None if places is None else places[index]
+            work = functools.partial(backward, self.grad_hidden, place, None if shared is None else shared.tensors)
             self._replay_backward[index], (self.grad_hidden, *found) = recorder.record(work)
             if shared is not None and all(map(operator.is_, found, shared.tensors)):
                 self.gradients[index] = shared

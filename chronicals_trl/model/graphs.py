@@ -375,8 +375,9 @@ class GraphedStack:
                 rehearse(self._parts(current, tensors, pairs), tensors, self._state.modules)
             segments = self._parts(current, tensors, self._segments)
             kind.captured = Captured(
-                self._recorder, segments, tensors, self._state.modules, next(siblings, None), self._lends
-            )
+                self._recorder, segments, tensors, self._state.modules, next(siblings, None), self._lends,
+                apart=len(self._sizes) > 1,
+            )  # fmt: skip
             # Forward alone, and without gradients, for the memory's sake.
             require_equal(kind.captured, tensors, lambda: self._run(current.hidden, current.calls))
         except Exception as error:  # a model whose layers cannot be captured is trained without

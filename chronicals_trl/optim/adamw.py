@@ -2,12 +2,17 @@
 
 The optimizer stays the one that it is: its groups, its state and what a checkpoint holds of it, its hooks and whatever
 wraps its `step`. Its class alone is exchanged for one that differs where `step` collects a group's tensors: there the
-group is updated, and torch is given nothing left to do. A group that does not fit (`_fits`), and a step in which state
-is to be made, goes torch's way.
+group is updated, and torch is given nothing left to do. A group that does not fit (`_fits`) goes torch's way, and each
+does in the first step of its state.
+
+torch makes the state in that step, in the memory that the first pass has cut into pieces: each of the pass's large
+blocks then holds some of it and can never be given back, which CUDA graphs, whose memory is apart, would need. So it
+is made before that pass (`make_state`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,16 +39,41 @@ class FusedAdamW(AdamW):
     _clip: Tensor | None  # of the step that comes
     _updates: dict[tuple[Any, ...], AdamWUpdate]  # by index of the group
     _looked_at: dict[int, list[list[int]]]  # addresses of a group's tensors, gradients apart, that were found to fit
+    _early: set[Tensor]  # parameters whose state is there before their first step
     _after_step: RemovableHandle
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_after_step" not in vars(self):  # a copy, or one that was pickled: they have groups and state alone
             _start(self)
+        self._early.clear()  # what is loaded is nobody's but the loader's
 
     def clip(self, coefficient: Tensor) -> None:
         """Multiply the gradients by a scalar in the next step, and in that alone; `.grad` is left as it is."""
         self._clip = coefficient
+
+    @torch.no_grad()
+    def make_state(self) -> None:
+        """Make the state that torch makes in a first step. It goes again where that step finds no gradient."""
+        for group in self.param_groups:
+            without = [p for p in group["params"] if p.requires_grad and p.grad is None and p not in self.state]
+            try:
+                for p in without:  # of a gradient nothing but its being there is asked for
+                    p.grad = torch.zeros((), dtype=p.dtype, device=p.device).expand_as(p)
+                super()._init_group(group, *([] for _ in range(6)))
+            finally:
+                for p in without:
+                    p.grad = None
+            self._early.update(without)
+
+    def _is_first(self, params: Iterable[Tensor]) -> bool:
+        """Whether state of theirs was made early: this is its first step. Where there is no gradient it goes again."""
+        early = self._early.intersection(params)
+        for p in early:
+            if p.grad is None:
+                self.state.pop(p, None)
+        self._early -= early
+        return bool(early)
 
     def watched(self) -> bool:
         """Whether somebody has a hook before or after the step, or is around it, and may look at gradients there."""
@@ -58,10 +88,11 @@ class FusedAdamW(AdamW):
 
     @torch.compiler.disable  # as torch's are: a step that is compiled calls it as it is
     def _init_group(self, group: dict[str, Any], *collected: list[Tensor]) -> Any:
+        first = self._is_first(group["params"])
         if torch.compiler.is_compiling():  # which calls it once more, for the lists
             return super()._init_group(group, *collected)
         index = next(index for index, each in enumerate(self.param_groups) if each is group)
-        lists = self._lists(index, group)
+        lists = None if first else self._lists(index, group)
         if lists is None:
             grads = [p.grad for p in group["params"] if p.grad is not None]
             if self._clip is not None and grads:
@@ -136,14 +167,16 @@ def take_over(optimizer: AdamW) -> FusedAdamW:
 
 
 def _start(optimizer: FusedAdamW) -> None:
-    optimizer._clip, optimizer._updates, optimizer._looked_at = None, {}, {}
+    optimizer._clip, optimizer._updates, optimizer._looked_at, optimizer._early = None, {}, {}, set()
     optimizer._after_step = optimizer.register_step_post_hook(_forget_clip)
 
 
 def give_back(optimizer: FusedAdamW) -> None:
     """Make it torch's AdamW again."""
     optimizer._after_step.remove()
-    for name in ("_clip", "_updates", "_looked_at", "_after_step"):
+    for p in optimizer._early:  # it has made no step
+        optimizer.state.pop(p, None)
+    for name in ("_clip", "_updates", "_looked_at", "_early", "_after_step"):
         del optimizer.__dict__[name]
     optimizer.__class__ = AdamW  # type: ignore[assignment]
 

@@ -97,6 +97,7 @@ class AdamWMixin(Trainer):
         reason = obstacle(optimizer)
         if reason is None:
             self._adamw = take_over(optimizer)
+            self._adamw.make_state()
             mine, trained = self._adamw.param_groups, set(self.model.parameters())
             self._holds_others = any(p not in trained for group in mine for p in group["params"])
             return

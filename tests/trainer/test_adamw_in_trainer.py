@@ -73,6 +73,23 @@ def test_the_same_training(tmp_path: Path, clips: list[float], lora: bool, accum
     assert ours._adamw is None
 
 
+@pytest.mark.parametrize("setting", ["auto", "off"])
+def test_the_state_is_there_before_the_first_pass(tmp_path: Path, setting: str) -> None:
+    """Behind it, it would lie in pieces of that pass's memory."""
+    seen: list[tuple[int, int]] = []
+
+    class Looking(SFTTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            gradients = sum(p.grad is not None for p in self.model.parameters())
+            seen.append((len(self.optimizer.state), gradients))
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = trained(tmp_path, setting, trainer_class=Looking)
+    trainable = sum(p.requires_grad for p in trainer.model.parameters())
+    assert seen[0] == (trainable if setting == "auto" else 0, 0)
+    assert seen[-1] == (trainable, 0)
+
+
 def test_stock_trl_trains_the_same(tmp_path: Path) -> None:
     ours = trained(tmp_path, packing=False, config={"padding_free": "off"})
     theirs = run(trl.SFTTrainer, trl.SFTConfig, tmp_path / "trl", options={"max_grad_norm": CLIPS})[0]

@@ -283,6 +283,77 @@ def test_parameters_without_a_gradient_and_empty_ones(updates: list[int]) -> Non
     assert set(updates) == {1, 2}
 
 
+def test_state_that_is_made_early(updates: list[int]) -> None:
+    """It is what torch makes, and what torch goes on with in the first step."""
+    theirs, ours = parameters(), parameters()
+    stock, mine = optimizer_of(theirs), take_over(optimizer_of(ours))
+    mine.make_state()
+    assert all(p.grad is None for p in ours)
+    early = {p: dict(mine.state[p]) for p in ours}
+    train(theirs, stock, 0.5)
+    train(ours, mine, 0.5)
+    require_same(ours, theirs)
+    assert updates == [1, 1] * (STEPS - 1)
+    for p, q in zip(ours, theirs, strict=True):
+        assert mine.state[p].keys() == stock.state[q].keys()
+        assert all(mine.state[p][name] is tensor for name, tensor in early[p].items())
+        for name, tensor in mine.state[p].items():
+            assert (tensor.dtype, tensor.shape, tensor.stride()) == (
+                stock.state[q][name].dtype, stock.state[q][name].shape, stock.state[q][name].stride(),
+            )  # fmt: skip
+
+
+def test_early_state_of_what_gets_no_gradient_goes(updates: list[int]) -> None:
+    def run(fused: bool) -> tuple[list[nn.Parameter], AdamW]:
+        params = parameters((4, 3), (5,), (6,), (3,))
+        params[3].requires_grad_(False)
+        optimizer = optimizer_of(params)
+        if fused:
+            take_over(optimizer).make_state()
+        train(params[:2], optimizer, steps=2)
+        assert optimizer.state.keys() == set(params[:2])
+        train(params[:3], optimizer)
+        return params, optimizer
+
+    (ours, mine), (theirs, stock) = run(True), run(False)
+    require_same(ours, theirs)
+    assert mine.state_dict()["state"].keys() == stock.state_dict()["state"].keys() == {0, 1, 2}
+    assert float(mine.state[ours[2]]["step"]) == STEPS
+
+
+def test_early_state_where_there_is_no_step() -> None:
+    _, optimizer = made(fused=True)
+    optimizer.make_state()
+    assert len(optimizer.state) == 2
+    give_back(optimizer)
+    assert not optimizer.state
+
+
+def test_early_state_beside_a_runs_own() -> None:
+    """State that is there, gradients that are, and state that is loaded stay as they are."""
+    params, optimizer = made(fused=True)
+    give_gradients(params[:1], 0)
+    optimizer.step()
+    params[1].grad = torch.ones(5)
+    kept = dict(optimizer.state[params[0]])
+    gradients = [p.grad for p in params]
+    params[0].grad = None
+    optimizer.make_state()
+    assert params[0].grad is None and params[1].grad is gradients[1]
+    assert all(optimizer.state[params[0]][name] is tensor for name, tensor in kept.items())
+
+    _, fresh = made(fused=True)
+    fresh.make_state()
+    params, loaded = made(fused=True)
+    loaded.make_state()
+    train(params, optimizer_of(params), steps=1)
+    saved = fresh.state_dict()
+    loaded.load_state_dict(saved)
+    params[0].grad = None
+    loaded.step()
+    assert loaded.state.keys() == set(params)
+
+
 def test_a_group_of_several_dtypes(updates: list[int]) -> None:
     def run(fused: bool) -> list[nn.Parameter]:
         params = [*parameters(), *parameters(dtype=torch.bfloat16)]

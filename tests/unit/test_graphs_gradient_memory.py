@@ -11,6 +11,7 @@ from test_graphs import Pair
 from torch import nn
 
 from chronicals_trl.kernels import _gradient_memory, shared_linear
+from chronicals_trl.model import graphs
 from chronicals_trl.model.graph_capture import Captured, Segment
 from chronicals_trl.model.graphs import WARM_UP, WARM_UP_OF_A_SHAPE
 
@@ -105,6 +106,65 @@ def test_a_pass_that_trains_other_weights_has_memory_of_its_own() -> None:
         captured.forward([x])
         _, (first, *_) = captured.backward(0, torch.ones(3, 4))
         torch.testing.assert_close(first, x.sum(0).expand(4, 4))
+
+
+class Listing(StandIn):
+    """Notes what is there when something is recorded."""
+
+    def __init__(self, made: list[int]) -> None:
+        super().__init__()
+        self.made, self.before = made, [0]
+
+    def record(self, work: Any) -> Any:
+        self.before.append(len(self.made))
+        return super().record(work)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_memory_that_is_there_before_the_pass(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product is written into it; what is made in another way stays where it was made."""
+    owner = nn.Module()
+    owner.weight, owner.scale, owner.unused = (nn.Parameter(torch.randn(4, 4)) for _ in range(3))
+    made: list[int] = []
+    kept: list[torch.Tensor] = []
+
+    def empty_like(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(original(tensor))
+        made.append(kept[-1].data_ptr())
+        return kept[-1]
+
+    def run(hidden: torch.Tensor, _: Any) -> torch.Tensor:
+        return shared_linear(hidden @ owner.scale, [owner.weight], [None])[0]
+
+    original = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    recorder, x = Listing(made), torch.randn(3, 4)
+    captured = Captured(recorder, [Segment(run, list(owner.parameters()))], [x], [owner], apart=apart)
+    monkeypatch.undo()
+    weight, scale, unused = captured.gradients[0].tensors
+    assert weight is not None and scale is not None and unused is None
+    early = made[: recorder.before[1]]
+    assert len(early) == (3 if apart else 0)
+    assert (weight.data_ptr() in early) is apart and scale.data_ptr() not in early
+    captured.forward([x])
+    _, gradients = captured.backward(0, torch.ones(3, 4))
+    torch.testing.assert_close(gradients[0], (x @ owner.scale).sum(0).expand(4, 4))
+    torch.testing.assert_close(gradients[1], x.t() @ torch.ones(3, 4) @ owner.weight)
+
+
+@pytest.mark.parametrize(("sizes", "apart"), [((), False), ((24,), False), ((24, 48), True)])
+def test_where_several_sizes_are_known(sizes: tuple[int, ...], apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class Spy(Captured):
+        def __init__(self, *args: Any, apart: bool, **kwargs: Any) -> None:
+            given.append(apart)
+            super().__init__(*args, apart=apart, **kwargs)
+
+    monkeypatch.setattr(graphs, "Captured", Spy)
+    pair = Pair("qwen2", sizes=sizes)
+    both_shapes(pair)
+    assert given and set(given) == {apart}
 
 
 def test_memory_is_lent_while_it_is() -> None:
