@@ -48,6 +48,9 @@ _TRL_TILE = 4096, 32_768
 # 8 V H bytes a chunk against 2 C H V operations and 2 C V bytes, at an H100's 3 TB/s and 650 TFLOP/s.
 FEWEST_ROWS = 768
 
+# Rows of the largest buffer of logits so far, of a head with its budget.
+MOST_ROWS: dict[tuple[Any, ...], int] = {}
+
 # Rows of the logits' buffer begin at multiples of this many elements, for the GEMMs' and the kernels' wide accesses.
 _PITCH = 64
 
@@ -113,6 +116,16 @@ def weight_gradient_dtype(weight: torch.dtype, compute: torch.dtype, final: bool
 def _pitched(n_rows: int, n_cols: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     pitch = -(-n_cols // _PITCH) * _PITCH if n_cols > _PITCH else n_cols
     return torch.empty(n_rows, pitch, dtype=dtype, device=device)
+
+
+def _recurring_rows(n_rows: int, head: tuple[Any, ...]) -> int:
+    """As many rows for a buffer of logits as one of this head's has had, if that is more.
+
+    Batches of several lengths have chunks of several lengths. torch's allocator keeps a block for each of them, half a
+    gigabyte or so: it does not make a larger one of a smaller one. Of one size there is one.
+    """
+    MOST_ROWS[head] = max(n_rows, MOST_ROWS.get(head, 0))
+    return MOST_ROWS[head]
 
 
 def _products(
@@ -240,6 +253,7 @@ def _run(
     device = hidden_MH.device
     statistics = Statistics.empty(n_rows, math_dtype(compute), device)
     kernels = use_triton(hidden_MH, weight_VH)
+    of_head = device, compute, vocab, width, budget_mib
     narrowed = needs[1] and weight_gradient_dtype(weight_VH.dtype, compute, final) != math_dtype(compute)
     if budget_mib is None:
         budget_mib = automatic_budget_mib(n_rows, vocab, width, compute, narrowed=narrowed, kernels=kernels)
@@ -255,7 +269,7 @@ def _run(
         if tiles:
             _run_tiles(hidden_MH.to(compute), weight_VH, bias_V, label_M, head, cut, gradient, statistics, gradients)
         else:
-            buffer = _pitched(min(cut.rows, n_rows), vocab, compute, device)
+            buffer = _pitched(_recurring_rows(min(cut.rows, n_rows), of_head), vocab, compute, device)
             for start in range(0, n_rows, cut.rows):
                 rows = slice(start, min(start + cut.rows, n_rows))
                 hidden_CH = hidden_MH[rows].to(compute)

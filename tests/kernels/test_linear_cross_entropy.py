@@ -308,6 +308,35 @@ def test_logits_stay_within_the_budget(compute, budget, kernels, trainable, monk
     assert chunks.plan(3, 10, compute, budget, trainable=trainable, kernels=kernels) == (3, 10)
 
 
+def test_a_shorter_batch_has_a_longer_ones_memory(monkeypatch):
+    """Of logits; and its rows are cut as they are without a longer one. Another head or budget is another matter."""
+    seen, cuts = [], []
+    pitched, softmax_pass = chunks._pitched, chunks.softmax_pass
+    monkeypatch.setattr(chunks, "_pitched", lambda rows, *rest: seen.append(rows) or pitched(rows, *rest))
+    monkeypatch.setattr(chunks, "softmax_pass", lambda x, *rest: cuts.append(x.shape[0]) or softmax_pass(x, *rest))
+    monkeypatch.setattr(chunks, "plan", lambda n, vocab, *_, **__: chunks.Plan(max(1, n // 2), vocab))
+    monkeypatch.setattr(chunks, "MOST_ROWS", {})
+
+    def losses(*lengths, width=17, budget=None):
+        torch.manual_seed(0)
+        weight = torch.randn(101, width, requires_grad=True)
+        seen.clear(), cuts.clear()
+        hidden = [torch.randn(n, width) for n in lengths]
+        labels = [torch.arange(n) for n in lengths]
+        pairs = zip(hidden, labels, strict=True)
+        return [linear_cross_entropy(h, weight, y, logit_budget_mib=budget).loss.item() for h, y in pairs]
+
+    *_, after = losses(4, 8, 6)
+    assert seen == [2, 4, 4] and cuts == [2, 2, 4, 4, 3, 3]
+    losses(6, width=5)
+    assert seen == [3]
+    losses(6, budget=7)
+    assert seen == [3]
+    monkeypatch.setattr(chunks, "MOST_ROWS", {})
+    monkeypatch.setattr(chunks, "_recurring_rows", lambda rows, head: rows)
+    assert losses(4, 8, 6)[-1] == after
+
+
 def test_the_papers_case_is_cut_into_tiles(monkeypatch):
     monkeypatch.undo()
     rows, columns = chunks.plan(8192, 151_936, torch.bfloat16, 135, trainable=True, kernels=True)

@@ -23,6 +23,7 @@ from chronicals_trl.bench.head import verdict as head_verdict
 from chronicals_trl.bench.head.cases import Problem, Shape, floor_calls, load_side, make_problem
 from chronicals_trl.bench.head.check import Errors, Reference
 from chronicals_trl.bench.timing import quantile, replay_ms, sample_ms
+from chronicals_trl.kernels._cross_entropy_chunks import MOST_ROWS
 
 __all__ = ["Case", "Row", "Settings", "run"]
 
@@ -314,7 +315,8 @@ def _memory(device: torch.device, *, reset: bool = False) -> int:
 
 
 def _release(device: torch.device) -> None:
-    """What a side leaves in the allocator's cache is no other side's matter."""
+    """What a side leaves in the allocator's cache is no other side's matter, nor are a case's sizes another's."""
+    MOST_ROWS.clear()
     if device.type == "cuda":
         # A kernel that wrote where it should not have breaks all that follows; what follows says so itself.
         with contextlib.suppress(RuntimeError):
