@@ -18,6 +18,7 @@ Legend: M tokens, H hidden size, V vocabulary, C tokens in a chunk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,8 +49,9 @@ _TRL_TILE = 4096, 32_768
 # 8 V H bytes a chunk against 2 C H V operations and 2 C V bytes, at an H100's 3 TB/s and 650 TFLOP/s.
 FEWEST_ROWS = 768
 
-# Rows of the largest buffer of logits so far, of a head with its budget.
-MOST_ROWS: dict[tuple[Any, ...], int] = {}
+# Bytes of the largest block that chunks of tokens have had so far, by head and budget.
+MOST_BYTES: dict[tuple[Any, ...], int] = {}
+_ALIGNED = 512
 
 # Rows of the logits' buffer begin at multiples of this many elements, for the GEMMs' and the kernels' wide accesses.
 _PITCH = 64
@@ -113,19 +115,38 @@ def weight_gradient_dtype(weight: torch.dtype, compute: torch.dtype, final: bool
     return weight if final and weight == compute else math_dtype(compute)
 
 
+def _pitch(n_cols: int) -> int:
+    return -(-n_cols // _PITCH) * _PITCH if n_cols > _PITCH else n_cols
+
+
 def _pitched(n_rows: int, n_cols: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    pitch = -(-n_cols // _PITCH) * _PITCH if n_cols > _PITCH else n_cols
-    return torch.empty(n_rows, pitch, dtype=dtype, device=device)
+    return torch.empty(n_rows, _pitch(n_cols), dtype=dtype, device=device)
 
 
-def _recurring_rows(n_rows: int, head: tuple[Any, ...]) -> int:
-    """As many rows for a buffer of logits as one of this head's has had, if that is more.
+class _Block:
+    """What chunks of tokens need beside results: logits, and a part of the weight gradient's sum, in one block.
 
-    Batches of several lengths have chunks of several lengths. torch's allocator keeps a block for each of them, half a
-    gigabyte or so: it does not make a larger one of a smaller one. Of one size there is one.
+    Batches of several lengths have chunks of several lengths, and torch's allocator would keep a block for each, half
+    a gigabyte or so: it makes no larger one of smaller ones. So none is smaller than the one before it.
+
+    Args:
+        rows: of logits (rows, V).
+        beside: shape of the sum's part, in the dtype `wide`, or None.
+        key: of the head and its budget.
     """
-    MOST_ROWS[head] = max(n_rows, MOST_ROWS.get(head, 0))
-    return MOST_ROWS[head]
+
+    def __init__(
+        self, rows: int, vocab: int, compute: torch.dtype, beside: tuple[int, int] | None, wide: torch.dtype,
+        key: tuple[Any, ...], device: torch.device,
+    ) -> None:  # fmt: skip
+        pitch = _pitch(vocab)
+        logits_end = rows * pitch * compute.itemsize
+        start = -(-logits_end // _ALIGNED) * _ALIGNED
+        end = start + (0 if beside is None else math.prod(beside) * wide.itemsize)
+        MOST_BYTES[key] = max(end, MOST_BYTES.get(key, 0))
+        block = torch.empty(MOST_BYTES[key], dtype=torch.uint8, device=device)
+        self.logits_RV = block[:logits_end].view(compute).view(rows, pitch)
+        self.beside = None if beside is None else block[start:end].view(wide).view(beside)
 
 
 def _products(
@@ -161,20 +182,24 @@ class _WeightSum:
     summed, the rows are rounded into their places from the front, over float32 rows that have been rounded before.
 
     Args:
-        in_parts: so; else rows are written as they will be, each by one product.
+        beside: memory for the other half, as `shape_beside` has it; None where rows are written as they will be, each
+            by one product.
     """
 
     def __init__(
-        self, shape: torch.Size, dtype: torch.dtype, compute: torch.dtype, device: torch.device, *, in_parts: bool
+        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, beside: torch.Tensor | None
     ) -> None:
         self.out = torch.empty(shape, dtype=dtype, device=device)
-        wide = math_dtype(compute)
         self.parts = [self.out]
-        if in_parts and dtype != wide:
+        if beside is not None:
             half = shape[0] // 2
-            inside = self.out.view(-1)[: half * shape[1] * 2].view(wide).view(half, shape[1])
-            self.parts = [inside, torch.empty(shape[0] - half, shape[1], dtype=wide, device=device)]
+            inside = self.out.view(-1)[: half * shape[1] * 2].view(beside.dtype).view(half, shape[1])
+            self.parts = [inside, beside]
         self.empty = True
+
+    @staticmethod
+    def shape_beside(shape: torch.Size) -> tuple[int, int]:
+        return shape[0] - shape[0] // 2, shape[1]
 
     def add(self, grad_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
         start = 0
@@ -213,7 +238,7 @@ class _Gradients:
 
     def __init__(
         self, hidden_MH: torch.Tensor, weight_VH: torch.Tensor, needs: Sequence[bool], compute: torch.dtype, *,
-        final: bool, summed: bool,
+        final: bool, beside: torch.Tensor | None,
     ) -> None:  # fmt: skip
         device, wide = hidden_MH.device, math_dtype(compute)
         self.device = device
@@ -221,7 +246,7 @@ class _Gradients:
         self.weight = None
         if needs[1]:
             dtype = weight_gradient_dtype(weight_VH.dtype, compute, final)
-            self.weight = _WeightSum(weight_VH.shape, dtype, compute, device, in_parts=summed)
+            self.weight = _WeightSum(weight_VH.shape, dtype, device, beside)
         self.bias_V = torch.zeros(weight_VH.shape[0], dtype=wide, device=device) if needs[2] else None
 
     def add_rows(self, rows: slice, grad_CV: torch.Tensor, hidden_CH: torch.Tensor, weight_VH: torch.Tensor) -> None:
@@ -253,32 +278,36 @@ def _run(
     device = hidden_MH.device
     statistics = Statistics.empty(n_rows, math_dtype(compute), device)
     kernels = use_triton(hidden_MH, weight_VH)
-    of_head = device, compute, vocab, width, budget_mib
-    narrowed = needs[1] and weight_gradient_dtype(weight_VH.dtype, compute, final) != math_dtype(compute)
+    key = device, compute, vocab, width, budget_mib
+    wide = math_dtype(compute)
+    narrowed = needs[1] and weight_gradient_dtype(weight_VH.dtype, compute, final) != wide
     if budget_mib is None:
         budget_mib = automatic_budget_mib(n_rows, vocab, width, compute, narrowed=narrowed, kernels=kernels)
     cut = plan(n_rows, vocab, compute, budget_mib, trainable=needs[1], kernels=kernels)
     tiles = cut.columns < vocab
-    summed = not tiles and cut.rows < n_rows
-    gradients = _Gradients(hidden_MH, weight_VH, needs, compute, final=final, summed=summed)
+    block = None
+    if n_rows and not tiles:
+        beside = _WeightSum.shape_beside(weight_VH.shape) if narrowed and cut.rows < n_rows else None
+        block = _Block(min(cut.rows, n_rows), vocab, compute, beside, wide, key, device)
+    gradients = _Gradients(
+        hidden_MH, weight_VH, needs, compute, final=final, beside=None if block is None else block.beside
+    )
     if n_rows == 0:
         return statistics, gradients.get()
     with torch.autocast(device.type, enabled=False):
         weight_VH = weight_VH.to(compute)
         bias_V = None if bias_V is None else bias_V.to(compute)
-        if tiles:
+        if block is None:
             _run_tiles(hidden_MH.to(compute), weight_VH, bias_V, label_M, head, cut, gradient, statistics, gradients)
         else:
-            buffer = _pitched(_recurring_rows(min(cut.rows, n_rows), of_head), vocab, compute, device)
             for start in range(0, n_rows, cut.rows):
                 rows = slice(start, min(start + cut.rows, n_rows))
                 hidden_CH = hidden_MH[rows].to(compute)
-                logits_CV = _products(hidden_CH, weight_VH, bias_V, buffer)
+                logits_CV = _products(hidden_CH, weight_VH, bias_V, block.logits_RV)
                 here = gradient.rows(rows) if isinstance(gradient, OfTokens) else gradient
                 softmax_pass(logits_CV, label_M[rows], statistics.rows(rows), head, here)
                 if gradient is not None:
                     gradients.add_rows(rows, logits_CV, hidden_CH, weight_VH)
-            del buffer, logits_CV
         return statistics, gradients.get()
 
 

@@ -308,33 +308,45 @@ def test_logits_stay_within_the_budget(compute, budget, kernels, trainable, monk
     assert chunks.plan(3, 10, compute, budget, trainable=trainable, kernels=kernels) == (3, 10)
 
 
-def test_a_shorter_batch_has_a_longer_ones_memory(monkeypatch):
-    """Of logits; and its rows are cut as they are without a longer one. Another head or budget is another matter."""
-    seen, cuts = [], []
-    pitched, softmax_pass = chunks._pitched, chunks.softmax_pass
-    monkeypatch.setattr(chunks, "_pitched", lambda rows, *rest: seen.append(rows) or pitched(rows, *rest))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_shorter_batch_has_a_longer_ones_memory(dtype, monkeypatch):
+    """And its rows are cut as they are without a longer one. Another head or budget is another matter."""
+    bytes_of_blocks, cuts, results = [], [], []
+    empty, softmax_pass = torch.empty, chunks.softmax_pass
+
+    def listed(*shape, **options):
+        if options.get("dtype") == torch.uint8:
+            bytes_of_blocks.append(shape[0])
+        return empty(*shape, **options)
+
+    def run(*lengths, width=17, budget=None):
+        torch.manual_seed(0)
+        weight = torch.randn(101, width, dtype=dtype, requires_grad=True)
+        bytes_of_blocks.clear(), cuts.clear(), results.clear()
+        for n in lengths:
+            hidden = torch.randn(n, width, dtype=dtype)
+            loss = linear_cross_entropy(hidden, weight, torch.arange(n), logit_budget_mib=budget).loss
+            results.append((loss.detach(), *torch.autograd.grad(loss, weight)))
+
+    monkeypatch.setattr(torch, "empty", listed)
     monkeypatch.setattr(chunks, "softmax_pass", lambda x, *rest: cuts.append(x.shape[0]) or softmax_pass(x, *rest))
     monkeypatch.setattr(chunks, "plan", lambda n, vocab, *_, **__: chunks.Plan(max(1, n // 2), vocab))
-    monkeypatch.setattr(chunks, "MOST_ROWS", {})
-
-    def losses(*lengths, width=17, budget=None):
-        torch.manual_seed(0)
-        weight = torch.randn(101, width, requires_grad=True)
-        seen.clear(), cuts.clear()
-        hidden = [torch.randn(n, width) for n in lengths]
-        labels = [torch.arange(n) for n in lengths]
-        pairs = zip(hidden, labels, strict=True)
-        return [linear_cross_entropy(h, weight, y, logit_budget_mib=budget).loss.item() for h, y in pairs]
-
-    *_, after = losses(4, 8, 6)
-    assert seen == [2, 4, 4] and cuts == [2, 2, 4, 4, 3, 3]
-    losses(6, width=5)
-    assert seen == [3]
-    losses(6, budget=7)
-    assert seen == [3]
-    monkeypatch.setattr(chunks, "MOST_ROWS", {})
-    monkeypatch.setattr(chunks, "_recurring_rows", lambda rows, head: rows)
-    assert losses(4, 8, 6)[-1] == after
+    monkeypatch.setattr(chunks, "MOST_BYTES", {})
+    run(4, 16, 12)
+    row = 128 * dtype.itemsize  # 101 columns, on to a multiple of 64
+    beside = 0 if dtype == torch.float32 else 51 * 17 * 4
+    blocks = [(-(-n * row // 512) * 512 if beside else n * row) + beside for n in (2, 8, 6)]
+    assert bytes_of_blocks == [blocks[0], blocks[1], blocks[1]] and blocks[1] > blocks[2]
+    assert cuts == [2, 2, 8, 8, 6, 6]
+    after = results[-1]
+    run(12, width=5)
+    assert bytes_of_blocks[0] < blocks[2] or not beside
+    run(12, budget=7)
+    assert bytes_of_blocks == blocks[2:]
+    monkeypatch.setattr(chunks, "MOST_BYTES", type("Forgetful", (dict,), {"get": lambda *_: 0})())
+    run(4, 16, 12)
+    assert bytes_of_blocks == blocks
+    torch.testing.assert_close(results[-1], after, rtol=0, atol=0)
 
 
 def test_the_papers_case_is_cut_into_tiles(monkeypatch):
@@ -385,7 +397,8 @@ def test_a_weight_gradient_of_one_chunk_has_no_sum_beside_it(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_weight_gradient_is_rounded_in_its_own_memory(rows, dtype):
     torch.manual_seed(rows)
-    total = chunks._WeightSum(torch.Size([rows, 6]), dtype, dtype, torch.device("cpu"), in_parts=True)
+    shape = torch.Size([rows, 6])
+    total = chunks._WeightSum(shape, dtype, torch.device("cpu"), torch.empty(chunks._WeightSum.shape_beside(shape)))
     a, b = torch.randn(2, 5, rows).to(dtype), torch.randn(2, 5, 6).to(dtype)
     for i in range(2):
         total.add(a[i], b[i])

@@ -23,7 +23,7 @@ from chronicals_trl.bench.head import verdict as head_verdict
 from chronicals_trl.bench.head.cases import Problem, Shape, floor_calls, load_side, make_problem
 from chronicals_trl.bench.head.check import Errors, Reference
 from chronicals_trl.bench.timing import quantile, replay_ms, sample_ms
-from chronicals_trl.kernels._cross_entropy_chunks import MOST_ROWS
+from chronicals_trl.kernels._cross_entropy_chunks import MOST_BYTES
 
 __all__ = ["Case", "Row", "Settings", "run"]
 
@@ -316,7 +316,7 @@ def _memory(device: torch.device, *, reset: bool = False) -> int:
 
 def _release(device: torch.device) -> None:
     """What a side leaves in the allocator's cache is no other side's matter, nor are a case's sizes another's."""
-    MOST_ROWS.clear()
+    MOST_BYTES.clear()
     if device.type == "cuda":
         # A kernel that wrote where it should not have breaks all that follows; what follows says so itself.
         with contextlib.suppress(RuntimeError):

@@ -40,8 +40,10 @@ def head_ops(shape: Shape, mode: str, master: str, tokens: int, device: torch.de
     d_hidden = torch.empty_like(hidden)
     d_weight = None
     if mode == "full":
-        dtype = BF16 if master == "bf16" else torch.float32
-        d_weight = _WeightSum(weight.shape, dtype, BF16, device, in_parts=rows < tokens)
+        beside = None
+        if master == "bf16" and rows < tokens:
+            beside = torch.empty(_WeightSum.shape_beside(weight.shape), device=device)
+        d_weight = _WeightSum(weight.shape, BF16 if master == "bf16" else torch.float32, device, beside)
     ops = []
     for start in range(0, tokens, rows):
         part = slice(start, min(start + rows, tokens))
