@@ -349,6 +349,59 @@ def test_a_shorter_batch_has_a_longer_ones_memory(dtype, monkeypatch):
     torch.testing.assert_close(results[-1], after, rtol=0, atol=0)
 
 
+def _blocks_of(monkeypatch, room=None):
+    """Bytes of the blocks that are asked for, of which larger ones than `room[0]` are not to be had."""
+    asked, empty = [], torch.empty
+
+    def listed(*shape, **options):
+        if options.get("dtype") == torch.uint8:
+            asked.append(shape[0])
+            if room and shape[0] > room[0]:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", listed)
+    monkeypatch.setattr(chunks, "plan", lambda n, vocab, *_, **__: chunks.Plan(n, vocab))
+    monkeypatch.setattr(chunks, "MOST_BYTES", {})
+    return asked
+
+
+def _score(n, *, trains=True, budget=None, vocab=128):
+    weight = torch.ones(vocab, 3, requires_grad=True)
+    with torch.set_grad_enabled(trains):
+        return linear_cross_entropy(torch.ones(n, 3), weight, torch.zeros(n).long(), logit_budget_mib=budget).loss
+
+
+def test_evaluation_has_blocks_of_its_own(monkeypatch):
+    """Its batches may be larger, where there are no activations beside the head."""
+    asked, row = _blocks_of(monkeypatch), 128 * 4
+    for n, trains in ((64, False), (4, True), (4, False), (8, True), (4, True)):
+        _score(n, trains=trains)
+    assert asked == [n * row for n in (64, 4, 64, 8, 8)]
+
+
+def test_memory_that_a_block_does_not_find(monkeypatch):
+    room, row = [64 * 128 * 4], 128 * 4
+    asked = _blocks_of(monkeypatch, room)
+    with pytest.raises(torch.OutOfMemoryError):
+        _score(65)
+    _score(32)  # not as large as the one that there was no memory for
+    _score(64)
+    room[0] = 16 * row
+    _score(16)  # as large as the longest, had there been memory; from now on there is not
+    _score(8)
+    with pytest.raises(torch.OutOfMemoryError):
+        _score(17)
+    assert asked == [n * row for n in (65, 32, 64, 64, 16, 16, 17)]
+
+
+def test_another_vocabulary_has_blocks_of_its_own(monkeypatch):
+    asked = _blocks_of(monkeypatch)
+    _score(8)
+    _score(8, vocab=64)
+    assert asked == [8 * 128 * 4, 8 * 64 * 4]
+
+
 def test_the_papers_case_is_cut_into_tiles(monkeypatch):
     monkeypatch.undo()
     rows, columns = chunks.plan(8192, 151_936, torch.bfloat16, 135, trainable=True, kernels=True)
