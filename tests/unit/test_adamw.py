@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import types
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -310,6 +311,7 @@ def test_early_state_of_what_gets_no_gradient_goes(updates: list[int]) -> None:
         optimizer = optimizer_of(params)
         if fused:
             take_over(optimizer).make_state()
+            assert optimizer.state.keys() == set(params[:3])
         train(params[:2], optimizer, steps=2)
         assert optimizer.state.keys() == set(params[:2])
         train(params[:3], optimizer)
@@ -352,6 +354,20 @@ def test_early_state_beside_a_runs_own() -> None:
     params[0].grad = None
     loaded.step()
     assert loaded.state.keys() == set(params)
+
+
+def test_state_that_is_loaded_is_a_runs_own(updates: list[int]) -> None:
+    """What was made early is let go of at once, and the next step is not its first."""
+    params, before = made(fused=False)
+    train(params, before, steps=1)
+    params, optimizer = made(fused=True)
+    assert isinstance(optimizer, FusedAdamW)
+    optimizer.make_state()
+    early = weakref.ref(optimizer.state[params[0]]["exp_avg"])
+    optimizer.load_state_dict(before.state_dict())
+    assert early() is None
+    train(params, optimizer, steps=1)
+    assert updates == [1, 1]
 
 
 def test_state_that_is_not_made_early_is_torchs() -> None:
