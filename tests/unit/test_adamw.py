@@ -445,12 +445,15 @@ def test_memory_that_runs_out_in_the_midst_of_a_parameters_state(
     require_same(params, theirs)
 
 
-def test_a_group_of_several_dtypes(updates: list[int]) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_a_group_of_several_dtypes(updates: list[int], early: bool) -> None:
     def run(fused: bool) -> list[nn.Parameter]:
         params = [*parameters(), *parameters(dtype=torch.bfloat16)]
         optimizer = AdamW(params, lr=1e-2, fused=True)
         if fused:
             take_over(optimizer)
+            if early:
+                optimizer.make_state()
         train(params, optimizer)
         return params
 
