@@ -419,6 +419,7 @@ def test_the_parts_of_a_block_do_not_overlap(vocab, dtype, width, monkeypatch):
     assert (block.beside is None) == (width is None)
     if block.beside is not None:
         assert block.beside.dtype == wide and block.beside.shape == shape and block.beside.is_contiguous()
+        assert block.beside.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
         distance = block.beside.data_ptr() - logits.data_ptr()
         assert distance % 512 == 0 and distance >= logits.numel() * dtype.itemsize
 
