@@ -49,7 +49,7 @@ _TRL_TILE = 4096, 32_768
 # 8 V H bytes a chunk against 2 C H V operations and 2 C V bytes, at an H100's 3 TB/s and 650 TFLOP/s.
 FEWEST_ROWS = 768
 
-# Bytes of the largest block that chunks of tokens have had so far, by head and budget.
+# Bytes of the largest block that chunks of tokens have had so far, by head, budget, and whether gradients are formed.
 MOST_BYTES: dict[tuple[Any, ...], int] = {}
 _ALIGNED = 512
 
@@ -71,7 +71,8 @@ def automatic_budget_mib(
 
     TRL holds its tile of logits, and the gradients in float32 and in their own dtype at once when it converts them. Of
     the weight gradient, ours is `narrowed` in its own memory, or made as it will be where one chunk is all; of the
-    hidden gradient there is only one. What TRL has for all of that is there for logits.
+    hidden gradient there is only one. What TRL has for all of that is there for logits. (A batch behind a longer one
+    has the longer one's memory: `_Block`.)
     """
     itemsize = compute.itemsize
     tile = min(n_rows, _TRL_TILE[0]) * min(vocab, _TRL_TILE[1]) * itemsize
@@ -127,12 +128,13 @@ class _Block:
     """What chunks of tokens need beside results: logits, and a part of the weight gradient's sum, in one block.
 
     Batches of several lengths have chunks of several lengths, and torch's allocator would keep a block for each, half
-    a gigabyte or so: it makes no larger one of smaller ones. So none is smaller than the one before it.
+    a gigabyte or so: it makes no larger one of smaller ones. So none is smaller than the one before it, as long as
+    there is memory for that.
 
     Args:
         rows: of logits (rows, V).
         beside: shape of the sum's part, in the dtype `wide`, or None.
-        key: of the head and its budget.
+        key: blocks of the same one have the size of the largest.
     """
 
     def __init__(
@@ -143,8 +145,15 @@ class _Block:
         logits_end = rows * pitch * compute.itemsize
         start = -(-logits_end // _ALIGNED) * _ALIGNED
         end = start + (0 if beside is None else math.prod(beside) * wide.itemsize)
-        MOST_BYTES[key] = max(end, MOST_BYTES.get(key, 0))
-        block = torch.empty(MOST_BYTES[key], dtype=torch.uint8, device=device)
+        most = max(end, MOST_BYTES.get(key, 0))
+        try:
+            block = torch.empty(most, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:  # a longer batch may have run before there was all that is there now
+            if most == end:
+                raise
+            most = end
+            block = torch.empty(most, dtype=torch.uint8, device=device)
+        MOST_BYTES[key] = most  # not before: what no memory was found for is not to be asked for again
         self.logits_RV = block[:logits_end].view(compute).view(rows, pitch)
         self.beside = None if beside is None else block[start:end].view(wide).view(beside)
 
@@ -278,7 +287,8 @@ def _run(
     device = hidden_MH.device
     statistics = Statistics.empty(n_rows, math_dtype(compute), device)
     kernels = use_triton(hidden_MH, weight_VH)
-    key = device, compute, vocab, width, budget_mib
+    # Evaluation has batches of its own, often larger ones, and no layers' activations beside them.
+    key = device, compute, vocab, width, budget_mib, gradient is not None
     wide = math_dtype(compute)
     narrowed = needs[1] and weight_gradient_dtype(weight_VH.dtype, compute, final) != wide
     if budget_mib is None:

@@ -198,7 +198,9 @@ class Captured:
         if sibling is not None:
             places = [gradients.tensors for gradients in sibling.gradients]
         elif apart:
-            places = [[torch.empty_like(p) for p in segment] for segment in self.parameters]
+            # Of what autocast casts, the ops see the cast alone.
+            cast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+            places = [[torch.empty_like(p) if cast in (None, p.dtype) else None for p in ps] for ps in self.parameters]
         self._replay_forward, self.output = recorder.record(forward)
         self.grad_output = torch.empty_like(self.output)
         self._replay_backward: dict[int, Callable[[], None]] = {}

@@ -39,7 +39,7 @@ class FusedAdamW(AdamW):
     _clip: Tensor | None  # of the step that comes
     _updates: dict[tuple[Any, ...], AdamWUpdate]  # by index of the group
     _looked_at: dict[int, list[list[int]]]  # addresses of a group's tensors, gradients apart, that were found to fit
-    _early: set[Tensor]  # parameters whose state is there before their first step
+    _early: dict[Tensor, dict[str, Any]]  # by parameter, state that is there before its first step
     _after_step: RemovableHandle
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -54,25 +54,42 @@ class FusedAdamW(AdamW):
 
     @torch.no_grad()
     def make_state(self) -> None:
-        """Make the state that torch makes in a first step. It goes again where that step finds no gradient."""
+        """Make the state that torch makes in a first step, for parameters that have neither state nor gradient.
+
+        It goes again where that step finds no gradient, and all of it where some cannot be made.
+        """
         for group in self.param_groups:
             without = [p for p in group["params"] if p.requires_grad and p.grad is None and p not in self.state]
             try:
                 for p in without:  # of a gradient nothing but its being there is asked for
                     p.grad = torch.zeros((), dtype=p.dtype, device=p.device).expand_as(p)
-                super()._init_group(group, *([] for _ in range(6)))
+                super()._init_group({**group, "params": without}, *([] for _ in range(6)))
+            except BaseException:
+                # Memory may have run out between two tensors of one parameter, which torch would take for whole.
+                for p in without:
+                    self.state.pop(p, None)
+                self._take_back(list(self._early))
+                raise
             finally:
                 for p in without:
                     p.grad = None
-            self._early.update(without)
+            self._early.update({p: self.state[p] for p in without})
+
+    def _take_back(self, params: Iterable[Tensor]) -> None:
+        """Let go of state of theirs that was made early, unless somebody has put other state in its place."""
+        for p in params:
+            made = self._early.pop(p, None)
+            if made is not None and self.state.get(p) is made:
+                del self.state[p]
 
     def _is_first(self, params: Iterable[Tensor]) -> bool:
         """Whether state of theirs was made early: this is its first step. Where there is no gradient it goes again."""
-        early = self._early.intersection(params)
+        if not self._early:
+            return False
+        early = [p for p in params if p in self._early]
+        self._take_back([p for p in early if p.grad is None])
         for p in early:
-            if p.grad is None:
-                self.state.pop(p, None)
-        self._early -= early
+            self._early.pop(p, None)
         return bool(early)
 
     def watched(self) -> bool:
@@ -167,15 +184,14 @@ def take_over(optimizer: AdamW) -> FusedAdamW:
 
 
 def _start(optimizer: FusedAdamW) -> None:
-    optimizer._clip, optimizer._updates, optimizer._looked_at, optimizer._early = None, {}, {}, set()
+    optimizer._clip, optimizer._updates, optimizer._looked_at, optimizer._early = None, {}, {}, {}
     optimizer._after_step = optimizer.register_step_post_hook(_forget_clip)
 
 
 def give_back(optimizer: FusedAdamW) -> None:
     """Make it torch's AdamW again."""
     optimizer._after_step.remove()
-    for p in optimizer._early:  # it has made no step
-        optimizer.state.pop(p, None)
+    optimizer._take_back(list(optimizer._early))  # it has made no step
     for name in ("_clip", "_updates", "_looked_at", "_early", "_after_step"):
         del optimizer.__dict__[name]
     optimizer.__class__ = AdamW  # type: ignore[assignment]

@@ -97,7 +97,11 @@ class AdamWMixin(Trainer):
         reason = obstacle(optimizer)
         if reason is None:
             self._adamw = take_over(optimizer)
-            self._adamw.make_state()
+            try:
+                self._adamw.make_state()
+            except BaseException:  # a second try, with smaller batches, begins here again
+                self._give_back()
+                raise
             mine, trained = self._adamw.param_groups, set(self.model.parameters())
             self._holds_others = any(p not in trained for group in mine for p in group["params"])
             return

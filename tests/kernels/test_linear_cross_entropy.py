@@ -349,6 +349,81 @@ def test_a_shorter_batch_has_a_longer_ones_memory(dtype, monkeypatch):
     torch.testing.assert_close(results[-1], after, rtol=0, atol=0)
 
 
+def _blocks_of(monkeypatch, room=None):
+    """Bytes of the blocks that are asked for, of which larger ones than `room[0]` are not to be had."""
+    asked, empty = [], torch.empty
+
+    def listed(*shape, **options):
+        if options.get("dtype") == torch.uint8:
+            asked.append(shape[0])
+            if room and shape[0] > room[0]:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", listed)
+    monkeypatch.setattr(chunks, "plan", lambda n, vocab, *_, **__: chunks.Plan(n, vocab))
+    monkeypatch.setattr(chunks, "MOST_BYTES", {})
+    return asked
+
+
+def _score(n, *, trains=True, vocab=128, dtype=torch.float32):
+    weight = torch.ones(vocab, 3, dtype=dtype, requires_grad=True)
+    with torch.set_grad_enabled(trains):
+        return linear_cross_entropy(torch.ones(n, 3, dtype=dtype), weight, torch.zeros(n).long()).loss
+
+
+def test_evaluation_has_blocks_of_its_own(monkeypatch):
+    """Its batches may be larger, where there are no activations beside the head."""
+    asked, row = _blocks_of(monkeypatch), 128 * 4
+    for n, trains in ((64, False), (4, True), (4, False), (8, True), (4, True), (4, True), (4, False)):
+        _score(n, trains=trains)
+    assert asked == [n * row for n in (64, 4, 64, 8, 8, 8, 64)]
+
+
+def test_memory_that_a_block_does_not_find(monkeypatch):
+    room, row = [64 * 128 * 4], 128 * 4
+    asked = _blocks_of(monkeypatch, room)
+    with pytest.raises(torch.OutOfMemoryError):
+        _score(65)
+    _score(32)  # not as large as the one that there was no memory for
+    _score(64)
+    room[0] = 16 * row
+    _score(16)  # as large as the longest, had there been memory; from now on there is not
+    _score(8)
+    with pytest.raises(torch.OutOfMemoryError):
+        _score(17)
+    assert asked == [n * row for n in (65, 32, 64, 64, 16, 16, 17)]
+
+
+def test_another_vocabulary_or_dtype_has_blocks_of_its_own(monkeypatch):
+    asked = _blocks_of(monkeypatch)
+    _score(8)
+    _score(8, vocab=64)
+    _score(8, dtype=torch.bfloat16)
+    assert asked == [8 * 128 * 4, 8 * 64 * 4, 8 * 128 * 2]
+    assert all(torch.device("cpu") in key for key in chunks.MOST_BYTES)  # another one has its own
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 63, 64, 65, 101])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [None, 5])
+def test_the_parts_of_a_block_do_not_overlap(vocab, dtype, width, monkeypatch):
+    """And the second begins as a block of its own would."""
+    monkeypatch.setattr(chunks, "MOST_BYTES", {0: 4096})
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    shape = None if width is None else chunks._WeightSum.shape_beside(torch.Size([vocab, width]))
+    block = chunks._Block(3, vocab, dtype, shape, wide, 0, torch.device("cpu"))
+    logits = block.logits_RV
+    assert logits.dtype == dtype and logits.shape[0] == 3 and logits.shape[1] >= vocab and logits.is_contiguous()
+    assert logits.shape[1] % 64 == 0 or vocab < 64
+    assert (block.beside is None) == (width is None)
+    if block.beside is not None:
+        assert block.beside.dtype == wide and block.beside.shape == shape and block.beside.is_contiguous()
+        assert block.beside.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+        distance = block.beside.data_ptr() - logits.data_ptr()
+        assert distance % 512 == 0 and distance >= logits.numel() * dtype.itemsize
+
+
 def test_the_papers_case_is_cut_into_tiles(monkeypatch):
     monkeypatch.undo()
     rows, columns = chunks.plan(8192, 151_936, torch.bfloat16, 135, trainable=True, kernels=True)

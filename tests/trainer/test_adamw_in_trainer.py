@@ -90,6 +90,30 @@ def test_the_state_is_there_before_the_first_pass(tmp_path: Path, setting: str) 
     assert seen[-1] == (trainable, 0)
 
 
+def test_memory_that_runs_out_for_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second try, with smaller batches, has it in time too."""
+    tries: list[int] = []
+    seen: list[int] = []
+    make_state = FusedAdamW.make_state
+
+    def making(self: FusedAdamW) -> None:
+        tries.append(len(self.state))
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        make_state(self)
+
+    class Looking(SFTTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            seen.append(len(self.optimizer.state))
+            return super().compute_loss(*args, **kwargs)
+
+    monkeypatch.setattr(FusedAdamW, "make_state", making)
+    trainer = trained(tmp_path, trainer_class=Looking, auto_find_batch_size=True)
+    assert tries == [0, 0]
+    assert set(seen) == {sum(p.requires_grad for p in trainer.model.parameters())}
+    assert type(trainer.optimizer.optimizer) is AdamW
+
+
 def test_stock_trl_trains_the_same(tmp_path: Path) -> None:
     ours = trained(tmp_path, packing=False, config={"padding_free": "off"})
     theirs = run(trl.SFTTrainer, trl.SFTConfig, tmp_path / "trl", options={"max_grad_norm": CLIPS})[0]

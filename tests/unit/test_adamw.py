@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import types
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -310,6 +311,7 @@ def test_early_state_of_what_gets_no_gradient_goes(updates: list[int]) -> None:
         optimizer = optimizer_of(params)
         if fused:
             take_over(optimizer).make_state()
+            assert optimizer.state.keys() == set(params[:3])
         train(params[:2], optimizer, steps=2)
         assert optimizer.state.keys() == set(params[:2])
         train(params[:3], optimizer)
@@ -354,12 +356,104 @@ def test_early_state_beside_a_runs_own() -> None:
     assert loaded.state.keys() == set(params)
 
 
-def test_a_group_of_several_dtypes(updates: list[int]) -> None:
+def test_state_that_is_loaded_is_a_runs_own(updates: list[int]) -> None:
+    """What was made early is let go of at once, and the next step is not its first."""
+    params, before = made(fused=False)
+    train(params, before, steps=1)
+    params, optimizer = made(fused=True)
+    assert isinstance(optimizer, FusedAdamW)
+    optimizer.make_state()
+    early = weakref.ref(optimizer.state[params[0]]["exp_avg"])
+    optimizer.load_state_dict(before.state_dict())
+    assert early() is None
+    train(params, optimizer, steps=1)
+    assert updates == [1, 1]
+
+
+def test_state_that_is_not_made_early_is_torchs() -> None:
+    """Of a parameter with a gradient, which may be gone by the first step."""
+    params, optimizer = made(fused=True)
+    params[0].grad = torch.ones(4, 3)
+    optimizer.make_state()
+    assert optimizer.state.keys() == {params[1]}
+    params[0].grad = None
+    params[1].grad = torch.ones(5)
+    optimizer.step()
+    assert optimizer.state.keys() == {params[1]}
+
+
+def test_early_state_that_somebody_has_put_other_state_for() -> None:
+    for end in (AdamW.step, give_back):
+        params, optimizer = made(fused=True)
+        optimizer.make_state()
+        other = {"step": torch.tensor(3.0), "exp_avg": torch.ones(4, 3), "exp_avg_sq": torch.ones(4, 3)}
+        optimizer.state[params[0]] = other
+        end(optimizer)
+        assert optimizer.state == {params[0]: other}
+
+
+def test_early_state_of_a_parameter_that_is_there_twice() -> None:
+    for gradients in (True, False):
+        p = nn.Parameter(torch.ones(3))
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            optimizer = take_over(AdamW([p, p], fused=True))
+        optimizer.make_state()
+        p.grad = torch.ones(3) if gradients else None
+        optimizer.step()
+        assert len(optimizer.state) == gradients
+
+
+def test_a_compiled_first_step_with_early_state() -> None:
+    def run(fused: bool) -> tuple[list[nn.Parameter], AdamW]:
+        params, optimizer = made(fused)
+        if isinstance(optimizer, FusedAdamW):
+            optimizer.make_state()
+        optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+        train(params[:1], optimizer, steps=1)
+        assert optimizer.state.keys() == {params[0]}
+        train(params, optimizer)
+        return params, optimizer
+
+    (ours, mine), (theirs, stock) = run(True), run(False)
+    require_same(ours, theirs)
+    assert [float(mine.state[p]["step"]) for p in ours] == [float(stock.state[p]["step"]) for p in theirs]
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
+def test_memory_that_runs_out_in_the_midst_of_a_parameters_state(
+    fails_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it stays: torch would go on with state that lacks a moment."""
+    calls, zeros_like = [0], torch.zeros_like
+
+    def failing(*args: Any, **kwargs: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] == fails_at:
+            raise torch.OutOfMemoryError
+        return zeros_like(*args, **kwargs)
+
+    params, optimizer = made(fused=True)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "zeros_like", failing)
+        optimizer.make_state()
+    assert not optimizer.state and not optimizer._early
+    assert all(p.grad is None for p in params)
+    optimizer.make_state()
+    theirs, stock = made(fused=False)
+    train(params, optimizer)
+    train(theirs, stock)
+    require_same(params, theirs)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_group_of_several_dtypes(updates: list[int], early: bool) -> None:
     def run(fused: bool) -> list[nn.Parameter]:
         params = [*parameters(), *parameters(dtype=torch.bfloat16)]
         optimizer = AdamW(params, lr=1e-2, fused=True)
         if fused:
             take_over(optimizer)
+            if early:
+                optimizer.make_state()
         train(params, optimizer)
         return params
 
@@ -431,7 +525,7 @@ def test_it_is_torchs_again_afterwards(updates: list[int]) -> None:
     done = len(updates)
     give_back(optimizer)
     assert type(optimizer) is AdamW
-    assert not {"_clip", "_updates", "_looked_at", "_after_step"} & set(vars(optimizer))
+    assert vars(optimizer).keys() == vars(optimizer_of(params)).keys()
     assert not optimizer._optimizer_step_post_hooks
     train(params, optimizer, 0.5)
     assert len(updates) == done

@@ -314,3 +314,9 @@ def test_a_shape_that_does_not_fit_is_rows_too(monkeypatch: pytest.MonkeyPatch) 
     assert {(row["status"], row["reason"]) for row in rows.values()} == {
         ("failed", "before any side ran: OutOfMemoryError: CUDA out of memory")
     }
+
+
+def test_a_cases_sizes_are_no_other_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_run, "MOST_BYTES", sizes := {"head": 2**30})
+    head_run._release(torch.device("cpu"))
+    assert not sizes

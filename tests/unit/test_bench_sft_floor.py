@@ -267,3 +267,25 @@ def test_chunks_of_the_head_are_those_of_our_head(mode: str, master: str, monkey
     assert Counter((int(op.flops / per_row), shape.vocab) for op in made if op.name == "logits") == seen
     names = Counter(op.name for op in made)
     assert names["logits dx"] == names["logits"] and names["logits dW"] == (names["logits"] if mode == "full" else 0)
+
+
+@pytest.mark.parametrize(("master", "tokens", "parts"), [("bf16", 16_384, 2), ("bf16", 16, 1), ("fp32", 16_384, 1)])
+def test_the_heads_floor_sums_as_the_head_does(
+    master: str, tokens: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, half of it beside a bf16 gradient where there are several chunks."""
+    from chronicals_trl.bench.sft import floor_head
+
+    made: list[Any] = []
+
+    class Noted(floor_head._WeightSum):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(floor_head, "_WeightSum", Noted)
+    head_ops(SHAPES["qwen2.5-0.5b"], "full", master, tokens, torch.device("meta"))
+    (total,) = made
+    assert len(total.parts) == parts
+    assert (total.out.dtype == torch.bfloat16) == (master == "bf16")
+    assert parts == 1 or {part.dtype for part in total.parts} == {torch.float32}

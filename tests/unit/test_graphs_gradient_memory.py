@@ -152,6 +152,24 @@ def test_memory_that_is_there_before_the_pass(apart: bool, monkeypatch: pytest.M
     torch.testing.assert_close(gradients[1], x.t() @ torch.ones(3, 4) @ owner.weight)
 
 
+@pytest.mark.parametrize(("dtype", "taken"), [(torch.float32, 0), (torch.bfloat16, 1)])
+def test_no_memory_for_what_autocast_casts(dtype: torch.dtype, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would lie there unused while the pass is captured, as large as all gradients."""
+    owner = nn.Module()
+    owner.weight = nn.Parameter(torch.randn(4, 4, dtype=dtype))
+    made: list[int] = []
+    original = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda t: made.append(t.data_ptr()) or original(t))
+    recorder = Listing(made)
+
+    def run(hidden: torch.Tensor, _: Any) -> torch.Tensor:
+        return shared_linear(hidden, [owner.weight], [None])[0]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        Captured(recorder, [Segment(run, [owner.weight])], [torch.randn(3, 4)], [owner], apart=True)
+    assert recorder.before[1] == taken
+
+
 @pytest.mark.parametrize(("sizes", "apart"), [((), False), ((24,), False), ((24, 48), True)])
 def test_where_several_sizes_are_known(sizes: tuple[int, ...], apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
