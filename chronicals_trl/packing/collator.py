@@ -42,7 +42,7 @@ class PackedCollator:
             in its document.
         cu_seq_lens_q, cu_seq_lens_k: (G + 1,) int32, or longer by the repeated last value (empty documents) where a
             bucket is set; one tensor under both names.
-        max_length_q, max_length_k: int, `max_segment_length`; the capacity for a batch with a longer segment.
+        max_length_q, max_length_k: int, `max_segment_length`; the capacity for a batch with a longer document.
         seq_idx: (1, S) int32, the segment that each token is in.
         num_real_tokens: int, tokens that are not padding. Not for the model: the trainer takes it out.
         token_mask: (1, S) bool, True where a token is not padding; only if asked for.
@@ -95,6 +95,7 @@ class PackedCollator:
         rows = [np.asarray(example["seq_lengths"], dtype=np.int64) for example in examples]
         longest_document = max((int(row.max()) for row in rows if len(row)), default=1)
         filler = self._filler(examples)
+        longest_padding = self.max_segment_length or self.capacity  # the bound holds for long tails too, in pieces
 
         size = len(examples) * self.capacity
         input_ids_S = np.empty(size, dtype=np.int64)
@@ -115,8 +116,8 @@ class PackedCollator:
             if end < stop:
                 tail = np.arange(stop - end)
                 input_ids_S[end:stop] = filler[tail % len(filler)]
-                position_ids_S[end:stop] = tail % longest_document
-                segments.append(np.array([stop - end], dtype=np.int64))
+                position_ids_S[end:stop] = tail % longest_padding % longest_document
+                segments.append(np.bincount(tail // longest_padding))
 
         segments_G = np.concatenate(segments)
         seq_idx_S = np.repeat(np.arange(len(segments_G), dtype=np.int32), segments_G)
@@ -166,7 +167,7 @@ class PackedCollator:
         """The entries of cu_seqlens, the repeated ones among them."""
         if self.cu_seqlens_bucket is None:
             return exact
-        # A bin has at most max_docs_per_bin documents and one padding.
+        # A bin has at most max_docs_per_bin documents and, as a rule, one padding.
         static = 0 if self.max_docs_per_bin is None else num_bins * (self.max_docs_per_bin + 1) + 1
         wanted = max(static, exact)
         return -(-wanted // self.cu_seqlens_bucket) * self.cu_seqlens_bucket

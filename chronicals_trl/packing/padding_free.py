@@ -73,6 +73,11 @@ class RowLengths:
             return max(self.longest, self.multiple)
         return max(self.longest, self.lengths[index] - (self.lengths[index - 1] if index else self.smallest))
 
+    def most_paddings(self, capacity: int) -> int:
+        """Most segments of padding in a row of so many tokens: one, but for a few batches below `smallest`."""
+        shortest = bool(self.lengths) and capacity <= self.lengths[0]
+        return math.ceil(capacity / self.longest_segment(capacity)) if shortest else 1
+
     def exact(self) -> RowLengths:
         """Rows as long as their documents, for a run in which shapes need not recur."""
         return replace(self, lengths=(), fill=None)
@@ -172,7 +177,7 @@ class PaddingFreeCollator:
 
     Attributes:
         row_lengths: what rows are filled up to.
-        documents: most documents in a batch: all batches have `cu_seq_lens_*` of the same length by it.
+        documents: most documents in a batch: all rows of a length have `cu_seq_lens_*` of the same length by it.
         pad_token_id, filler_ids, emit_token_mask: as `PackedCollator` has them.
         splits_rows: an example with `seq_lengths` is so many documents, as it is for TRL's padding-free collator; for
             its padding one it is one document.
@@ -199,7 +204,7 @@ class PaddingFreeCollator:
             pad_token_id=self.pad_token_id,
             capacity=capacity,
             max_segment_length=self.row_lengths.longest_segment(capacity),
-            max_docs_per_bin=self.documents,
+            max_docs_per_bin=self.documents + self.row_lengths.most_paddings(capacity) - 1,
             cu_seqlens_bucket=1,
             emit_token_mask=self.emit_token_mask,
             filler_ids=self.filler_ids,

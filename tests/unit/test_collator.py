@@ -74,11 +74,24 @@ def test_a_batch_of_only_padding() -> None:
 
 
 def test_a_longer_segment_than_training_had_is_served() -> None:
-    """A data set that is only evaluated may have longer documents, or longer tails, than the plan that was made."""
+    """A data set that is only evaluated may have longer documents than the plan that was made."""
     collate = PackedCollator(pad_token_id=0, capacity=8, max_segment_length=4, max_docs_per_bin=2, cu_seqlens_bucket=2)
     assert collate([make_row([4, 4])])["max_length_q"] == 4
     assert collate([make_row([6, 2])])["max_length_q"] == 8
-    assert collate([make_row([3])])["max_length_q"] == 8  # its tail has 5 tokens
+
+
+def test_a_longer_tail_than_training_had_is_in_pieces() -> None:
+    """So that the bound on segments is that of all batches."""
+    collate = PackedCollator(
+        pad_token_id=0, capacity=12, max_segment_length=4, max_docs_per_bin=4, cu_seqlens_bucket=1
+    )
+    batch = collate([make_row([3]), make_row([3, 2, 3])])
+    assert batch["max_length_q"] == 4
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 7, 11, 12, 15, 17, 20, 24, 24, 24]
+    assert batch["position_ids"][0, :12].tolist() == [0, 1, 2, 0, 1, 2, 0, 0, 1, 2, 0, 0]
+    assert batch["position_ids"][0, 12:].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0, 1, 2, 0]
+    assert batch["seq_idx"][0, :12].tolist() == [0] * 3 + [1] * 4 + [2] * 4 + [3]
+    assert batch["labels"][0, 3:12].tolist() == [-100] * 9 and batch["num_real_tokens"] == 11
 
 
 def test_every_epoch_of_a_packed_data_set_has_one_shape() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import pickle
 from typing import Any
 
@@ -198,11 +199,34 @@ def test_the_documents_are_those_of_trls_padding_free_collator(lengths: tuple[in
         assert torch.equal(batch[name][:, :total], theirs[name]), name
     documents = len(lengths)
     assert torch.equal(batch["cu_seq_lens_q"][: documents + 1], theirs["cu_seq_lens_q"])
-    assert batch["cu_seq_lens_q"][documents + 1 :].tolist() == [16] * (6 - documents - 1)
+    assert batch["cu_seq_lens_q"][documents + 1 :].tolist() == [16] * (7 - documents - 1)
     assert (batch["labels"][:, total:] == -100).all() and (batch["position_ids"][:, total:] < longest).all()
     assert batch["num_real_tokens"] == int(batch["token_mask"].sum()) == total
     assert batch["max_length_q"] == batch["max_length_k"] == 10
     assert "attention_mask" not in batch
+
+
+def shape_of(batch: dict[str, Any]) -> tuple[int, ...]:
+    """What a CUDA graph of its decoder layers takes for granted."""
+    return batch["input_ids"].shape[1], len(batch["cu_seq_lens_q"]), batch["max_length_q"]
+
+
+def test_all_batches_of_a_length_are_alike() -> None:
+    """Those as well that are shorter than hardly any, whose padding is longer than any other's."""
+    rows = fitted_row_lengths(ALPACA, 16)
+    collate = PaddingFreeCollator(rows, documents=16, pad_token_id=0)
+    shapes: dict[int, set[tuple[int, ...]]] = {}
+    for total in (1, 20, 500, rows.smallest - 1, rows.smallest, rows.lengths[0], *rows.lengths, rows.lengths[0] + 1):
+        for documents in (1, 16):
+            if documents <= total <= 512 * documents:
+                parts = np.full(documents, total // documents)
+                parts[: total % documents] += 1
+                batch = collate(examples(*parts.tolist()))
+                shapes.setdefault(batch["input_ids"].shape[1], set()).add(shape_of(batch))
+    assert set(shapes) == set(rows.lengths) and all(len(alike) == 1 for alike in shapes.values())
+    tails = [rows.most_paddings(length) for length in rows.lengths]
+    assert tails == [math.ceil(rows.lengths[0] / rows.longest_segment(rows.lengths[0])), *[1] * 7] and tails[0] > 2
+    assert rows.exact().most_paddings(8) == 1
 
 
 def test_labels_default_to_the_tokens() -> None:
@@ -235,7 +259,7 @@ def test_workers_that_are_spawned_get_a_copy() -> None:
 
 def test_empty_documents() -> None:
     batch = collator(filler_ids=[5, 6])(examples(3, 0, 2))
-    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 16, 16, 16]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 15, 16, 16, 16]
     nothing = collator(filler_ids=[5, 6])(examples(0, 0))
     assert nothing["num_real_tokens"] == 0 and nothing["input_ids"].unique().tolist() == [5, 6]
     assert (nothing["labels"] == -100).all()
@@ -243,9 +267,9 @@ def test_empty_documents() -> None:
 
 def test_seq_lengths_count_where_they_count_for_trl() -> None:
     rows = [{**row, "seq_lengths": [2, 3]} for row in examples(5)]
-    assert collator()(rows)["cu_seq_lens_q"].tolist() == [0, 5, 16, 16, 16, 16]
+    assert collator()(rows)["cu_seq_lens_q"].tolist() == [0, 5, 15, 16, 16, 16, 16]
     split = collator(splits_rows=True)(rows)
-    assert split["cu_seq_lens_q"].tolist() == [0, 2, 5, 16, 16, 16]
+    assert split["cu_seq_lens_q"].tolist() == [0, 2, 5, 15, 16, 16, 16]
     theirs = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(rows)
     assert torch.equal(split["labels"][:, :5], theirs["labels"])
 
