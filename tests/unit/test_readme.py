@@ -88,8 +88,14 @@ def test_models_table() -> None:
     assert marked("models").group(1) == models_table(), "python tests/unit/test_readme.py --write"
 
 
-def test_results_block_is_there() -> None:
-    assert marked("results").group(1).strip()
+def test_results_have_their_files() -> None:
+    rows = table_rows((ROOT / "docs" / "all-results.md").read_text("utf-8"))
+    assert len(rows) > 20
+    for row in rows:
+        names = re.findall(r"`([^`]+)`", row[-1])
+        assert names, row[0]
+        for name in names:
+            assert list((ROOT / "docs" / "results").glob(name)), name
 
 
 # -- configuration ---------------------------------------------------------------------------------------------------
