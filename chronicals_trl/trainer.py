@@ -256,7 +256,7 @@ class SFTTrainer(
         return ["attention: padded rows go through the same kernel, without a dense mask"]
 
     def _notes(self, config: ChronicalsConfig) -> list[str]:
-        notes = list(self._data_notes.values())
+        notes = [*self._data_notes.values(), *self._step_notes()]
         if self._lora_plus:
             rates = []
             if "ratio" in self._lora_plus_rates:
