@@ -481,8 +481,21 @@ def test_lora_plus_on_embeddings(tmp_path: Path) -> None:
     alone.train()
     assert [group["initial_lr"] for group in alone.optimizer.param_groups] == [0.5]
     assert not logged(alone, "learning_rate_lora_b")
+    assert not any("to be divided" in note for note in alone.chronicals_report.notes)
     both = trainer(["embed_tokens", "q_proj"], lora_plus_embedding_lr=0.5).chronicals_report
     assert both["lora_plus"].backend == "ratio 16, embedding_lr 0.5"
+
+
+@pytest.mark.parametrize(("ratio", "divisor"), [(16.0, "4"), (8.0, "2.8"), (1.0, None), (0.25, None)])
+def test_the_report_says_what_becomes_of_a_tuned_rate(tmp_path: Path, ratio: float, divisor: str | None) -> None:
+    """What docs/lora-plus.md says: divide it by the square root of the ratio."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    notes = make(tmp_path, peft_config=lora, chronicals_config={"lora_plus_ratio": ratio}).chronicals_report.notes
+    expected = f"LoRA+: B learns at {ratio:g} times the learning rate of A; lora_plus='off' restores one rate for all"
+    if divisor is not None:
+        expected += f"; a rate that was tuned without LoRA+ is to be divided by about {divisor}"
+    assert expected in notes
 
 
 def test_lora_plus_leaves_a_given_optimizer_alone(tmp_path: Path) -> None:
