@@ -60,6 +60,15 @@ def test_two_ranks_equal_one_process(ranks: tuple[dict[str, Any], dict[str, Any]
     assert said == (case == "experts, head off")
 
 
+def test_steps_are_counted_as_trainer_does(ranks: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    for figures in ranks:
+        for case in figures["step counts"]:
+            assert case["report"] == case["Trainer"]
+    two, one = (figures["step counts"] for figures in ranks)
+    assert [case["report"] for case in two] == [[2, 5], [2, 4], [3, 9]]
+    assert one[0]["report"] == [3, 9]
+
+
 def test_entries_that_are_written_late_are_of_all_ranks(ranks: tuple[dict[str, Any], dict[str, Any]]) -> None:
     for figures in ranks:
         late, at_once = figures["late"], figures["at once"]
