@@ -208,6 +208,7 @@ def test_steps_that_are_not_known_beforehand(tmp_path: Path) -> None:
         make(tmp_path, packing=True, data=trl.pack_dataset(tokens, 96, "bfd")),
         make(tmp_path, eval_packing=True, eval_dataset=tiny_data.text(6, seed=9)),
         *(make(tmp_path, packing=True, trainer_class=own) for own in (_OwnLoader, _OwnSampler)),
+        make(tmp_path, packing=True, train_sampling_strategy="batch_rebalance"),
     ]
     for trainer in made:
         assert not any(note.startswith(("a step:", "few steps:")) for note in trainer.chronicals_report.notes)
