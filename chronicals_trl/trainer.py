@@ -256,14 +256,19 @@ class SFTTrainer(
         return ["attention: padded rows go through the same kernel, without a dense mask"]
 
     def _notes(self, config: ChronicalsConfig) -> list[str]:
-        notes = list(self._data_notes.values())
+        notes = [*self._data_notes.values(), *self._step_notes()]
         if self._lora_plus:
             rates = []
             if "ratio" in self._lora_plus_rates:
                 rates.append(f"B learns at {config.lora_plus_ratio:g} times the learning rate of A")
             if "embedding_lr" in self._lora_plus_rates:
                 rates.append(f"LoRA's embedding matrices at {config.lora_plus_embedding_lr:g}")
-            notes.append(f"LoRA+: {', '.join(rates)}; lora_plus='off' restores one rate for all")
+            note = f"LoRA+: {', '.join(rates)}; lora_plus='off' restores one rate for all"
+            if "ratio" in self._lora_plus_rates and config.lora_plus_ratio > 1:
+                # At the best rates the product of A's and B's hardly depends on the ratio (docs/lora-plus.md).
+                divisor = config.lora_plus_ratio**0.5
+                note += f"; a rate that was tuned without LoRA+ is to be divided by about {divisor:.2g}"
+            notes.append(note)
         notes += self._router_notes()
         for package in ("trl", "transformers"):
             version = installed(package)

@@ -34,8 +34,8 @@ trainer = SFTTrainer(
         packing=True,
         max_length=options.max_length,
         per_device_train_batch_size=4,
-        # Less memory for some time: a layer's activations are made again in the backward pass. (TRL's default.)
-        gradient_checkpointing=True,
+        # gradient_checkpointing is left at TRL's default, which is on: `recompute` then finds how many layers memory
+        # needs computed again, where True, given here, would have all of them computed again.
         warmup_steps=0.03,
         num_train_epochs=1,
         max_steps=options.max_steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,9 +27,15 @@ from chronicals_trl.packing.dataset import PackStats, pack_dataset
 from chronicals_trl.packing.label_rows import WithLabelRows
 from chronicals_trl.packing.planning import NothingToPack
 from chronicals_trl.packing.ranks import main_process_first, require_same_on_all_ranks
+from chronicals_trl.packing.steps import StepCounts
 from chronicals_trl.report import ActivationReport, PartReport
 
+logger = logging.getLogger(__name__)
+
 PACKING_FILE = "chronicals_packing.json"
+
+# Where a subclass has its own of these, what it makes may have any length.
+_LOADING = ("get_train_dataloader", "_get_dataloader", "_get_train_sampler")
 
 # cu_seqlens is padded to a multiple of this many entries, so that batches share few shapes.
 CU_SEQLENS_BUCKET = 32
@@ -47,6 +54,7 @@ class PackingMixin(Trainer):
     aux_loss_enabled: bool
     data_collator: Any
     _look_at_documents: Callable[..., None]
+    _overridden: Callable[[tuple[str, ...]], str | None]
 
     _train_stats: PackStats | None = None
     _train_prepared: bool = False
@@ -245,6 +253,39 @@ class PackingMixin(Trainer):
         dispatches = self.accelerator.dispatch_batches  # by default accelerate does so with streams
         streams = isinstance(dataset, (IterableDataset, torch.utils.data.IterableDataset))
         return streams if dispatches is None else bool(dispatches)
+
+    def _step_notes(self) -> list[str]:
+        """What a step of packed rows holds, and how many there are; nothing where that is not known beforehand."""
+        counts = self._step_counts()
+        if counts is None:
+            return []
+        few = counts.too_few()
+        if few is not None and self.args.should_log:
+            logger.warning("chronicals-trl: %s", few)
+        return [counts.describe(self.accelerator.num_processes), *filter(None, [few])]
+
+    def _step_counts(self) -> StepCounts | None:
+        args, stats = self.args, self._train_stats
+        if stats is None or not stats.documents or not stats.bins or not isinstance(self.train_dataset, Dataset):
+            return None
+        parallelism = self.accelerator.parallelism_config
+        if self._overridden(_LOADING) or args.train_sampling_strategy == "batch_rebalance":
+            return None
+        if parallelism is not None and parallelism.sp_size > 1:
+            return None
+        return StepCounts(
+            documents=stats.documents,
+            rows=stats.bins,
+            empty_rows=stats.empty_bins or 0,
+            capacity=stats.capacity,
+            batch_size=self._train_batch_size,
+            ranks=1 if self.accelerator.split_batches else self._data_ranks(),
+            accumulation=args.gradient_accumulation_steps,
+            epochs=args.num_train_epochs,
+            max_steps=args.max_steps,
+            drop_last=args.dataloader_drop_last,
+            exact=not stats.masked_pieces,  # a long document of which TRL keeps no label may be among those
+        )
 
     def _balance_notes(self) -> list[str]:
         """How even the ranks' shares of packed rows are; nothing where one rank has them all."""

@@ -114,6 +114,24 @@ def apart(output: Path) -> dict[str, Any]:
         patch._BLOCKS.update(kinds)
 
 
+def step_counts(output: Path) -> list[dict[str, list[int]]]:
+    """Steps of an epoch, packed and not, as the report has them and as Trainer counts them."""
+    cases = [
+        {"gradient_accumulation_steps": 2},
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 2},
+        {"accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 2},
+    ]
+    found = []
+    for options in cases:
+        packed = make(output, **options)
+        made = (packed, make(output, packing=False, **options))
+        counts = packed._step_counts()
+        assert counts is not None
+        own = [each.set_initial_training_values(each.args, each.get_train_dataloader())[1] for each in made]
+        found.append({"report": [counts.packed, counts.unpacked], "Trainer": own})
+    return found
+
+
 def main(output: Path) -> None:
     # One process sees in an accumulated step what the ranks see in one.
     accumulated = {"gradient_accumulation_steps": 2 // RANKS, "router_aux_loss_coef": 0.3}
@@ -127,6 +145,7 @@ def main(output: Path) -> None:
         "eval 1": evaluate(output, "llama", 1),
         "eval 4": evaluate(output, "llama", 4),
         "apart": apart(output),
+        "step counts": step_counts(output),
     }
     if int(os.environ["RANK"]) == 0:
         steps = {name: case.pop("gradients") for name, case in figures.items() if "gradients" in case}

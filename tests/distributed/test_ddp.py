@@ -35,6 +35,10 @@ def test_two_ranks_equal_one_process(ranks: tuple[dict[str, Any], dict[str, Any]
     two, one = (figures[case] for figures in ranks)
     # An odd number of rows: the second rank's last one is empty, and nothing is trained on twice.
     assert any("packing train" in note and "1 empty bins appended" in note for note in two["report"]["notes"])
+    for figures, held in ((two, "2 rows of 96 tokens, about 7.2 documents, on 2 processes; 3 steps an epoch, 9"),
+                          (one, "2 rows")):  # fmt: skip
+        (line,) = (note for note in figures["report"]["notes"] if note.startswith("a step: "))
+        assert line.startswith(f"a step: {held}"), line
     assert two["real_tokens_of_all_ranks"] == one["real_tokens_of_all_ranks"] == two["tokens_in_the_data"]
     assert len(two["log"]) == len(one["log"]) == 3
     assert two["finite"] and one["finite"]
@@ -54,6 +58,15 @@ def test_two_ranks_equal_one_process(ranks: tuple[dict[str, Any], dict[str, Any]
     assert two["report"]["parts"] == one["report"]["parts"]
     said = any("of a rank whose rows are all empty" in note for note in two["report"]["notes"])
     assert said == (case == "experts, head off")
+
+
+def test_steps_are_counted_as_trainer_does(ranks: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    for figures in ranks:
+        for case in figures["step counts"]:
+            assert case["report"] == case["Trainer"]
+    two, one = (figures["step counts"] for figures in ranks)
+    assert [case["report"] for case in two] == [[2, 5], [2, 4], [3, 9]]
+    assert one[0]["report"] == [3, 9]
 
 
 def test_entries_that_are_written_late_are_of_all_ranks(ranks: tuple[dict[str, Any], dict[str, Any]]) -> None:

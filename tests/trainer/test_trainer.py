@@ -8,6 +8,7 @@ import logging
 import pickle
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_data
@@ -23,11 +24,19 @@ from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer, _inputs
 from chronicals_trl.model.patch import is_patched
 
 
-def make(tmp_path: Path, *, data=None, config_class: type = SFTConfig, family: str = "llama", **options):
+def make(
+    tmp_path: Path,
+    *,
+    data=None,
+    config_class: type = SFTConfig,
+    trainer_class: type = SFTTrainer,
+    family: str = "llama",
+    **options,
+):
     trainer_options = {key: options.pop(key) for key in list(options) if key in _TRAINER_ARGUMENTS}
     flag = {"use_chronicals": True} if config_class is SFTConfig else {}
     settings = {**SETTINGS, **flag, "output_dir": str(tmp_path / "out"), **options}
-    return SFTTrainer(
+    return trainer_class(
         model=trainer_options.pop("model", None) or tiny_models.build(family),
         args=config_class(**settings),
         train_dataset=tiny_data.text() if data is None else data,
@@ -130,6 +139,79 @@ def test_an_eval_data_set_called_train(tmp_path: Path, monkeypatch: pytest.Monke
     notes = [note for note in trainer.chronicals_report.notes if note.startswith("packing")]
     assert notes[0].startswith("packing train: 40 documents")
     assert notes[1].startswith("packing eval['train']: 6 documents")
+
+
+def _trainers_own(trainer: SFTTrainer) -> tuple[int, int]:
+    """Steps of an epoch and of the run, as Trainer counts them when it begins."""
+    values = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return values[1], values[-1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 3},
+        {"dataloader_drop_last": True, "num_train_epochs": 2.5},
+        {"dataloader_drop_last": True, "gradient_accumulation_steps": 2},
+        {"max_steps": 7},
+        {"packing_strategy": "bfd_split", "max_length": 48},
+        {"accelerator_config": {"split_batches": True}, "train_sampling_strategy": "sequential"},
+    ],
+)
+def test_steps_are_as_trainer_counts_them(tmp_path: Path, options: dict[str, Any]) -> None:
+    options = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 3, **options}
+    packed = make(tmp_path, packing=True, **options)
+    unpacked = make(tmp_path, **{key: value for key, value in options.items() if key != "packing_strategy"})
+    counts = packed._step_counts()
+    assert counts is not None and counts.packed != counts.unpacked
+    assert (counts.packed, counts.in_run(counts.packed)) == _trainers_own(packed)
+    assert (counts.unpacked, counts.in_run(counts.unpacked)) == _trainers_own(unpacked)
+    assert packed.chronicals_report.notes.count(counts.describe(1)) == 1
+    assert not any(note.startswith(("a step:", "few steps:")) for note in unpacked.chronicals_report.notes)
+
+
+def test_a_run_that_packing_leaves_few_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What was said of it is in the report, and a warning; once."""
+    options = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 8}
+    trainer = make(tmp_path, packing=True, data=tiny_data.text(80), **options)
+    rows = len(trainer.train_dataset)
+    steps = -(-rows // 8)
+    (few,) = (note for note in trainer.chronicals_report.notes if note.startswith("few steps:"))
+    assert f"leaves {steps} optimizer step{'s' if steps > 1 else ''} in the whole run, 10 without it" in few
+    assert few in (tmp_path / "out" / "chronicals_report.json").read_text("utf-8")
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING and few in record.message]
+    assert len(warnings) == 1
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps == steps
+    caplog.clear()
+    enough = make(tmp_path, packing=True, data=tiny_data.text(80), **{**options, "num_train_epochs": 10})
+    assert not any(note.startswith("few steps:") for note in enough.chronicals_report.notes)
+    assert "few steps" not in caplog.text
+
+
+class _OwnLoader(SFTTrainer):
+    def get_train_dataloader(self):
+        return super().get_train_dataloader()
+
+
+class _OwnSampler(SFTTrainer):
+    def _get_train_sampler(self, train_dataset=None):
+        return super()._get_train_sampler(train_dataset)
+
+
+def test_steps_that_are_not_known_beforehand(tmp_path: Path) -> None:
+    """Of a stream, of rows that came packed, of an evaluation set alone, and of what a subclass loads."""
+    tokens = tiny_data.tokenized().map(lambda row: {"labels": row["input_ids"]})
+    made = [
+        make(tmp_path, packing=True, data=tiny_data.text().to_iterable_dataset()),
+        make(tmp_path, packing=True, data=trl.pack_dataset(tokens, 96, "bfd")),
+        make(tmp_path, eval_packing=True, eval_dataset=tiny_data.text(6, seed=9)),
+        *(make(tmp_path, packing=True, trainer_class=own) for own in (_OwnLoader, _OwnSampler)),
+        make(tmp_path, packing=True, train_sampling_strategy="batch_rebalance"),
+    ]
+    for trainer in made:
+        assert not any(note.startswith(("a step:", "few steps:")) for note in trainer.chronicals_report.notes)
 
 
 def test_a_users_column_called_seq_lengths(tmp_path: Path) -> None:
@@ -400,8 +482,21 @@ def test_lora_plus_on_embeddings(tmp_path: Path) -> None:
     alone.train()
     assert [group["initial_lr"] for group in alone.optimizer.param_groups] == [0.5]
     assert not logged(alone, "learning_rate_lora_b")
+    assert not any("to be divided" in note for note in alone.chronicals_report.notes)
     both = trainer(["embed_tokens", "q_proj"], lora_plus_embedding_lr=0.5).chronicals_report
     assert both["lora_plus"].backend == "ratio 16, embedding_lr 0.5"
+
+
+@pytest.mark.parametrize(("ratio", "divisor"), [(16.0, "4"), (8.0, "2.8"), (1.0, None), (0.25, None)])
+def test_the_report_says_what_becomes_of_a_tuned_rate(tmp_path: Path, ratio: float, divisor: str | None) -> None:
+    """What docs/lora-plus.md says: divide it by the square root of the ratio."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    notes = make(tmp_path, peft_config=lora, chronicals_config={"lora_plus_ratio": ratio}).chronicals_report.notes
+    expected = f"LoRA+: B learns at {ratio:g} times the learning rate of A; lora_plus='off' restores one rate for all"
+    if divisor is not None:
+        expected += f"; a rate that was tuned without LoRA+ is to be divided by about {divisor}"
+    assert expected in notes
 
 
 def test_lora_plus_leaves_a_given_optimizer_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import pickle
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from trl import TrlParser
+from trl import ModelConfig, ScriptArguments, TrlParser
 
 from chronicals_trl import SFTConfig, patch_model
 from chronicals_trl._explicit import named_by_user
@@ -19,6 +20,7 @@ from chronicals_trl.model.graph_layers import decoder_layers
 from chronicals_trl.model.recompute import SLACK, LayerMemory, layers_that_keep, set_checkpointing
 
 GIB = 2**30
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +176,26 @@ def test_behind_a_parser_the_command_line_tells(tmp_path: Path, words: list[str]
     assert named_by_user("gradient_checkpointing", given, 2, argv) is found
     assert named_by_user("gradient_checkpointing", given, 3, argv) is True  # not all fields: a script's keyword
     assert named_by_user("gradient_checkpointing", {"bf16"}, 2, argv) is False
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "integrations" / "trl").glob("*.yaml")), ids=lambda path: path.stem)
+def test_ready_files_leave_it_open(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On, as TRL has it, and nobody's word: a value in the file would switch `recompute` off."""
+    monkeypatch.setattr(sys, "argv", ["sft", "--config", str(file), "--dataset_name", "data", "--use_cpu", "True"])
+    _, args, _ = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config()
+    assert args.gradient_checkpointing is True and not args.was_given("gradient_checkpointing")
+
+
+def test_examples_leave_it_open() -> None:
+    """But for the demo's, which trains a model so small that there is no need of it."""
+    calls = {
+        path.name: {keyword.arg for keyword in node.keywords}
+        for path in (ROOT / "examples").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "SFTConfig"
+    }
+    assert "qlora.py" in calls
+    assert not [name for name, given in calls.items() if "gradient_checkpointing" in given]
 
 
 def test_trls_parser_passes_every_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
