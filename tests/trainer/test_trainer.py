@@ -621,6 +621,35 @@ def test_tokens_that_the_model_does_not_know(tmp_path: Path, packing: bool) -> N
     make(tmp_path, data=Dataset.from_dict({"input_ids": [[5, 6, 130]]}), packing=packing)
 
 
+@pytest.mark.parametrize("max_steps", [-1, 2])
+def test_too_few_rows_for_a_batch(tmp_path: Path, max_steps: int) -> None:
+    """Trainer would go through no batch, end with exit code 0 and save the model as it came."""
+    options = {"per_device_train_batch_size": 64, "dataloader_drop_last": True, "max_steps": max_steps}
+    packed = make(tmp_path, data=tiny_data.text(4), packing=True, **options)
+    rows = len(packed.train_dataset)
+    sizes = (
+        r"a batch of all processes takes 64 .per_device_train_batch_size=64, processes: 1, dataloader_drop_last=True"
+    )
+    with pytest.raises(
+        ValueError, match=rf"has {rows} rows?, and {sizes}.*packing=True makes fewer .*a smaller max_l"
+    ):
+        packed.train()
+    with pytest.raises(ValueError, match=rf"has 4 rows, and {sizes}.\. Set dataloader_drop_last=False, or a smaller"):
+        make(tmp_path, data=tiny_data.text(4), **options).train()
+    assert packed.state.global_step == 0
+
+
+def test_few_rows_that_are_enough_for_a_step(tmp_path: Path) -> None:
+    options = {"per_device_train_batch_size": 64, "packing": True, "max_steps": 1}
+    for data in (tiny_data.text(4), tiny_data.text(4).to_iterable_dataset()):
+        trainer = make(tmp_path, data=data, **options)
+        trainer.train()
+        assert trainer.state.global_step == 1
+    off = make(tmp_path, data=tiny_data.text(4), dataloader_drop_last=True, use_chronicals=False, **options)
+    off.train()  # as stock TRL does it
+    assert off.state.global_step == 0
+
+
 def test_empty_stream(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
         make(tmp_path, data=IterableDataset.from_generator(lambda: iter(())))
