@@ -28,6 +28,8 @@ def check_data(name: str, data: Dataset | IterableDataset, args: Any, *, has_for
             # Some data sets keep the conversation that their text was made from.
             if column != "input_ids" and (column != "conversations" or args.dataset_text_field not in columns):
                 _check_messages(name, data, example, column)
+                if column in ("messages", "prompt", "completion"):
+                    _check_keys(name, example, column, args.dataset_text_field)
         return
     raise ValueError(
         f"`{name}` has no text: its columns are {sorted(columns)}. TRL reads {args.dataset_text_field!r} "
@@ -94,6 +96,42 @@ def _check_messages(name: str, data: Dataset | IterableDataset, example: Any, co
         )
 
 
+def _check_keys(name: str, example: dict[str, Any], column: str, text_field: str) -> None:
+    """Raise ValueError where the first row of `column` holds no messages that TRL can read: each a role and a content.
+
+    TRL goes by the first message's role. Without one it passes over the column, and then finds nothing to tokenise.
+    """
+    row, turns = example[column], example.get("conversations")
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and {"from", "value"} <= set(turns[0]):
+        return  # TRL converts these, and renames keys of the other columns along with them
+    keys = set(row[0]) if isinstance(row, list) and isinstance(row[0], dict) else set()
+    if column == "messages" != text_field and text_field in example and "role" not in keys:
+        return  # the text is learned
+    if isinstance(row, str) and column == "messages":
+        found = "text"
+        remedy = (
+            "If it is JSON, parse it: dataset.map(lambda row: {'messages': json.loads(row['messages'])}). To learn it "
+            "as it is: dataset.rename_column('messages', 'text'), with dataset_text_field='text'."
+        )
+    elif isinstance(row, list):
+        messages = [message for message in row if isinstance(message, dict)]
+        # What calls a tool may have no content.
+        if "role" in keys and any({"content", "tool_calls"} & set(message) for message in messages):
+            return
+        found = f"messages with the keys {sorted(keys)}" if keys else f"lists of {type(row[0]).__name__}"
+        remedy = (
+            f"Make them: dataset.map(lambda row: {{{column!r}: [{{'role': ..., 'content': ...}} for message in "
+            f"row[{column!r}]]}})."
+        )
+        if column == "messages" and {"from", "value"} <= keys:
+            remedy = "Name the column as TRL wants it: dataset.rename_column('messages', 'conversations')."
+    else:  # text, in a prompt or a completion; or an array, from a set in numpy's format
+        return
+    raise ValueError(
+        f"`{name}` has {found} in the column {column!r}, where TRL reads messages with 'role' and 'content'. {remedy}"
+    )
+
+
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view())
 
@@ -103,7 +141,7 @@ def _is_nested(kind: pa.DataType) -> bool:
 
 
 def require_labels(data: Any, limit: int | None, *, keep_end: bool = False) -> None:
-    """Raise ValueError when no document has a token to learn; stops at the first that has one.
+    """Raise ValueError when there are no tokens, or no document has one to learn; stops at the first that has one.
 
     The first token of a document has no predecessor to be predicted from.
 
@@ -115,6 +153,12 @@ def require_labels(data: Any, limit: int | None, *, keep_end: bool = False) -> N
     if not isinstance(data, Dataset):
         return
     column = "labels" if "labels" in data.column_names else "input_ids"
+    if column not in data.column_names:
+        raise ValueError(
+            f"`train_dataset` has neither input_ids nor labels after it was prepared: its columns are "
+            f"{sorted(data.column_names)}, of which TRL took none for text or messages. Pass 'messages' (lists of "
+            "messages with 'role' and 'content'), 'prompt' with 'completion', or text, named by dataset_text_field."
+        )
     if not _is_list(data.data.schema.field(column).type):
         return
     for table in data.select_columns([column]).with_format("arrow").iter(batch_size=1000):

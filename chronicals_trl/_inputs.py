@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import has_length
 
 from chronicals_trl._data_sets import check_data
 from chronicals_trl.config import ChronicalsConfig
@@ -257,6 +258,32 @@ def require_trainable(model: nn.Module) -> None:
         return
     why = why_frozen(model) if has_adapter(model) else "unfreeze what is to be trained, or pass peft_config"
     raise ValueError(f"nothing to train, since no parameter of the model requires a gradient: {why}.")
+
+
+def require_batches(trainer: SFTTrainer, dataloader: Any) -> None:
+    """Raise ValueError for a training set that makes no batch: Trainer would end at step 0, as if it had trained.
+
+    Args:
+        trainer: with its arguments and the prepared training set.
+        dataloader: of this process; one without a length, as a stream has, is not looked at.
+    """
+    if not has_length(dataloader) or len(dataloader) > 0:
+        return
+    args, data = trainer.args, trainer.train_dataset
+    rows, size, ranks = len(data) if has_length(data) else 0, args.train_batch_size, args.world_size
+    if not args.accelerator_config.split_batches:
+        size *= ranks
+    text = (
+        f"no step to train: `train_dataset` has {rows:,} row{'s' * (rows != 1)}, and a batch of all processes takes "
+        f"{size:,} (per_device_train_batch_size={args.per_device_train_batch_size}, processes: {ranks}, "
+        f"dataloader_drop_last={args.dataloader_drop_last})."
+    )
+    if args.packing:
+        text += f" packing=True makes fewer rows than there are documents: up to {args.max_length} tokens share a row."
+    remedies = ["dataloader_drop_last=False"] if args.dataloader_drop_last else []
+    remedies += ["a smaller per_device_train_batch_size"]
+    remedies += ["a smaller max_length"] if args.packing else []
+    raise ValueError(f"{text} Set {', or '.join(remedies)}, or pass more data.")
 
 
 def lora_plus_of_model(model: nn.Module, config: ChronicalsConfig) -> PartReport:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import os
 import subprocess
@@ -81,6 +82,13 @@ def _sft(arguments: list[str]) -> int:
             f"--chronicals_config '{text}' on the command line, or chronicals_config: {text} in a YAML file.\n"
         )
         return 2
+    launch_parser = launch_command_parser()
+    known = {*parser._option_string_actions, *launch_parser._option_string_actions, "--accelerate_config"}
+    misspelt = _near_misses(from_config + from_command_line, known)
+    if misspelt:  # Accelerate would print all of its arguments, and these at the end
+        text = ", ".join(f"{name} (did you mean {near}?)" for name, near in misspelt.items())
+        sys.stderr.write(f"chronicals-trl sft: error: neither TRL nor Accelerate knows {text}.\n")
+        return 2
     launch_arguments = resolve_accelerate_config_argument(from_config + from_command_line)
     script_arguments = _without(arguments, from_command_line)
     # The YAML file's value has become the parser's default, quoted words and numbers as they are; SFTConfig reads
@@ -89,7 +97,7 @@ def _sft(arguments: list[str]) -> int:
     if (from_yaml is None or isinstance(from_yaml, _FromEnvironment)) and ENV_FLAG not in os.environ:
         # In front: of two values the last one counts, so one that the user gave still wins.
         script_arguments = ["--use_chronicals", "True", *script_arguments]
-    launch = launch_command_parser().parse_args(
+    launch = launch_parser.parse_args(
         [*launch_arguments, "-m", "chronicals_trl", str(sft.__file__), *script_arguments]
     )
     try:
@@ -115,6 +123,20 @@ def _own_settings(unknown: list[str]) -> dict[str, Any]:
         if not has_value and following and not following[0].startswith("--"):
             (value,) = following
         found[key] = _parse_text(key, value or "true")  # without a value it is meant as a switch
+    return found
+
+
+def _near_misses(unknown: list[str], known: set[str]) -> dict[str, str]:
+    """The arguments among `unknown` that are not `known`, but almost, and the one that each is nearest to."""
+    options = sorted({f"--{option[2:].replace('-', '_')}" for option in known if option.startswith("--")})
+    found: dict[str, str] = {}
+    for argument in unknown:
+        name = argument.partition("=")[0]
+        if not name.startswith("--") or name in known:
+            continue
+        near = difflib.get_close_matches(f"--{name[2:].replace('-', '_').lower()}", options, n=1, cutoff=0.85)
+        if near:
+            found[name] = near[0]
     return found
 
 

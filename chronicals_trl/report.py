@@ -32,7 +32,7 @@ class PartReport:
 
     Args:
         name: One of `config.PARTS`.
-        state: "on" or "off".
+        state: "on" or "off"; "-" where it was not looked at, as `doctor` has it of what only a run can tell.
         modules: How many modules of the model it is on for; 0 for parts that are not modules.
         backend: What does the work, for example "triton" or "varlen"; None when there is no choice.
         reason: Why it is off, or a remark on what is on.
@@ -40,7 +40,7 @@ class PartReport:
     """
 
     name: str
-    state: Literal["on", "off"]
+    state: Literal["on", "off", "-"]
     modules: int = 0
     backend: str | None = None
     reason: str | None = None
@@ -49,10 +49,10 @@ class PartReport:
     def __post_init__(self) -> None:
         if self.name not in PARTS:
             raise ValueError(f"name must be one of {', '.join(PARTS)}, got {self.name!r}.")
-        if self.state not in ("on", "off"):
-            raise ValueError(f"state of {self.name} must be 'on' or 'off', got {self.state!r}.")
-        if self.omitted and self.state == "on":
-            raise ValueError(f"{self.name} cannot be on and omitted at once; omitted goes with state='off'.")
+        if self.state not in ("on", "off", "-"):
+            raise ValueError(f"state of {self.name} must be 'on', 'off' or '-', got {self.state!r}.")
+        if self.omitted and self.state != "off":
+            raise ValueError(f"{self.name} cannot be {self.state} and omitted at once; omitted goes with state='off'.")
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -1,14 +1,15 @@
 """SFTTrainer: TRL's, with the parts of this package put in at the seams that TRL leaves open. Glue, and nothing else.
 
-The seams, all of them methods that TRL or transformers calls: `compute_loss` (the head) and `_prepare_inputs`; in
-`packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the ranks' shares) and `_get_dataloader`, the last in
-`padding_free.py` too; in `optim/trainer.py` `create_optimizer`; in `model/trainer.py` (CUDA graphs) and
-`model/recompute_trainer.py` `train`, `training_step` and `evaluation_loop`; in `optim/adamw_trainer.py` `train`,
-`training_step` and `_clip_grad_norm`; in `model/walks_trainer.py` `training_step` and `floating_point_ops`; in
-`observe/trainer.py` `get_batch_samples` (token counts) and `log`; in `observe/late_logs.py` `log`,
-`_maybe_log_save_evaluate` and what may come between the two; in `observe/health/trainer.py` `log` and `training_step`,
-once more, and `create_optimizer`; in `observe/out_of_memory.py` errors on their way out; in `checkpoints.py` which one
-`train` resumes from. With the flag off each returns the parent's result as it is.
+The seams, all of them methods that TRL or transformers calls: `compute_loss` (the head), `_prepare_inputs` and
+`set_initial_training_values` (there is a batch); in `packing/trainer.py` `_prepare_dataset`, `_get_train_sampler` (the
+ranks' shares) and `_get_dataloader`, the last in `padding_free.py` too; in `optim/trainer.py` `create_optimizer`; in
+`model/trainer.py` (CUDA graphs) and `model/recompute_trainer.py` `train`, `training_step` and `evaluation_loop`; in
+`optim/adamw_trainer.py` `train`, `training_step` and `_clip_grad_norm`; in `model/walks_trainer.py` `training_step`
+and `floating_point_ops`; in `observe/trainer.py` `get_batch_samples` (token counts) and `log`; in
+`observe/late_logs.py` `log`, `_maybe_log_save_evaluate` and what may come between the two; in
+`observe/health/trainer.py` `log` and `training_step`, once more, and `create_optimizer`; in `observe/out_of_memory.py`
+errors on their way out; in `checkpoints.py` which one `train` resumes from. With the flag off each returns the
+parent's result as it is.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ class SFTTrainer(
         chronicals_report (ActivationReport): the state of every part.
 
     Raises:
-        ValueError: no usable text in a data set, an empty data set, nothing to learn or to train, tokens that the
-            model does not know, packing into fewer than 2 tokens, or NaN or infinite weights; each before the first
-            step.
+        ValueError: no usable text in a data set, an empty data set, nothing to learn or to train, too few rows for a
+            batch, tokens that the model does not know, packing into fewer than 2 tokens, or NaN or infinite weights;
+            each before the first step.
         RuntimeError: `strict=True`, or a part set to `"on"`, and the part does not fit; packed documents that the
             model does not keep apart. In `train`, with `health="stop"`: the run does not learn as it should.
     """
@@ -419,6 +420,11 @@ class SFTTrainer(
             return super().train(*args, **kwargs)
         finally:
             self._restore_loss_filter()
+
+    def set_initial_training_values(self, args: Any, dataloader: Any, *more: Any, **named: Any) -> Any:
+        if self._chronicals is not None:
+            _inputs.require_batches(self, dataloader)
+        return super().set_initial_training_values(args, dataloader, *more, **named)
 
 
 def _unpatch(model: Any) -> bool:

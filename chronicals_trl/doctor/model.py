@@ -47,5 +47,5 @@ def what_would_be_on(model: str, device: torch.device | None = None) -> Activati
         "recompute": "a GPU and gradient_checkpointing left at its default",
     }.items():
         if getattr(settings, name) != "off":
-            report.set(PartReport(name, "off", reason=f"not looked at: it takes {needs}, in a run"))
+            report.set(PartReport(name, "-", reason=f"not looked at: it takes {needs}, in a run"))
     return report

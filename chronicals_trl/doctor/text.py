@@ -6,7 +6,6 @@ import textwrap
 from typing import Any
 
 WIDTH = 110
-_NOT_LOOKED_AT = "not looked at"
 
 
 def as_text(findings: dict[str, Any]) -> str:
@@ -84,7 +83,6 @@ def _checks_in_words(findings: dict[str, Any]) -> str:
 def _model_in_words(model: dict[str, Any]) -> str:
     on = [part["name"] for part in model["parts"] if part["state"] == "on"]
     off = [part for part in model["parts"] if part["state"] == "off"]
-    off = [part for part in off if not (part["reason"] or "").startswith(_NOT_LOOKED_AT)]
     text = f"For {model['name']} on: {', '.join(on) or 'nothing'}"
     return text + "".join(f"; {part['name']} off ({(part['reason'] or '').rstrip('.')})" for part in off)
 

