@@ -119,7 +119,8 @@ def test_tiny_settings() -> None:
 def test_the_manual_has_what_was_found() -> None:
     result = json.loads(families.RESULT.read_text("utf-8"))
     rows = [row for row in result["rows"] if row["outcome"] == "agrees"]
-    page, readme = ((families.ROOT / name).read_text("utf-8") for name in ("docs/parts.md", "README.md"))
+    names = ("docs/parts.md", "docs/all-results.md", "README.md")
+    page, results, readme = ((families.ROOT / name).read_text("utf-8") for name in names)
     counts = result["counts"]
     assert counts.keys() == {"agrees", "stock TRL fails", "not built"} and sum(counts.values()) == 196
     for outcome, words in (
@@ -128,7 +129,8 @@ def test_the_manual_has_what_was_found() -> None:
         ("not built", "not built:"),
     ):
         assert f"| {counts[outcome]} | {words}" in page
-    assert f"{counts['agrees']} agree (" in readme and f"{counts['not built']} are not built" in readme
+    assert f"{counts['agrees']} agree (" in results and f"{counts['not built']} are not built" in results
+    assert f"{counts['agrees']} agree with" in readme and f"{counts['not built']} are not built" in readme
     assert max(row[name]["loss"] for row in rows for name in families.SETTINGS) <= 2.9e-7
     close = sum(all(row[name]["gradient"] < 1e-5 for name in families.SETTINGS) for row in rows)
     assert f"({close} of them to 1e-5)" in page
